@@ -1,0 +1,1 @@
+"""Functions and endpoint templates that sites register with Globus Compute."""

@@ -1,0 +1,1 @@
+"""The channels by which tasks reach instances: session, direct and Parsl, behind one protocol."""

@@ -1,0 +1,119 @@
+"""What an instance says about a task: accepted, tokens, then exactly one of finished or failed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fabric.errors import FabricError
+from fabric.messages.wire import Wire
+
+FinishReason = Literal["stop", "length"]
+
+
+class Usage(Wire):
+    """What one attempt consumed. The engine knows no prices.
+
+    ``prompt_tokens`` counts the prompt once, whatever ``n`` is; ``output_tokens`` sums over
+    choices. ``device_s`` is the attempt's share of the engine's steps: each step's seconds divided
+    among its rows by their tokens.
+    """
+
+    prompt_tokens: int = Field(default=0, ge=0)
+    cached_prompt_tokens: int = Field(default=0, ge=0)
+    output_tokens: int = Field(default=0, ge=0)
+    queue_s: float = Field(default=0.0, ge=0.0)
+    device_s: float = Field(default=0.0, ge=0.0)
+
+
+class Failure(Wire):
+    """An error as it crosses processes."""
+
+    code: str
+    message: str
+    detail: dict[str, object] = {}
+
+    @staticmethod
+    def of(error: FabricError) -> Failure:
+        """Return ``error`` in its wire form."""
+        return Failure(code=error.code, message=error.message, detail=error.detail)
+
+    def to_error(self) -> FabricError:
+        """Return the error again, in the class its code belongs to."""
+        return FabricError.rebuild(self.code, self.message, self.detail)
+
+
+class TopLogprob(Wire):
+    """One alternative: its text, id and natural-log probability."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+class ScoredToken(Wire):
+    """A prompt token; the first has no log probability, because nothing precedes it."""
+
+    token_id: int
+    text: str
+    logprob: float | None
+    top_logprobs: tuple[TopLogprob, ...] = ()
+
+
+class _TaskEvent(Wire):
+    task_id: str
+    attempt: int
+
+
+class Accepted(_TaskEvent):
+    """The instance has tokenized the prompt and queued it."""
+
+    type: Literal["accepted"] = "accepted"
+    prompt_tokens: int
+
+
+class PromptScored(_TaskEvent):
+    """The prompt's tokens with their log probabilities (asked for by ``prompt_logprobs``)."""
+
+    type: Literal["prompt_scored"] = "prompt_scored"
+    tokens: tuple[ScoredToken, ...]
+
+
+class Token(_TaskEvent):
+    """One generated token of one choice.
+
+    ``position`` counts generated tokens of the choice from 0. ``text`` is what became readable
+    with this token: empty while a character or a possible stop string is incomplete.
+    ``token_text`` is the token alone (for log probabilities). The last token of a choice
+    carries ``finish_reason``; an end-of-sequence token has an empty ``text``.
+    """
+
+    type: Literal["token"] = "token"
+    choice: int
+    position: int
+    token_id: int
+    text: str
+    token_text: str = ""
+    logprob: float | None = None
+    top_logprobs: tuple[TopLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+class Finished(_TaskEvent):
+    """All choices are done."""
+
+    type: Literal["finished"] = "finished"
+    finish_reasons: tuple[FinishReason, ...]
+    usage: Usage
+
+
+class Failed(_TaskEvent):
+    """The task ended without a result; ``usage`` says what it consumed until then."""
+
+    type: Literal["failed"] = "failed"
+    failure: Failure
+    usage: Usage = Usage()
+
+
+Event = Annotated[Accepted | PromptScored | Token | Finished | Failed, Field(discriminator="type")]

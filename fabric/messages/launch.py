@@ -1,0 +1,62 @@
+"""What a launch is given: the site agent asks the hub for it and hands it to the block."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from fabric.messages.request import ModelRef, SiteName
+from fabric.messages.wire import Wire
+
+
+class EngineOptions(Wire):
+    """How the engine is sized at a site; ``None`` lets the engine choose."""
+
+    dtype: str | None = None
+    num_threads: int | None = Field(default=None, ge=1)
+    cache_bytes: int | None = Field(default=None, ge=1)
+    max_rows: int = Field(default=16, ge=1)
+    step_tokens: int = Field(default=512, ge=1)
+
+
+class Launch(Wire):
+    """The hub's answer to a site agent: one instance may be started and join with ``token``.
+
+    ``source`` says where the weights are (``fabric.engine.model.ModelSource``); ``digest`` is what
+    they must hash to, if the version has been registered; ``session_path`` is relative to the
+    address the agent itself reached the hub by.
+    """
+
+    instance: str
+    site: SiteName
+    model: ModelRef
+    source: str
+    digest: str | None
+    token: str
+    session_path: str = "/v1/fabric/session"
+
+
+class InstanceSpec(Wire):
+    """Everything an instance process needs, given on its standard input and never in arguments.
+
+    ``session_url`` is the hub's WebSocket address, or ``None`` for an instance that is reached by
+    its direct route alone; ``direct_token`` is asked of direct clients. The process writes its
+    ``InstanceStatus`` to ``status_path``.
+    """
+
+    launch: Launch
+    session_url: str | None
+    direct_token: str
+    options: EngineOptions = EngineOptions()
+    status_path: str
+    deadline_s: float | None = None
+    heartbeat_s: float = 2.0
+
+
+class InstanceStatus(Wire):
+    """What an instance last wrote about itself, for whoever started it."""
+
+    instance: str
+    state: str
+    pid: int
+    detail: str = ""
+    direct_url: str | None = None

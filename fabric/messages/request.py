@@ -1,0 +1,124 @@
+"""What a user asks of the fabric."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from fabric.messages.wire import Wire
+
+MAX_CHOICES = 16
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
+
+ModelRef = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,128}(@[A-Za-z0-9_.:-]{1,128})?$")
+]
+"""``name`` or ``name@revision``; a revision is a name or a digest."""
+
+SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+
+def new_id(kind: str) -> str:
+    """Return a fresh identifier such as ``run_3f0c…``: ``kind``, then 32 hexadecimal digits."""
+    return f"{kind}_{uuid.uuid4().hex}"
+
+
+class TextInput(Wire):
+    """A prompt as text; the instance tokenizes it."""
+
+    kind: Literal["text"] = "text"
+    text: str
+
+
+class TokensInput(Wire):
+    """A prompt as token ids of the model's own vocabulary."""
+
+    kind: Literal["tokens"] = "tokens"
+    ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+
+
+class ChatMessage(Wire):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class ChatInput(Wire):
+    """A conversation; the instance renders it with the model's chat template."""
+
+    kind: Literal["chat"] = "chat"
+    messages: tuple[ChatMessage, ...] = Field(min_length=1)
+
+
+class Sampling(Wire):
+    """How tokens are chosen.
+
+    ``temperature`` 0 is greedy. ``logprobs`` counts alternatives per token (0: the chosen token
+    only; ``None``: none at all). ``prompt_logprobs`` scores the prompt's own tokens too.
+    ``ignore_eos`` generates on past the end-of-sequence token, to ``max_tokens``.
+    """
+
+    max_tokens: int | None = Field(default=None, ge=0)
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
+        default=(), max_length=MAX_STOPS
+    )
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: bool = False
+    ignore_eos: bool = False
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether the same request yields the same tokens again: greedy, or sampled with a seed."""
+        return self.temperature == 0.0 or self.seed is not None
+
+
+class Request(Wire):
+    """One request, as the broker admits it.
+
+    ``deadline_s`` counts seconds from admission. ``data_site`` names the site where the request's
+    data lives and ``data_bytes`` its size: the broker weighs moving it. ``sites`` restricts where
+    it may run.
+    """
+
+    id: str = Field(default_factory=lambda: new_id("run"))
+    mode: Literal["query"] = "query"
+    model: ModelRef
+    input: Annotated[TextInput | TokensInput | ChatInput, Field(discriminator="kind")]
+    sampling: Sampling = Sampling()
+    tier: Literal["interactive", "standard", "batch"] = "standard"
+    policy: Literal["balanced", "fastest", "cheapest", "local-only"] = "balanced"
+    stream: bool = False
+    deadline_s: float = Field(default=300.0, gt=0.0, le=86_400.0)
+    data_site: SiteName | None = None
+    data_bytes: int = Field(default=0, ge=0)
+    sites: tuple[SiteName, ...] | None = None
+
+    @model_validator(mode="after")
+    def _data_has_a_home(self) -> Request:
+        if self.policy == "local-only" and self.data_site is None:
+            raise ValueError("policy 'local-only' needs data_site, the site the data may not leave")
+        return self
+
+    def prompt_tokens_bound(self) -> int:
+        """Return an upper bound of the prompt's tokens without a tokenizer.
+
+        A byte-level vocabulary never makes more tokens than UTF-8 bytes; a chat template adds a
+        few special tokens a turn (32 allows for every template in use) and may add a default
+        system prompt (256).
+        """
+        match self.input:
+            case TokensInput(ids=ids):
+                return len(ids)
+            case TextInput(text=text):
+                return len(text.encode()) + 1
+            case ChatInput(messages=messages):
+                return 256 + sum(32 + len(m.content.encode()) for m in messages)

@@ -1,0 +1,150 @@
+"""The frames of a session, the same on the hub's socket and on an instance's direct route.
+
+An instance says ``Hello``, is answered ``Welcome``, and then gets ``Task``, ``Cancel``, ``Credit``
+and ``Drain``; it sends ``Heartbeat``, events, and ``Goodbye`` before it leaves. On the direct route
+the client connects and the instance still speaks first, so both sides need only one implementation.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from fabric.errors import ProtocolViolation
+from fabric.messages.events import Accepted, Failed, Finished, PromptScored, Token
+from fabric.messages.lifecycle import InstanceState
+from fabric.messages.request import ModelRef, SiteName
+from fabric.messages.task import Task
+from fabric.messages.wire import Wire
+
+PROTOCOL = 1
+"""The version of this protocol; a peer with another one is refused."""
+
+MAX_FRAME_BYTES = 16 * 2**20
+"""The largest frame either side reads."""
+
+
+class Limits(Wire):
+    """What an instance can take: tokens of one row, rows at once, tokens of KV cache."""
+
+    context_tokens: int = Field(ge=1)
+    max_rows: int = Field(ge=1)
+    cache_tokens: int = Field(ge=1)
+
+
+class Load(Wire):
+    """How busy an instance is; rates are exponentially weighted over its recent steps."""
+
+    num_running: int = Field(default=0, ge=0)
+    num_waiting: int = Field(default=0, ge=0)
+    cache_usage: float = Field(default=0.0, ge=0.0, le=1.0)
+    prefill_tokens_per_s: float = Field(default=0.0, ge=0.0)
+    decode_tokens_per_s: float = Field(default=0.0, ge=0.0)
+
+
+class Hello(Wire):
+    """An instance presents itself. It is ready: its canary has run.
+
+    ``digest`` is of the model's tensors; ``deadline_s`` the seconds until its block ends, if known;
+    ``direct_url`` where clients at the same site may reach it.
+    """
+
+    type: Literal["hello"] = "hello"
+    protocol: int = PROTOCOL
+    instance: str
+    site: SiteName
+    model: ModelRef
+    digest: str
+    limits: Limits
+    dtype: str
+    engine: str
+    load: Load = Load()
+    direct_url: str | None = None
+    deadline_s: float | None = None
+
+
+class Heartbeat(Wire):
+    """Sent every ``Welcome.heartbeat_s``; three missed ones mean the instance is lost."""
+
+    type: Literal["heartbeat"] = "heartbeat"
+    state: InstanceState
+    load: Load
+
+
+class Goodbye(Wire):
+    """The instance leaves; nothing of its work is unfinished."""
+
+    type: Literal["goodbye"] = "goodbye"
+    reason: str
+
+
+class Welcome(Wire):
+    """The hub accepts the session."""
+
+    type: Literal["welcome"] = "welcome"
+    session: str
+    heartbeat_s: float = Field(gt=0.0)
+
+
+class Cancel(Wire):
+    """The caller wants no more of this attempt; the instance frees its rows within one step."""
+
+    type: Literal["cancel"] = "cancel"
+    task_id: str
+    attempt: int
+
+
+class Credit(Wire):
+    """The reader took ``num_events`` token events of this attempt; as many more may be sent."""
+
+    type: Literal["credit"] = "credit"
+    task_id: str
+    attempt: int
+    num_events: int = Field(ge=1)
+
+
+class Drain(Wire):
+    """Take no new tasks, finish the running ones, say goodbye."""
+
+    type: Literal["drain"] = "drain"
+    reason: str
+
+
+FromInstance = Annotated[
+    Hello | Heartbeat | Goodbye | Accepted | PromptScored | Token | Finished | Failed,
+    Field(discriminator="type"),
+]
+FromHub = Annotated[Welcome | Task | Cancel | Credit | Drain, Field(discriminator="type")]
+
+_from_instance: TypeAdapter[FromInstance] = TypeAdapter(FromInstance)
+_from_hub: TypeAdapter[FromHub] = TypeAdapter(FromHub)
+
+
+def parse_from_instance(data: str | bytes) -> FromInstance:
+    """Return the frame an instance sent.
+
+    Raises:
+        ProtocolViolation: It is not a frame of this protocol.
+    """
+    try:
+        return _from_instance.validate_json(data)
+    except ValidationError as error:
+        raise ProtocolViolation(peer="The instance", reason=_first_line(error)) from error
+
+
+def parse_from_hub(data: str | bytes) -> FromHub:
+    """Return the frame the hub (or a direct client) sent.
+
+    Raises:
+        ProtocolViolation: It is not a frame of this protocol.
+    """
+    try:
+        return _from_hub.validate_json(data)
+    except ValidationError as error:
+        raise ProtocolViolation(peer="The hub", reason=_first_line(error)) from error
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors(include_input=False, include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -1,0 +1,30 @@
+"""One attempt at one request, as it travels to an instance."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fabric.messages.request import Request
+from fabric.messages.wire import Wire
+
+
+class Task(Wire):
+    """One attempt.
+
+    Results are idempotent on (``id``, ``attempt``): ``id`` is the request's, ``attempt`` counts
+    from 1. ``prefix`` holds the token ids an earlier attempt already delivered (single-choice,
+    reproducible requests only): the instance continues after them and emits only new tokens, with
+    positions going on from ``len(prefix)``. ``window`` is how many token events the instance may
+    send before it gets ``Credit``. ``deadline_s`` counts from receipt.
+    """
+
+    type: Literal["task"] = "task"
+    id: str
+    attempt: int = Field(ge=1)
+    request: Request
+    digest: str
+    prefix: tuple[int, ...] = ()
+    deadline_s: float = Field(gt=0.0)
+    window: int = Field(default=256, ge=1)

@@ -1,0 +1,1 @@
+"""Site files that ship with the package; read them with ``fabric.config.shipped_sites``."""

@@ -1,0 +1,1 @@
+"""Parsl applications that run on the fabric."""
