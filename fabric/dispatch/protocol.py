@@ -45,6 +45,11 @@ class Channel(Protocol):
             ProtocolViolation: The instance sent something that does not belong to this task.
         """
 
+    async def cancel(self, task_id: str, attempt: int) -> None:
+        """Ask the instance to end a task, and let its iterator go on: it ends with
+        ``Failed(request_cancelled)``, whose usage says what was computed, or with ``Finished`` if
+        that was quicker. Unknown tasks are ignored."""
+
     async def wait_closed(self) -> str:
         """Return the reason once the instance is gone for good on this channel."""
 

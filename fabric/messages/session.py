@@ -3,6 +3,7 @@
 An instance says ``Hello``, is answered ``Welcome``, and then gets ``Task``, ``Cancel``, ``Credit``
 and ``Drain``; it sends ``Heartbeat``, events, and ``Goodbye`` before it leaves. On the direct route
 the client connects and the instance still speaks first, so both sides need only one implementation.
+A WebSocket message is text and carries one frame or several, a frame a line.
 """
 
 from __future__ import annotations

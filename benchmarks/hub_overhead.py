@@ -1,0 +1,360 @@
+"""The hub's added latency over calling an instance directly, with a fixed-delay upstream.
+
+Three processes on loopback: a hub as ``fabric-admin hub`` runs it, an instance that answers after a
+fixed delay, and this load generator. Closed-loop clients ask the instance by its direct route and
+by the hub in turns, within each round; what is compared is the same work at the same concurrency.
+Every request through the hub is authenticated, admitted, held, placed, settled and recorded.
+
+    python benchmarks/hub_overhead.py [--rounds 5] [--delay-ms 200] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import uvloop
+
+from fabric.cli import processes
+from fabric.cli.federation import choose_port
+from fabric.cli.seed import seed
+from fabric.config import SiteModel, SiteSpec, StateDir
+from fabric.dispatch.direct import open_direct
+from fabric.messages import (
+    EngineOptions,
+    InstanceSpec,
+    InstanceStatus,
+    Launch,
+    Request,
+    Sampling,
+    Task,
+    TextInput,
+    Token,
+    new_id,
+)
+
+HOST = "127.0.0.1"
+MODEL = "fixed-delay"
+MAX_TOKENS = 8
+CONCURRENCIES = (1, 4, 16, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """Where the two ways go."""
+
+    base_url: str
+    api_key: str
+    launch: Launch
+    direct_url: str
+    direct_token: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One request: seconds to its first token (streams only) and to its end."""
+
+    first_s: float
+    total_s: float
+
+
+Ask = Callable[[], Awaitable[Sample]]
+
+
+@contextlib.contextmanager
+def running_rig(delay_s: float) -> Iterator[Rig]:
+    """Start a hub and one instance, and end both."""
+    with tempfile.TemporaryDirectory(prefix="fabric-bench-") as folder:
+        state = StateDir(Path(folder))
+        state.create()
+        source = f"fixed-delay:first_token_s={delay_s},token_s=0"
+        options = EngineOptions(max_rows=256)
+        model = SiteModel(name=MODEL, source=source, context_tokens=2048, options=options)
+        site = SiteSpec(name="bench", models=(model,))
+        seeded = seed(state.database_url, [site], project="bench", label="bench", grant_usu=10**15)
+        port = choose_port(HOST, 0)
+        base_url = f"http://{HOST}:{port}"
+        hub = processes.spawn(
+            [
+                *(sys.executable, "-m", "fabric.cli.admin", "hub"),
+                *("--state-dir", folder, "--host", HOST, "--port", str(port)),
+            ],
+            log_path=state.log_path("hub"),
+        )
+        instance: subprocess.Popen[bytes] | None = None
+        try:
+            wait_for(lambda: httpx.get(f"{base_url}/healthz").status_code == 200)
+            launch = Launch.model_validate(
+                httpx.post(
+                    f"{base_url}/v1/fabric/launches",
+                    headers={"Authorization": f"Bearer {seeded.site_tokens['bench']}"},
+                    json={"site": "bench", "model": MODEL},
+                )
+                .raise_for_status()
+                .json()
+            )
+            spec = InstanceSpec(
+                launch=launch,
+                session_url=f"ws://{HOST}:{port}{launch.session_path}",
+                direct_token=new_id("direct"),
+                options=options,
+                status_path=str(state.path / "status.json"),
+            )
+            instance = start_instance(spec, state.log_path("instance"))
+            key = {"Authorization": f"Bearer {seeded.api_key}"}
+            replica = wait_for(
+                lambda: httpx.get(f"{base_url}/v1/fabric/sites", headers=key).json()["data"][0][
+                    "replicas"
+                ][0]
+            )
+            status = InstanceStatus.model_validate_json(Path(spec.status_path).read_bytes())
+            assert status.direct_url is not None
+            yield Rig(
+                base_url=base_url,
+                api_key=seeded.api_key,
+                launch=launch,
+                direct_url=status.direct_url,
+                direct_token=spec.direct_token,
+                digest=replica["digest"],
+            )
+        finally:
+            if instance is not None:
+                instance.kill()
+                instance.wait()
+            processes.end([hub], grace_s=5)
+
+
+def start_instance(spec: InstanceSpec, log_path: Path) -> subprocess.Popen[bytes]:
+    """Start an instance process; it ends when its standard input does."""
+    with log_path.open("wb") as log:
+        instance = subprocess.Popen(
+            [sys.executable, "-m", "fabric.testing.instance"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+        )
+    assert instance.stdin is not None
+    instance.stdin.write(spec.model_dump_json().encode() + b"\n")
+    instance.stdin.flush()
+    return instance
+
+
+def wait_for(probe: Callable[[], object]):
+    """Return the first true value of ``probe``."""
+    for _ in processes.poll(30):
+        with contextlib.suppress(httpx.TransportError, KeyError, IndexError):
+            if value := probe():
+                return value
+    raise TimeoutError("The rig did not come up in 30 s.")
+
+
+@contextlib.asynccontextmanager
+async def direct_client(rig: Rig, *, stream: bool):
+    """Give a function that asks the instance over a connection of its own."""
+    channel = await open_direct(rig.direct_url, rig.direct_token)
+
+    async def ask() -> Sample:
+        request = Request(
+            model=MODEL,
+            input=TextInput(text="one two three"),
+            sampling=Sampling(max_tokens=MAX_TOKENS),
+            stream=stream,
+        )
+        task = Task(id=request.id, attempt=1, request=request, digest=rig.digest, deadline_s=60)
+        started = time.perf_counter()
+        first_s = 0.0
+        async for event in channel.run(task):
+            if not first_s and isinstance(event, Token):
+                first_s = time.perf_counter() - started
+        return Sample(first_s, time.perf_counter() - started)
+
+    try:
+        yield ask
+    finally:
+        await channel.close()
+
+
+@contextlib.asynccontextmanager
+async def hub_client(rig: Rig, *, stream: bool):
+    """Give a function that asks the hub over a kept-alive connection of its own.
+
+    It speaks just enough HTTP/1.1 that the client's own cost stays small on both ways.
+    """
+    url = httpx.URL(rig.base_url)
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    fields = {"model": MODEL, "prompt": "one two three", "max_tokens": MAX_TOKENS, "stream": stream}
+    body = json.dumps(fields).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {rig.api_key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    message = head.encode() + body
+
+    async def ask() -> Sample:
+        started = time.perf_counter()
+        writer.write(message)
+        answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+        assert b" 200 " in answer.split(b"\r\n", 1)[0], answer
+        first_s = 0.0
+        if b"content-length: " in answer:
+            size = int(answer.split(b"content-length: ")[1].split(b"\r\n")[0])
+            await reader.readexactly(size)
+        else:
+            while chunk_size := int(await reader.readline(), 16):
+                chunk = await reader.readexactly(chunk_size + 2)
+                if not first_s and b'"text": "' in chunk.replace(b'":"', b'": "'):
+                    first_s = time.perf_counter() - started
+            await reader.readline()
+        return Sample(first_s, time.perf_counter() - started)
+
+    try:
+        yield ask
+    finally:
+        writer.close()
+
+
+async def measure(client, rig: Rig, *, num_clients: int, num_requests: int, stream: bool):
+    """Run closed-loop clients side by side and return all their samples."""
+
+    async def loop() -> list[Sample]:
+        async with client(rig, stream=stream) as ask:
+            await ask()
+            await asyncio.sleep(delay_spread(num_clients))
+            return [await ask() for _ in range(num_requests)]
+
+    counter = iter(range(num_clients))
+
+    def delay_spread(total: int) -> float:
+        # Clients start out of step, as independent ones would.
+        return next(counter) / total * 0.2
+
+    return [
+        sample
+        for part in await asyncio.gather(*(loop() for _ in range(num_clients)))
+        for sample in part
+    ]
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """Return p50, p95 and p99 in milliseconds."""
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {name: cuts[int(name[1:]) - 1] * 1e3 for name in ("p50", "p95", "p99")}
+
+
+async def run(rig: Rig, *, rounds: int, requests_per_round: int) -> list[dict[str, object]]:
+    """Measure every concurrency, the two ways in turns."""
+    ways = {"direct": direct_client, "hub": hub_client}
+    rows = []
+    for num_clients in CONCURRENCIES:
+        for stream in (False, True):
+            samples: dict[str, list[list[Sample]]] = {name: [] for name in ways}
+            for turn in range(rounds):
+                order = list(ways) if turn % 2 else list(reversed(ways))
+                for name in order:
+                    part = await measure(
+                        ways[name],
+                        rig,
+                        num_clients=num_clients,
+                        num_requests=min(40, max(8, requests_per_round // num_clients)),
+                        stream=stream,
+                    )
+                    samples[name].append(part)
+            rows.append(summarize(num_clients, stream, samples))
+            print_row(rows[-1])
+    return rows
+
+
+def summarize(
+    num_clients: int, stream: bool, samples: dict[str, list[list[Sample]]]
+) -> dict[str, object]:
+    """Return one row: percentiles of each way, their differences, and the spread over rounds."""
+
+    def of(name: str) -> list[float]:
+        return [s.first_s if stream else s.total_s for part in samples[name] for s in part]
+
+    direct, hub = percentiles(of("direct")), percentiles(of("hub"))
+    medians = [
+        statistics.median(s.first_s if stream else s.total_s for s in through)
+        - statistics.median(s.first_s if stream else s.total_s for s in straight)
+        for through, straight in zip(samples["hub"], samples["direct"], strict=True)
+    ]
+    return {
+        "clients": num_clients,
+        "measure": "first token" if stream else "whole answer",
+        "num_requests": len(of("hub")),
+        "direct_ms": direct,
+        "hub_ms": hub,
+        "added_ms": {name: hub[name] - direct[name] for name in hub},
+        "ratio_p50": hub["p50"] / direct["p50"],
+        "added_p50_ms_by_round": [value * 1e3 for value in medians],
+    }
+
+
+def print_row(row: dict[str, object]) -> None:
+    """Print one line of the table."""
+    added, hub = row["added_ms"], row["hub_ms"]
+    print(
+        f"{row['clients']:>7}  {row['measure']:<12}  {row['num_requests']:>8}"
+        + "".join(f"  {added[name]:>7.2f}" for name in added)
+        + f"  {hub['p99']:>9.1f}  {row['ratio_p50']:>6.3f}",
+        flush=True,
+    )
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=320, help="a round, over all clients")
+    parser.add_argument("--delay-ms", type=float, default=200.0, help="until the first token")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    args = parser.parse_args()
+    print(f"upstream: {args.delay_ms:g} ms, {MAX_TOKENS} tokens; times in ms")
+    print("clients  measure       requests    +p50     +p95     +p99    hub p99  ratio p50")
+    with (
+        running_rig(args.delay_ms / 1e3) as rig,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        rows = runner.run(run(rig, rounds=args.rounds, requests_per_round=args.requests))
+    if args.json:
+        report = {
+            "benchmark": "hub_overhead",
+            "machine": {
+                "cpu": cpu_name(),
+                "cores": os.cpu_count(),
+                "python": platform.python_version(),
+            },
+            "delay_ms": args.delay_ms,
+            "tokens": MAX_TOKENS,
+            "rounds": args.rounds,
+            "rows": rows,
+        }
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def cpu_name() -> str:
+    """Return the processor's name, where the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

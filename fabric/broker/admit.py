@@ -1,0 +1,317 @@
+"""Admission: who may ask, what it may cost at most, and that amount held before it is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from fabric.auth import Identity, require
+from fabric.broker.select import MAX_SCARCITY, Context, Offer, expected_tokens
+from fabric.broker.settings import BrokerSettings
+from fabric.broker.signals import Ticket
+from fabric.catalog import Catalog, ModelVersion
+from fabric.errors import (
+    ContextExceeded,
+    FabricError,
+    InsufficientBalance,
+    LedgerError,
+    NoReplica,
+    RateMissing,
+    TooManyRequests,
+    UnknownSite,
+)
+from fabric.ledger import AllocationBalance, Ledger, Rate, charge_usu, max_charge_usu
+from fabric.messages import Placement, Request, TokensInput, Usage
+from fabric.sql import utc_now
+from fabric.sql.offload import Offload
+
+RETRY_AFTER_S = 1.0
+
+Foresee = Callable[[Request, Context], Placement | None]
+"""Returns where a request would go now, ``None`` if it would wait; raises ``NoReplica``."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What the database says about one project's use of one model, at one moment.
+
+    ``rates`` has the enabled sites that have a price; ``sites`` all there are.
+    """
+
+    version: ModelVersion
+    sites: tuple[str, ...]
+    rates: Mapping[str, Rate]
+    allocations: tuple[AllocationBalance, ...]
+    read_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Checked:
+    """A request that may be asked, with its prices and bounds."""
+
+    context: Context
+    prompt_tokens_bound: int
+    max_output_tokens: int
+
+
+class Admission:
+    """Checks requests and holds their largest charge.
+
+    Prices and balances may be up to ``facts_ttl_s`` old when a request is admitted, because the
+    ledger itself decides the hold. No request is refused by anything but fresh ones.
+    """
+
+    def __init__(
+        self, *, ledger: Ledger, catalog: Catalog, offload: Offload, settings: BrokerSettings
+    ) -> None:
+        self._ledger = ledger
+        self._catalog = catalog
+        self._offload = offload
+        self._settings = settings
+        self._num_in_flight: Counter[str] = Counter()
+        self._facts: dict[tuple[str, str], Facts] = {}
+        self._reading: dict[tuple[str, str], asyncio.Future[Facts]] = {}
+
+    def enter(self, identity: Identity) -> None:
+        """Count a request of this key. Nothing is awaited, so the limit cannot be overshot.
+
+        Raises:
+            TooManyRequests: The key has as many in flight as it may have.
+        """
+        if self._num_in_flight[identity.key_id] >= identity.max_concurrent:
+            raise TooManyRequests(limit=identity.max_concurrent, retry_after_s=RETRY_AFTER_S)
+        self._num_in_flight[identity.key_id] += 1
+
+    def leave(self, key_id: str) -> None:
+        """A request that was counted is over."""
+        self._num_in_flight[key_id] -= 1
+        if not self._num_in_flight[key_id]:
+            del self._num_in_flight[key_id]
+
+    async def admit(self, identity: Identity, request: Request, foresee: Foresee) -> Ticket:
+        """Check a request, hold its largest charge and return its ticket.
+
+        Raises:
+            PermissionDenied: The key may not query.
+            UnknownModel: The model is not in the catalog.
+            UnknownSite: A site is not in the catalog.
+            ContextExceeded: Prompt and output cannot fit the context.
+            RateMissing: Nobody set a price for the model at a site where it may run.
+            InsufficientBalance: No allocation covers the largest charge.
+            NoReplica: None can serve it, and no wait could help.
+        """
+        require(identity, "query")
+        try:
+            facts = await self._recent(identity.project, request.model)
+            return await self._admit(identity, request, facts, foresee)
+        except FabricError:
+            facts = await self._read(identity.project, request.model)
+            return await self._admit(identity, request, facts, foresee)
+
+    async def prospect(self, identity: Identity, request: Request) -> Context:
+        """Check a request and return what a choice for it rests on. Raises as ``admit`` does, but
+        for the balance, which the choice weighs."""
+        require(identity, "query")
+        facts = await self._read(identity.project, request.model)
+        return self._check(request, facts).context
+
+    async def _admit(
+        self, identity: Identity, request: Request, facts: Facts, foresee: Foresee
+    ) -> Ticket:
+        checked = self._check(request, facts)
+        offers = checked.context.offers
+        affordable = [
+            offer
+            for offer in offers.values()
+            if offer.allocation is not None and offer.available_usu >= offer.max_charge_usu
+        ]
+        if not affordable:
+            raise _insufficient(identity.project, offers)
+        placement = foresee(request, checked.context)
+        if placement is None:
+            offer = min(affordable, key=lambda one: (one.max_charge_usu, one.site))
+        else:
+            offer = offers[placement.site]
+        ticket = Ticket(
+            request=request,
+            project=identity.project,
+            key_id=identity.key_id,
+            created_at=utc_now(),
+            model=facts.version.ref,
+            digest=checked.context.digest,
+            offers=offers,
+            rates=facts.rates,
+            held_allocation=str(offer.allocation),
+            held_usu=offer.max_charge_usu,
+            prompt_tokens_bound=checked.prompt_tokens_bound,
+            max_output_tokens=checked.max_output_tokens,
+        )
+        await self._hold(ticket)
+        return ticket
+
+    async def _hold(self, ticket: Ticket) -> None:
+        hold = self._offload.urgent(
+            self._ledger.hold,
+            ticket.request.id,
+            allocation=ticket.held_allocation,
+            amount_usu=ticket.held_usu,
+            lease_s=self._settings.lease_s,
+        )
+        try:
+            await hold
+        except asyncio.CancelledError:
+            # The caller left; what may have been held meanwhile goes back right after it.
+            self._offload(self.void, ticket.request.id)
+            raise
+
+    def void(self, hold_id: str) -> None:
+        """Return a hold if there is one. Blocks; for the database's thread."""
+        try:
+            self._ledger.void(hold_id)
+        except LedgerError as error:
+            logger.info("nothing to void", extra={"run": hold_id, "code": error.code})
+
+    # ---- checks ---------------------------------------------------------------------------------
+
+    def _check(self, request: Request, facts: Facts) -> _Checked:
+        for site in (*(request.sites or ()), *filter(None, [request.data_site])):
+            if site not in facts.sites:
+                raise UnknownSite(site=site, known=facts.sites)
+        version = facts.version
+        prompt_tokens, output_tokens = _bounds(request, version.context_tokens)
+        offers = self._offers(request, facts, prompt_tokens, output_tokens)
+        if version.digest is None:
+            raise NoReplica(model=version.ref, reasons={})
+        context = Context(
+            model=version.ref,
+            digest=version.digest,
+            offers=offers,
+            remaining_s=request.deadline_s,
+            settings=self._settings,
+        )
+        return _Checked(
+            context=context,
+            prompt_tokens_bound=prompt_tokens,
+            max_output_tokens=output_tokens,
+        )
+
+    def _offers(
+        self, request: Request, facts: Facts, prompt_tokens: int, output_tokens: int
+    ) -> dict[str, Offer]:
+        """Return what the request would cost at each site where it may run.
+
+        Raises:
+            RateMissing: At none of them is there a price.
+        """
+        allowed = facts.sites if request.sites is None else request.sites
+        if request.policy == "local-only":
+            allowed = tuple(site for site in allowed if site == request.data_site)
+        n, tier = request.sampling.n, request.tier
+        likely_prompt, likely_output = expected_tokens(request)
+        likely = Usage(prompt_tokens=likely_prompt, output_tokens=n * likely_output)
+        total_usu = sum(one.available_usu for one in facts.allocations)
+        offers = {}
+        for site in allowed:
+            if (rate := facts.rates.get(site)) is None:
+                continue
+            needed_usu = max_charge_usu(rate, tier, prompt_tokens, n * output_tokens)
+            payer = _payer(facts.allocations, site, needed_usu)
+            available_usu = payer.available_usu if payer else 0
+            offers[site] = Offer(
+                site=site,
+                allocation=payer.name if payer else None,
+                available_usu=available_usu,
+                max_charge_usu=needed_usu,
+                expected_charge_usu=charge_usu(rate, tier, likely),
+                scarcity=min(MAX_SCARCITY, total_usu / max(1, available_usu)),
+            )
+        if not offers and allowed:
+            raise RateMissing(model=facts.version.ref, site=allowed[0])
+        return offers
+
+    # ---- facts ----------------------------------------------------------------------------------
+
+    async def _recent(self, project: str, model: str) -> Facts:
+        facts = self._facts.get((project, model))
+        if facts is not None and time.monotonic() - facts.read_at < self._settings.facts_ttl_s:
+            return facts
+        key = (project, model)
+        reading = self._reading.get(key)
+        if reading is None:
+            reading = self._reading[key] = asyncio.ensure_future(self._read(project, model))
+            reading.add_done_callback(lambda _: self._reading.pop(key))
+        return await asyncio.shield(reading)
+
+    async def _read(self, project: str, model: str) -> Facts:
+        facts = await self._offload(self._query, project, model)
+        self._facts[project, model] = facts
+        return facts
+
+    def _query(self, project: str, model: str) -> Facts:
+        version = self._catalog.resolve(model)
+        sites = self._catalog.sites()
+        rates = {}
+        for site in sites:
+            if site.state == "enabled":
+                try:
+                    rates[site.name] = self._ledger.rate(version.ref, site.name)
+                except RateMissing:
+                    continue
+        now = utc_now()
+        allocations = self._ledger.allocations(project)
+        return Facts(
+            version=version,
+            sites=tuple(site.name for site in sites),
+            rates=rates,
+            allocations=tuple(one for one in allocations if one.is_open(now)),
+            read_at=time.monotonic(),
+        )
+
+
+def _bounds(request: Request, context_tokens: int) -> tuple[int, int]:
+    """Return the most tokens the prompt and one choice of output can have.
+
+    Raises:
+        ContextExceeded: They do not fit, which is known here of token prompts alone; of text the
+            instance says it.
+    """
+    asked = request.sampling.max_tokens
+    prompt_tokens = request.prompt_tokens_bound()
+    if isinstance(request.input, TokensInput) and prompt_tokens + (asked or 0) > context_tokens:
+        raise ContextExceeded(
+            prompt_tokens=prompt_tokens, max_tokens=asked or 0, context_tokens=context_tokens
+        )
+    output_tokens = context_tokens if asked is None else min(asked, context_tokens)
+    return min(prompt_tokens, context_tokens), output_tokens
+
+
+def _payer(
+    allocations: tuple[AllocationBalance, ...], site: str, needed_usu: int
+) -> AllocationBalance | None:
+    """Return the allocation that would pay: one that can, the site's own before the general."""
+    usable = [one for one in allocations if one.site in (site, "*")]
+    return min(
+        usable,
+        key=lambda one: (
+            one.available_usu < needed_usu,
+            one.site == "*",
+            -one.available_usu,
+            one.name,
+        ),
+        default=None,
+    )
+
+
+def _insufficient(project: str, offers: Mapping[str, Offer]) -> InsufficientBalance:
+    best = max(offers.values(), key=lambda one: one.available_usu - one.max_charge_usu)
+    return InsufficientBalance(
+        account=best.allocation or f"allocation:{project}:*",
+        needed_usu=best.max_charge_usu,
+        available_usu=best.available_usu,
+    )

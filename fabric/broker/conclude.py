@@ -1,0 +1,130 @@
+"""The end of a run in the books: its hold settled or voided and its record written, once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+
+from fabric.broker.signals import Outcome, Settle, Void
+from fabric.catalog import Catalog, RunRecord
+from fabric.errors import ChargeExceedsHold, HoldNotOpen
+from fabric.ledger import Ledger
+from fabric.sql import utc_now
+from fabric.sql.offload import Offload
+
+MAX_BATCH = 8
+"""Ends written in one transaction; a hold that comes meanwhile waits no longer than that."""
+RETRY_S = 0.5
+
+End = Settle | Void
+logger = logging.getLogger(__name__)
+
+
+class Conclusion:
+    """Writes the ends of runs on the database's thread, and again until they are written.
+
+    Ends that queue up there share a transaction. If the hub is killed before one is written, its
+    hold's lease runs out and the project gets all of it back.
+    """
+
+    def __init__(self, *, ledger: Ledger, catalog: Catalog, offload: Offload) -> None:
+        self._ledger = ledger
+        self._catalog = catalog
+        self._offload = offload
+        self._waiting: deque[End] = deque()
+        self._num_open = 0
+        self._all_written = asyncio.Event()
+        self._all_written.set()
+        self._closing = False
+
+    def begin(self, end: End) -> None:
+        """Queue the writing now: calls to the database's thread that are not urgent and come later
+        find it written."""
+        self._num_open += 1
+        self._all_written.clear()
+        self._queue(end)
+
+    async def close(self) -> None:
+        """Wait until all is written; what cannot be written now is given up."""
+        self._closing = True
+        await self._all_written.wait()
+
+    def _queue(self, end: End) -> None:
+        self._waiting.append(end)
+        # As many calls as ends: when the call for an end is over, that end has been taken.
+        self._offload(self._write_next).add_done_callback(self._on_written)
+
+    def _on_written(self, written: asyncio.Future[tuple[int, Sequence[End]]]) -> None:
+        num_written, failed = written.result()
+        self._num_open -= num_written
+        if failed and self._closing:
+            logger.error("runs are not charged", extra={"runs": [end.run_id for end in failed]})
+            self._num_open -= len(failed)
+        elif failed:
+            asyncio.get_running_loop().call_later(RETRY_S, self._again, failed)
+        if not self._num_open:
+            self._all_written.set()
+
+    def _again(self, failed: Sequence[End]) -> None:
+        for end in failed:
+            self._queue(end)
+
+    # ---- on the database's thread ---------------------------------------------------------------
+
+    def _write_next(self) -> tuple[int, Sequence[End]]:
+        """Write the next batch; return how many were written and which could not be."""
+        batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
+        if not batch or self._try(batch):
+            return len(batch), ()
+        # One of them may spoil it for the others.
+        failed = [end for end in batch if not self._try([end])]
+        return len(batch) - len(failed), failed
+
+    def _try(self, batch: Sequence[End]) -> bool:
+        try:
+            with self._offload.database.transaction():
+                records = [_record(end.outcome, self._close_hold(end)) for end in batch]
+                self._catalog.record_runs(records)
+        except Exception:
+            run_ids = [end.run_id for end in batch]
+            logger.exception("ends of runs are not written yet", extra={"runs": run_ids})
+            return False
+        return True
+
+    def _close_hold(self, end: End) -> int:
+        """Settle or void; return what was charged."""
+        outcome = end.outcome
+        try:
+            if isinstance(end, Settle):
+                model = outcome.ticket.model
+                self._ledger.settle(end.run_id, outcome.charge_usu, site=end.site, model=model)
+                return outcome.charge_usu
+            self._ledger.void(end.run_id)
+        except (HoldNotOpen, ChargeExceedsHold) as error:
+            logger.error("run not charged", extra={"run": end.run_id, "code": error.code})
+        return 0
+
+
+def _record(outcome: Outcome, charge_usu: int) -> RunRecord:
+    ticket, placement = outcome.ticket, outcome.placement
+    return RunRecord(
+        id=ticket.request.id,
+        project=ticket.project,
+        key_id=ticket.key_id,
+        model=ticket.model,
+        digest=ticket.digest,
+        state=outcome.state,
+        created_at=ticket.created_at,
+        site=placement.site if placement else None,
+        instance=placement.instance if placement else None,
+        attempts=outcome.attempts,
+        usage=outcome.usage,
+        charge_usu=charge_usu,
+        first_token_s=outcome.first_token_s,
+        total_s=outcome.total_s,
+        placement=placement,
+        error_code=outcome.failure_code,
+        finished_at=utc_now(),
+    )

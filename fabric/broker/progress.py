@@ -1,0 +1,150 @@
+"""One run as the state sees it: what was delivered, what holds its money, where it is now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fabric.broker.signals import Ticket
+from fabric.errors import FabricError
+from fabric.ledger import charge_usu
+from fabric.messages import Placement, RunState, Token, Usage
+from fabric.messages.events import FinishReason
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """A run between its admission and its end. Times are of the state's clock.
+
+    ``instance`` is set while, and only while, an attempt is live there; ``moving_to`` while the
+    hold is being moved for a placement; ``waiting_since`` is when the run last began to wait for a
+    replica; ``served_site`` is the last that delivered something; ``held_back`` means that a slow
+    client, not the replica, set the pace.
+    """
+
+    ticket: Ticket
+    started_at: float
+    deadline_at: float
+    held_allocation: str
+    held_usu: int
+    waiting_since: float
+    state: RunState = RunState.QUEUED
+    attempt: int = 0
+    instance: str | None = None
+    placement: Placement | None = None
+    served_site: str | None = None
+    moving_to: Placement | None = None
+    retry_at: float = 0.0
+    seen_version: int = -1
+    tried: set[str] = field(default_factory=set)
+    refused_sites: set[str] = field(default_factory=set)
+    last_error: FabricError | None = None
+    cancel_until: float | None = None
+    silent_until: float | None = None
+    sent_at: float = 0.0
+    attempt_first_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float = 0.0
+    prompt_tokens: int = 0
+    scored: bool = False
+    held_back: bool = False
+    token_ids: list[int] = field(default_factory=list)
+    num_before: int = 0
+    counts: list[int] = field(init=False)
+    finishes: list[FinishReason | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        num_choices = self.ticket.request.sampling.n
+        self.counts = [0] * num_choices
+        self.finishes = [None] * num_choices
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens received, over all choices and attempts."""
+        return sum(self.counts)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether another replica would go on with the very same tokens."""
+        return self.ticket.request.sampling.reproducible and len(self.counts) == 1
+
+    @property
+    def paid_site(self) -> str | None:
+        """The site that is paid: the last that delivered, else the last that was asked."""
+        if self.served_site is not None or self.placement is None:
+            return self.served_site
+        return self.placement.site
+
+    @property
+    def complete(self) -> bool:
+        """Whether every choice has had its last token, or none was asked for."""
+        return not self.ticket.max_output_tokens or None not in self.finishes
+
+    def take(self, token: Token, now: float) -> str | None:
+        """Count a token, or return why the instance may not send it."""
+        choice = token.choice
+        if not 0 <= choice < len(self.counts):
+            return f"a token of choice {choice} where {len(self.counts)} were asked for"
+        if token.position != self.counts[choice]:
+            return f"a token at position {token.position} where {self.counts[choice]} is next"
+        if self.finishes[choice] is not None:
+            return "a token after the last"
+        if token.position >= self.ticket.max_output_tokens:
+            return f"more tokens than the {self.ticket.max_output_tokens} that were asked for"
+        self.counts[choice] += 1
+        self.finishes[choice] = token.finish_reason
+        self._serve()
+        if self.resumable:
+            self.token_ids.append(token.token_id)
+        if self.attempt_first_at is None:
+            self.attempt_first_at = now
+            self.silent_until = None
+        if self.first_token_at is None:
+            self.first_token_at = now
+        self.last_token_at = now
+        return None
+
+    def take_scores(self) -> bool:
+        """Return whether the prompt's scores are new to the client."""
+        self.silent_until = None
+        if self.scored:
+            return False
+        self.scored = True
+        self._serve()
+        return True
+
+    def _serve(self) -> None:
+        if self.placement is not None:
+            self.served_site = self.placement.site
+
+    def usage(self, reported: Usage | None) -> Usage:
+        """Return what is charged: what arrived here, whatever a site may claim.
+
+        Args:
+            reported: What the last attempt says it consumed, if it said so. It can lower the count
+                of tokens and never raise it; a prompt counts once, however many attempts read it.
+        """
+        prompt = self.prompt_tokens
+        if reported is None:
+            arrived = self.num_tokens or self.scored
+            return Usage(prompt_tokens=prompt if arrived else 0, output_tokens=self.num_tokens)
+        prompt = min(prompt, reported.prompt_tokens)
+        return Usage(
+            prompt_tokens=prompt,
+            cached_prompt_tokens=min(prompt, reported.cached_prompt_tokens),
+            output_tokens=min(self.num_tokens, self.num_before + reported.output_tokens),
+            queue_s=reported.queue_s,
+            device_s=reported.device_s,
+        )
+
+    def charge_usu(self, usage: Usage) -> int:
+        """Return the charge at the prices of the site that served, never more than is held."""
+        if (site := self.paid_site) is None:
+            return 0
+        charge = charge_usu(self.ticket.rates[site], self.ticket.request.tier, usage)
+        return min(self.held_usu, charge)
+
+    def decode_tokens_per_s(self) -> float:
+        """Return the rate of one row of this attempt, or 0 if it was too short to say."""
+        num_steps = max(self.counts) - self.num_before // len(self.counts) - 1
+        seconds = self.last_token_at - (self.attempt_first_at or self.last_token_at)
+        return num_steps / seconds if num_steps > 0 and seconds > 0 else 0.0

@@ -1,0 +1,251 @@
+"""The fleet: what the broker knows of each instance, who has failed of late, and who is out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from fabric.broker.select import ReplicaSnapshot
+from fabric.broker.settings import BrokerSettings
+from fabric.messages import Hello, InstanceState, Limits, Load
+
+SMOOTHING = 0.2
+"""Weight of the newest observation in a running mean."""
+FAILURE_HALF_LIFE_S = 30.0
+FRESH_S = 60.0
+"""For how long observed rates count: an instance that once was slow gets another chance."""
+LONG_PROMPT_TOKENS = 256
+"""From here on the first token's time says how fast prompts are read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaView:
+    """A replica as others may see it.
+
+    ``joined_at`` is seconds since the epoch (UTC); ``num_in_flight`` counts the attempts this hub
+    has there now.
+    """
+
+    instance: str
+    site: str
+    model: str
+    digest: str
+    state: InstanceState
+    load: Load
+    limits: Limits
+    dtype: str
+    joined_at: float
+    num_in_flight: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Replica:
+    """One instance's record. ``in_flight`` are the runs with an attempt there: a set, so that
+    counting cannot leak."""
+
+    hello: Hello
+    streams: bool
+    joined_at: float
+    ends_at: float | None
+    load: Load
+    state: InstanceState = InstanceState.READY
+    lost_at: float = 0.0
+    in_flight: set[str] = field(default_factory=set)
+    failures_in_row: int = 0
+    failures: float = 0.0
+    failed_at: float = 0.0
+    out_until: float | None = None
+    trial: str | None = None
+    observed_at: float = -FRESH_S
+    overhead_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+
+    def ejected(self, now: float) -> bool:
+        """Whether it gets no requests; after its time out one run may try it."""
+        return self.out_until is not None and (now < self.out_until or self.trial is not None)
+
+    def recent_failures(self, now: float) -> float:
+        """Failures, each counting half after ``FAILURE_HALF_LIFE_S``."""
+        return float(self.failures * 0.5 ** ((now - self.failed_at) / FAILURE_HALF_LIFE_S))
+
+    def snapshot(self, now: float) -> ReplicaSnapshot:
+        """Return what ``select`` reads of it."""
+        hello = self.hello
+        fresh = now - self.observed_at < FRESH_S
+        return ReplicaSnapshot(
+            instance=hello.instance,
+            site=hello.site,
+            digest=hello.digest,
+            state=self.state,
+            ejected=self.ejected(now),
+            context_tokens=hello.limits.context_tokens,
+            max_rows=hello.limits.max_rows,
+            num_busy=max(self.load.num_running + self.load.num_waiting, len(self.in_flight)),
+            num_in_flight=len(self.in_flight),
+            overhead_s=self.overhead_s if fresh else 0.0,
+            prefill_tokens_per_s=self.prefill_tokens_per_s if fresh else 0.0,
+            decode_tokens_per_s=self.decode_tokens_per_s if fresh else 0.0,
+            failures=self.recent_failures(now) if self.failures else 0.0,
+            ends_in_s=None if self.ends_at is None else self.ends_at - now,
+        )
+
+    def view(self) -> ReplicaView:
+        """Return what others may see of it."""
+        hello = self.hello
+        return ReplicaView(
+            instance=hello.instance,
+            site=hello.site,
+            model=hello.model,
+            digest=hello.digest,
+            state=self.state,
+            load=self.load,
+            limits=hello.limits,
+            dtype=hello.dtype,
+            joined_at=self.joined_at,
+            num_in_flight=len(self.in_flight),
+        )
+
+
+class Fleet:
+    """All replicas, the recently lost ones included.
+
+    ``version`` changes whenever a request that found no place might find one now.
+    """
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self.version = 0
+        self._settings = settings
+        self._replicas: dict[str, Replica] = {}
+
+    def __iter__(self) -> Iterator[Replica]:
+        return iter(self._replicas.values())
+
+    def get(self, instance: str) -> Replica | None:
+        """Return the record of an instance, if it is known."""
+        return self._replicas.get(instance)
+
+    def snapshots(self, now: float) -> list[ReplicaSnapshot]:
+        """Return all replicas as they are now."""
+        return [replica.snapshot(now) for replica in self._replicas.values()]
+
+    def views(self) -> list[ReplicaView]:
+        """Return the replicas that are there."""
+        return [one.view() for one in self if one.state is not InstanceState.LOST]
+
+    def join(self, now: float, hello: Hello, *, streams: bool, joined_at: float) -> None:
+        """Add an instance; one that comes back starts with a clean record."""
+        self._replicas[hello.instance] = Replica(
+            hello=hello,
+            streams=streams,
+            joined_at=joined_at,
+            ends_at=None if hello.deadline_s is None else now + hello.deadline_s,
+            load=hello.load,
+        )
+        self.version += 1
+
+    def report(self, instance: str, load: Load, *, draining: bool) -> None:
+        """Note an instance's load, and that it has begun to drain."""
+        replica = self._replicas.get(instance)
+        if replica is None or replica.state is InstanceState.LOST:
+            return
+        replica.load = load
+        if draining and replica.state is InstanceState.READY:
+            replica.state = InstanceState.DRAINING
+            self.version += 1
+
+    def leave(self, now: float, instance: str, *, lost: bool) -> None:
+        """Forget an instance, at once or, if it was lost, after a while."""
+        replica = self._replicas.get(instance)
+        if replica is None:
+            return
+        if lost:
+            replica.state, replica.lost_at = InstanceState.LOST, now
+        else:
+            del self._replicas[instance]
+        self.version += 1
+
+    def tick(self, now: float) -> None:
+        """Forget instances lost long ago, and let those back whose time out is over."""
+        forget_s = self._settings.lost_memory_s
+        for instance, one in list(self._replicas.items()):
+            if one.state is InstanceState.LOST and now - one.lost_at > forget_s:
+                del self._replicas[instance]
+                self.version += 1
+            elif one.out_until is not None and now >= one.out_until and one.trial is None:
+                self.version += 1
+
+    def assign(self, now: float, instance: str, run_id: str) -> None:
+        """A run has an attempt there."""
+        replica = self._replicas[instance]
+        replica.in_flight.add(run_id)
+        if replica.out_until is not None and now >= replica.out_until:
+            replica.trial = run_id
+
+    def release(self, instance: str, run_id: str) -> None:
+        """The attempt is over, whatever came of it."""
+        if (replica := self._replicas.get(instance)) is not None:
+            replica.in_flight.discard(run_id)
+            if replica.trial == run_id:
+                replica.trial = None
+
+    def succeeded(self, instance: str) -> None:
+        """An attempt ended as it should."""
+        replica = self._replicas.get(instance)
+        if replica is None:
+            return
+        replica.failures_in_row = 0
+        if replica.out_until is not None:
+            replica.out_until = None
+            self.version += 1
+
+    def failed(self, now: float, instance: str) -> None:
+        """An attempt failed by the replica's fault; after too many in a row it is out."""
+        replica = self._replicas.get(instance)
+        if replica is None:
+            return
+        replica.failures = replica.recent_failures(now) + 1.0
+        replica.failed_at = now
+        replica.failures_in_row += 1
+        again = replica.out_until is not None
+        if again or (
+            replica.failures_in_row >= self._settings.eject_after and self._may_eject(replica)
+        ):
+            replica.out_until = now + self._settings.eject_s
+
+    def observed(
+        self,
+        now: float,
+        instance: str,
+        *,
+        prompt_tokens: int,
+        first_token_s: float,
+        decode_tokens_per_s: float,
+    ) -> None:
+        """Note how fast one attempt was; a rate of 0 says nothing."""
+        replica = self._replicas.get(instance)
+        if replica is None:
+            return
+        if prompt_tokens >= LONG_PROMPT_TOKENS and first_token_s > 0:
+            replica.prefill_tokens_per_s = _mean(
+                replica.prefill_tokens_per_s, prompt_tokens / first_token_s
+            )
+        else:
+            replica.overhead_s = _mean(replica.overhead_s, first_token_s)
+        replica.decode_tokens_per_s = _mean(replica.decode_tokens_per_s, decode_tokens_per_s)
+        replica.observed_at = now
+
+    def _may_eject(self, replica: Replica) -> bool:
+        peers = [
+            one
+            for one in self
+            if one.hello.digest == replica.hello.digest and one.state is not InstanceState.LOST
+        ]
+        num_out = sum(one.out_until is not None for one in peers)
+        return 2 * (num_out + 1) <= len(peers)
+
+
+def _mean(old: float, new: float) -> float:
+    if not old or not new:
+        return new or old
+    return old + SMOOTHING * (new - old)

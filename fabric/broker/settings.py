@@ -1,0 +1,58 @@
+"""How the broker behaves; every number has a unit in its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerSettings:
+    """Settings of the broker.
+
+    Args:
+        max_attempts: Replicas one request may be sent to, one after the other.
+        retry_ratio: Retries the fleet may make for each admitted request.
+        retry_burst: Retries saved up at most, so that the loss of a site under a light load is
+            made good at once.
+        retry_min_per_s: Retries that come back with time alone, however few requests arrive.
+        first_token_timeout_s: Silence after which a streaming replica is given up; stretched to
+            four times what was expected of it, so that a long queue is not taken for a hang.
+        patience_s: How long a request waits for a replica that may come back.
+        cancel_grace_s: How long a cancelled replica may take to say what it consumed.
+        eject_after: Failures in a row that take a replica out; never more than half of those that
+            serve one digest.
+        eject_s: How long it stays out before one request tries it again.
+        lost_memory_s: How long a lost replica is expected back.
+        lease_s: How long a hold outlives a hub that no longer renews it.
+        sweep_s: How often holds whose lease ran out are released.
+        facts_ttl_s: How old prices and balances may be when a request is admitted. A refusal
+            always rests on fresh ones, and the hold itself is decided by the ledger.
+        tick_s: Resolution of all time limits.
+        backlog_events: Events that may wait for a slow client before its replica is held back.
+        window_events: Token events a replica may send before it gets credit.
+        bandwidth_bytes_per_s: Rate at which data moves between sites.
+        locality_penalty_s: Fixed price of running away from the data.
+        seconds_per_su: What a service unit is worth in seconds of waiting.
+        tie_s: Expected seconds that make no difference; the less busy replica gets the request.
+    """
+
+    max_attempts: int = 3
+    retry_ratio: float = 0.2
+    retry_burst: float = 32.0
+    retry_min_per_s: float = 2.0
+    first_token_timeout_s: float = 30.0
+    patience_s: float = 10.0
+    cancel_grace_s: float = 2.0
+    eject_after: int = 5
+    eject_s: float = 10.0
+    lost_memory_s: float = 60.0
+    lease_s: float = 60.0
+    sweep_s: float = 10.0
+    facts_ttl_s: float = 1.0
+    tick_s: float = 0.1
+    backlog_events: int = 256
+    window_events: int = 256
+    bandwidth_bytes_per_s: float = 100e6
+    locality_penalty_s: float = 1.0
+    seconds_per_su: float = 1_000.0
+    tie_s: float = 0.05

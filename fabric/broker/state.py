@@ -1,0 +1,484 @@
+"""The broker's mind: events in, instructions out. It does no I/O and has no clock.
+
+Every admitted run ends exactly once, with one ``Settle`` or ``Void`` and one last ``Emit``; it
+never has two live attempts, and its client sees every token once and in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import blake2b
+
+from fabric.broker.budget import RetryBudget
+from fabric.broker.progress import Progress
+from fabric.broker.replicas import Fleet
+from fabric.broker.select import Context, may_come, select
+from fabric.broker.settings import BrokerSettings
+from fabric.broker.signals import (
+    AbandonAttempt,
+    Admitted,
+    AttemptEvent,
+    AttemptLost,
+    CancelAttempt,
+    ClientGone,
+    ClientSlow,
+    Emit,
+    HoldMoved,
+    HoldRefused,
+    Instruction,
+    MoveHold,
+    Outcome,
+    ReplicaJoined,
+    ReplicaLeft,
+    ReplicaReported,
+    SendTask,
+    Settle,
+    StateEvent,
+    Tick,
+    Void,
+)
+from fabric.errors import (
+    DeadlineExceeded,
+    FabricError,
+    FirstTokenTimeout,
+    NoReplica,
+    ProtocolViolation,
+    RequestCancelled,
+    StreamBroken,
+)
+from fabric.messages import (
+    Accepted,
+    Failed,
+    Failure,
+    Finished,
+    Placed,
+    Placement,
+    PromptScored,
+    Request,
+    RunCompleted,
+    RunFailed,
+    RunState,
+    Task,
+    Token,
+    Usage,
+)
+
+BACKOFF_S = 0.2
+SILENCE_FACTOR = 4.0
+
+Instructions = Iterator[Instruction]
+
+
+class BrokerState:
+    """All runs and replicas.
+
+    Args:
+        settings: Limits and weights.
+        started_at: When the hub came up: for a while after it, replicas are still expected.
+    """
+
+    def __init__(self, settings: BrokerSettings, *, started_at: float) -> None:
+        self.fleet = Fleet(settings)
+        self.runs: dict[str, Progress] = {}
+        self._settings = settings
+        self._started_at = started_at
+        self._budget = RetryBudget(settings)
+
+    def handle(self, event: StateEvent) -> list[Instruction]:
+        """Take one event and return what is to be done, in order."""
+        if isinstance(event, AttemptEvent):
+            return list(self._on_attempt_event(event))
+        return list(self._others(event))
+
+    def foresee(self, now: float, request: Request, context: Context) -> Placement | None:
+        """Return where a request would go now, or ``None`` if it would wait for a replica.
+
+        Raises:
+            NoReplica: No wait could help.
+        """
+        snapshots = self.fleet.snapshots(now)
+        try:
+            return select(request, snapshots, context)
+        except NoReplica:
+            if self._may_wait(now) or may_come(request, snapshots, context):
+                return None
+            raise
+
+    def _others(self, event: StateEvent) -> Instructions:
+        now = event.now
+        match event:
+            case Admitted():
+                yield from self._on_admitted(event)
+            case Tick():
+                yield from self._on_tick(now)
+            case AttemptLost(run_id=run_id, attempt=attempt, error=error):
+                if (run := self._live(run_id, attempt)) is not None:
+                    yield from self._on_lost(run, now, error)
+            case ClientSlow(run_id=run_id):
+                if (run := self.runs.get(run_id)) is not None:
+                    run.held_back = True
+            case ClientGone(run_id=run_id):
+                if (run := self.runs.get(run_id)) is not None:
+                    yield from self._on_client_gone(run, now)
+            case HoldMoved(run_id=run_id):
+                if (run := self.runs.get(run_id)) is not None:
+                    yield from self._on_hold_moved(run, now)
+            case HoldRefused(run_id=run_id):
+                if (run := self.runs.get(run_id)) is not None and run.moving_to is not None:
+                    run.refused_sites.add(run.moving_to.site)
+                    run.moving_to = None
+                    yield from self._place(run, now)
+            case ReplicaJoined(hello=hello):
+                self.fleet.join(now, hello, streams=event.streams, joined_at=event.joined_at)
+                yield from self._place_waiting(now)
+            case ReplicaReported():
+                self.fleet.report(event.instance, event.load, draining=event.draining)
+            case ReplicaLeft(instance=instance, lost=lost):
+                self.fleet.leave(now, instance, lost=lost)
+
+    # ---- admission and placement ----------------------------------------------------------------
+
+    def _on_admitted(self, event: Admitted) -> Instructions:
+        ticket = event.ticket
+        run = self.runs[ticket.request.id] = Progress(
+            ticket=ticket,
+            started_at=event.started_at,
+            deadline_at=event.started_at + ticket.request.deadline_s,
+            held_allocation=ticket.held_allocation,
+            held_usu=ticket.held_usu,
+            waiting_since=event.now,
+        )
+        self._budget.deposit()
+        yield from self._place(run, event.now)
+
+    def _place_waiting(self, now: float) -> Instructions:
+        for run in list(self.runs.values()):
+            if run.instance is None and run.moving_to is None:
+                yield from self._place(run, now)
+
+    def _place(self, run: Progress, now: float) -> Instructions:
+        """Send a run that waits to the best replica, let it wait on, or end it.
+
+        All retries share one budget, and a replica that has just failed the run gets a pause.
+        """
+        out_of_patience = now - run.waiting_since >= self._settings.patience_s
+        no_budget = run.attempt > 0 and not self._budget.allows
+        if not out_of_patience and (no_budget or run.seen_version == self.fleet.version):
+            return
+        request, context = run.ticket.request, self._context(run, now)
+        snapshots = self.fleet.snapshots(now)
+        try:
+            placement = select(request, snapshots, context)
+        except NoReplica as error:
+            run.seen_version = self.fleet.version
+            hopeless = not self._may_wait(now) and not may_come(request, snapshots, context)
+            if hopeless or out_of_patience:
+                yield from self._end(run, now, run.last_error if run.num_tokens else error)
+            return
+        paused = placement.instance in run.tried and now < run.retry_at
+        if no_budget or paused:
+            if out_of_patience:
+                yield from self._end(run, now, run.last_error)
+            return
+        offer = run.ticket.offers[placement.site]
+        if offer.allocation != run.held_allocation or offer.max_charge_usu > run.held_usu:
+            run.moving_to = placement
+            yield MoveHold(
+                run_id=request.id,
+                allocation=str(offer.allocation),
+                amount_usu=offer.max_charge_usu,
+            )
+        else:
+            yield from self._send(run, placement, now)
+
+    def _on_hold_moved(self, run: Progress, now: float) -> Instructions:
+        if (placement := run.moving_to) is None:
+            return
+        offer = run.ticket.offers[placement.site]
+        run.held_allocation, run.held_usu = str(offer.allocation), offer.max_charge_usu
+        run.moving_to, run.seen_version = None, -1
+        # The fleet may have changed meanwhile, so the choice is made again, on the hold as it is.
+        yield from self._place(run, now)
+
+    def _send(self, run: Progress, placement: Placement, now: float) -> Instructions:
+        if run.attempt:
+            self._budget.withdraw()
+        run.attempt += 1
+        run.instance, run.placement = placement.instance, placement
+        run.state = RunState.DISPATCHED
+        run.sent_at, run.attempt_first_at = now, None
+        run.num_before = run.num_tokens
+        run.silent_until = self._silent_until(placement, now)
+        self.fleet.assign(now, placement.instance, run.ticket.request.id)
+        yield Emit(
+            run_id=run.ticket.request.id,
+            event=Placed(
+                attempt=run.attempt,
+                placement=placement,
+                because=run.last_error.message if run.last_error else None,
+            ),
+        )
+        yield SendTask(
+            run_id=run.ticket.request.id,
+            instance=placement.instance,
+            task=Task(
+                id=run.ticket.request.id,
+                attempt=run.attempt,
+                request=run.ticket.request,
+                digest=run.ticket.digest,
+                prefix=tuple(run.token_ids),
+                deadline_s=max(run.deadline_at - now, 0.001),
+                window=self._settings.window_events,
+            ),
+        )
+
+    def _silent_until(self, placement: Placement, now: float) -> float | None:
+        replica = self.fleet.get(placement.instance)
+        if replica is None or not replica.streams:
+            return None
+        chosen = next(one for one in placement.candidates if one.instance == placement.instance)
+        expected_s = chosen.cost_s["queue"] + chosen.cost_s["service"]
+        return now + max(self._settings.first_token_timeout_s, SILENCE_FACTOR * expected_s)
+
+    def _may_wait(self, now: float) -> bool:
+        return now - self._started_at < self._settings.patience_s
+
+    def _context(self, run: Progress, now: float) -> Context:
+        offers = run.ticket.offers
+        if run.refused_sites:
+            offers = {site: one for site, one in offers.items() if site not in run.refused_sites}
+        return Context(
+            model=run.ticket.model,
+            digest=run.ticket.digest,
+            offers=offers,
+            remaining_s=run.deadline_at - now,
+            settings=self._settings,
+            held_allocation=run.held_allocation,
+            held_usu=run.held_usu,
+            tried=frozenset(run.tried),
+        )
+
+    # ---- attempts -------------------------------------------------------------------------------
+
+    def _live(self, run_id: str, attempt: int) -> Progress | None:
+        """Return the run if this attempt of it is live; what older ones say is late."""
+        run = self.runs.get(run_id)
+        return run if run and run.instance is not None and run.attempt == attempt else None
+
+    def _on_attempt_event(self, event: AttemptEvent) -> Instructions:
+        run, now = self._live(event.run_id, event.attempt), event.now
+        if run is None:
+            return
+        match event.event:
+            case Token() as token:
+                if (violation := run.take(token, now)) is not None:
+                    yield from self._on_violation(run, now, violation)
+                elif run.cancel_until is None:
+                    yield Emit(run_id=event.run_id, event=token)
+            case Accepted(prompt_tokens=prompt_tokens):
+                run.state = RunState.RUNNING
+                if not run.prompt_tokens:
+                    run.prompt_tokens = min(prompt_tokens, run.ticket.prompt_tokens_bound)
+            case PromptScored() as scored:
+                if run.take_scores() and run.cancel_until is None:
+                    yield Emit(run_id=event.run_id, event=scored)
+            case Finished() as finished:
+                yield from self._on_finished(run, now, finished)
+            case Failed() as failed:
+                yield from self._on_failed(run, now, failed)
+
+    def _on_finished(self, run: Progress, now: float, finished: Finished) -> Instructions:
+        if not run.complete or len(finished.finish_reasons) != len(run.finishes):
+            yield from self._on_violation(run, now, "the end of a task that is not done")
+            return
+        instance = run.instance or ""
+        self.fleet.succeeded(instance)
+        if run.attempt_first_at is not None and not run.held_back:
+            self.fleet.observed(
+                now,
+                instance,
+                prompt_tokens=run.prompt_tokens,
+                first_token_s=run.attempt_first_at - run.sent_at,
+                decode_tokens_per_s=run.decode_tokens_per_s(),
+            )
+        run.finishes = list(finished.finish_reasons)
+        if run.cancel_until is None:
+            yield from self._complete(run, now, finished.usage)
+        else:
+            yield from self._end(run, now, RequestCancelled(), finished.usage)
+
+    def _on_failed(self, run: Progress, now: float, failed: Failed) -> Instructions:
+        error = failed.failure.to_error()
+        if run.cancel_until is not None:
+            yield from self._end(run, now, RequestCancelled(), failed.usage)
+        elif error.retryable or isinstance(error, RequestCancelled):
+            yield from self._on_lost(run, now, error)
+        else:
+            if isinstance(error, DeadlineExceeded):
+                error = _too_late(run)
+            usage = failed.usage if run.num_tokens or run.scored else None
+            yield from self._end(run, now, error, usage)
+
+    def _on_violation(self, run: Progress, now: float, reason: str) -> Instructions:
+        error = ProtocolViolation(peer=f"The instance {run.instance!r}", reason=reason)
+        yield AbandonAttempt(run_id=run.ticket.request.id, attempt=run.attempt)
+        yield from self._on_lost(run, now, error)
+
+    def _on_lost(self, run: Progress, now: float, error: FabricError) -> Instructions:
+        """The attempt is over without a result: go on elsewhere if that is allowed."""
+        instance = run.instance or ""
+        self.fleet.failed(now, instance)
+        self._detach(run)
+        if run.cancel_until is not None:
+            yield from self._end(run, now, RequestCancelled())
+        elif run.num_tokens and run.complete:
+            yield from self._complete(run, now, None)
+        elif run.num_tokens and not run.resumable:
+            yield from self._end(run, now, _broken(run, instance, error))
+        elif run.attempt >= self._settings.max_attempts:
+            yield from self._end(run, now, error)
+        else:
+            run.last_error = error
+            run.tried.add(instance)
+            run.state, run.waiting_since, run.seen_version = RunState.QUEUED, now, -1
+            run.retry_at = now + _backoff_s(run)
+            yield from self._place(run, now)
+
+    # ---- time and the client --------------------------------------------------------------------
+
+    def _on_tick(self, now: float) -> Instructions:
+        self.fleet.tick(now)
+        self._budget.refill(now)
+        for run in list(self.runs.values()):
+            run_id = run.ticket.request.id
+            if run.cancel_until is not None:
+                if now >= run.cancel_until:
+                    yield AbandonAttempt(run_id=run_id, attempt=run.attempt)
+                    yield from self._end(run, now, RequestCancelled())
+            elif now >= run.deadline_at:
+                if run.instance is not None:
+                    yield AbandonAttempt(run_id=run_id, attempt=run.attempt)
+                yield from self._end(run, now, _too_late(run))
+            elif run.instance is None:
+                if run.moving_to is None:
+                    yield from self._place(run, now)
+            elif run.silent_until is not None and now >= run.silent_until:
+                silence_s = round(now - run.sent_at, 1)
+                yield AbandonAttempt(run_id=run_id, attempt=run.attempt)
+                timeout = FirstTokenTimeout(instance=run.instance, timeout_s=silence_s)
+                yield from self._on_lost(run, now, timeout)
+
+    def _on_client_gone(self, run: Progress, now: float) -> Instructions:
+        if run.instance is None:
+            yield from self._end(run, now, RequestCancelled())
+        elif run.cancel_until is None:
+            run.cancel_until = now + self._settings.cancel_grace_s
+            yield CancelAttempt(
+                run_id=run.ticket.request.id, instance=run.instance, attempt=run.attempt
+            )
+
+    # ---- the end --------------------------------------------------------------------------------
+
+    def _complete(self, run: Progress, now: float, reported: Usage | None) -> Instructions:
+        placement = run.placement
+        assert placement is not None
+        usage = run.usage(reported)
+        charge_usu = run.charge_usu(usage)
+        completed = RunCompleted(
+            run=run.ticket.request.id,
+            model=run.ticket.model,
+            digest=run.ticket.digest,
+            site=placement.site,
+            instance=placement.instance,
+            attempts=run.attempt,
+            finish_reasons=tuple(reason for reason in run.finishes if reason is not None),
+            usage=usage,
+            charge_usu=charge_usu,
+            first_token_s=_since_start(run),
+            total_s=now - run.started_at,
+            placement=placement,
+        )
+        outcome = _outcome(run, now, RunState.COMPLETED, usage, charge_usu, None)
+        yield from self._close(run, outcome)
+        yield Emit(run_id=completed.run, event=completed)
+
+    def _end(
+        self, run: Progress, now: float, error: FabricError | None, reported: Usage | None = None
+    ) -> Instructions:
+        assert error is not None
+        usage = run.usage(reported)
+        charge_usu = run.charge_usu(usage)
+        cancelled = isinstance(error, RequestCancelled)
+        state = RunState.CANCELLED if cancelled else RunState.FAILED
+        yield from self._close(run, _outcome(run, now, state, usage, charge_usu, error.code))
+        yield Emit(
+            run_id=run.ticket.request.id,
+            event=RunFailed(
+                run=run.ticket.request.id,
+                failure=Failure.of(error),
+                usage=usage,
+                charge_usu=charge_usu,
+            ),
+        )
+
+    def _close(self, run: Progress, outcome: Outcome) -> Instructions:
+        """Forget the run and its attempt, and settle or return its hold."""
+        self._detach(run)
+        run_id = run.ticket.request.id
+        run.state = outcome.state
+        del self.runs[run_id]
+        if (site := run.paid_site) is None or outcome.usage == Usage():
+            yield Void(run_id=run_id, outcome=outcome)
+        else:
+            yield Settle(run_id=run_id, site=site, outcome=outcome)
+
+    def _detach(self, run: Progress) -> None:
+        if run.instance is not None:
+            self.fleet.release(run.instance, run.ticket.request.id)
+            run.instance, run.silent_until = None, None
+
+
+def _outcome(
+    run: Progress,
+    now: float,
+    state: RunState,
+    usage: Usage,
+    charge_usu: int,
+    failure_code: str | None,
+) -> Outcome:
+    return Outcome(
+        ticket=run.ticket,
+        state=state,
+        placement=run.placement,
+        attempts=run.attempt,
+        usage=usage,
+        charge_usu=charge_usu,
+        first_token_s=_since_start(run),
+        total_s=now - run.started_at,
+        failure_code=failure_code,
+    )
+
+
+def _since_start(run: Progress) -> float | None:
+    return None if run.first_token_at is None else run.first_token_at - run.started_at
+
+
+def _too_late(run: Progress) -> DeadlineExceeded:
+    return DeadlineExceeded(deadline_s=run.ticket.request.deadline_s, attempts=run.attempt)
+
+
+def _broken(run: Progress, instance: str, error: FabricError) -> StreamBroken:
+    if run.ticket.request.sampling.reproducible:
+        return StreamBroken(
+            instance=instance,
+            num_tokens=run.num_tokens,
+            cause=error.code,
+            why="only a single choice can be continued elsewhere",
+        )
+    return StreamBroken(instance=instance, num_tokens=run.num_tokens, cause=error.code)
+
+
+def _backoff_s(run: Progress) -> float:
+    """Return a pause with full jitter that is the same for the same run and attempt."""
+    drawn = blake2b(f"{run.ticket.request.id}/{run.attempt}".encode(), digest_size=4).digest()
+    return float(BACKOFF_S * 2**run.attempt * int.from_bytes(drawn) / 2**32)

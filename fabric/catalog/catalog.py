@@ -1,0 +1,321 @@
+"""The catalog: every method is one transaction, or part of the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Literal
+
+from fabric.catalog import launches, models, runs, sites
+from fabric.catalog.records import (
+    LaunchRecord,
+    ModelVersion,
+    RunRecord,
+    SiteRecord,
+    SiteState,
+    UsageSum,
+)
+from fabric.messages import InstanceState
+from fabric.sql import Database, utc_now
+
+LAUNCH_LIFETIME_S = 7 * 86_400.0
+"""How long a launch's token is good for, sessions that reconnect included."""
+
+
+class Catalog:
+    """Sites, model versions, launches and runs over one database.
+
+    In every ``modify_*``, ``None`` leaves a field as it is.
+
+    Args:
+        database: An open, migrated database.
+        clock: The wall clock.
+    """
+
+    def __init__(self, database: Database, *, clock: Callable[[], datetime] = utc_now) -> None:
+        self._database = database
+        self._clock = clock
+
+    # Sites
+
+    def add_site(
+        self,
+        name: str,
+        *,
+        display: str = "",
+        channel: Literal["session", "parsl"] = "session",
+        state: SiteState = "enabled",
+        facts: Mapping[str, object] | None = None,
+    ) -> SiteRecord:
+        """Store a new site; ``facts`` is what its file says of it.
+
+        Raises:
+            Duplicate: There is a site of this name.
+        """
+        site = SiteRecord(
+            name=name,
+            display=display or name,
+            channel=channel,
+            state=state,
+            facts=facts or {},
+            created_at=self._clock(),
+        )
+        with self._database.transaction() as connection:
+            sites.add(connection, site)
+        return site
+
+    def get_site(self, name: str) -> SiteRecord:
+        """Return a site.
+
+        Raises:
+            UnknownSite: There is none of this name.
+        """
+        with self._database.read() as connection:
+            return sites.get(connection, name)
+
+    def sites(self) -> list[SiteRecord]:
+        """Return all sites, in order of name."""
+        with self._database.read() as connection:
+            return sites.listed(connection)
+
+    def modify_site(
+        self,
+        name: str,
+        *,
+        display: str | None = None,
+        channel: Literal["session", "parsl"] | None = None,
+        state: SiteState | None = None,
+        facts: Mapping[str, object] | None = None,
+    ) -> SiteRecord:
+        """Change a site's fields.
+
+        Raises:
+            UnknownSite: There is none of this name.
+        """
+        changes = _given(display=display, channel=channel, state=state, facts=facts)
+        with self._database.transaction() as connection:
+            return sites.modify(connection, name, changes)
+
+    def delete_site(self, name: str) -> None:
+        """Forget a site and its launches, whose tokens are void at once. Its runs stay on record.
+
+        Raises:
+            UnknownSite: There is none of this name.
+        """
+        with self._database.transaction() as connection:
+            sites.remove(connection, name)
+
+    # Models
+
+    def add_model(
+        self,
+        name: str,
+        revision: str,
+        *,
+        context_tokens: int,
+        source: str,
+        dtype: str | None = None,
+        digest: str | None = None,
+    ) -> ModelVersion:
+        """Store a new version, which is from now on what ``name`` alone resolves to.
+
+        Args:
+            name: The model's name.
+            revision: The version's.
+            context_tokens: The most tokens of prompt and output together.
+            source: Where the weights are.
+            dtype: What they are computed in; ``None`` leaves it to the sites.
+            digest: Of the tensors; by default the first instance to report one fixes it.
+
+        Raises:
+            Duplicate: The model has this revision.
+        """
+        model = ModelVersion(
+            name=name,
+            revision=revision,
+            digest=digest,
+            context_tokens=context_tokens,
+            dtype=dtype,
+            source=source,
+            created_at=self._clock(),
+        )
+        with self._database.transaction() as connection:
+            models.add(connection, model)
+        return model
+
+    def resolve(self, ref: str) -> ModelVersion:
+        """Return the version that ``name``, ``name@revision`` or ``name@digest`` names.
+
+        A name alone names its newest version.
+
+        Raises:
+            UnknownModel: There is none; the error lists those there are.
+        """
+        with self._database.read() as connection:
+            return models.resolve(connection, ref)
+
+    def models(self) -> list[ModelVersion]:
+        """Return all versions: by name, the newest of each first."""
+        with self._database.read() as connection:
+            return models.listed(connection)
+
+    def modify_model(
+        self,
+        ref: str,
+        *,
+        context_tokens: int | None = None,
+        source: str | None = None,
+        dtype: str | None = None,
+    ) -> ModelVersion:
+        """Change a version's fields; its digest stays what it is.
+
+        Raises:
+            UnknownModel: There is no such version.
+        """
+        changes = _given(context_tokens=context_tokens, source=source, dtype=dtype)
+        with self._database.transaction() as connection:
+            return models.modify(connection, ref, changes)
+
+    def delete_model(self, ref: str) -> ModelVersion:
+        """Forget one version and return it. Its runs stay on record.
+
+        Raises:
+            UnknownModel: There is no such version.
+            RequestInvalid: A name alone was given, and it has several versions.
+        """
+        with self._database.transaction() as connection:
+            return models.remove(connection, ref)
+
+    def register_digest(self, ref: str, digest: str) -> ModelVersion:
+        """Fix a version's digest by the first report of it; check it at every later one.
+
+        Raises:
+            UnknownModel: There is no such version.
+            DigestMismatch: The version has another digest.
+        """
+        with self._database.transaction() as connection:
+            return models.register_digest(connection, ref, digest)
+
+    # Launches
+
+    def add_launch(
+        self, site: str, model: str, *, lifetime_s: float = LAUNCH_LIFETIME_S
+    ) -> tuple[LaunchRecord, str]:
+        """Permit one instance to join; return its record and its token, shown only here.
+
+        Args:
+            site: Where it will run.
+            model: What it will run, in any form ``resolve`` takes.
+            lifetime_s: Seconds the token is good for.
+
+        Raises:
+            UnknownSite: There is no such site.
+            UnknownModel: There is no such version.
+        """
+        with self._database.transaction() as connection:
+            return launches.add(connection, site, model, lifetime_s, self._clock())
+
+    def authenticate_launch(self, token: str | None) -> LaunchRecord:
+        """Return the launch a token was given to.
+
+        Raises:
+            KeyInvalid: The token is unknown, or its launch has ended.
+            KeyExpired: The token's time is over.
+        """
+        with self._database.read() as connection:
+            return launches.authenticate(connection, token, self._clock())
+
+    def launch(self, instance: str, *, site: str | None = None) -> LaunchRecord:
+        """Return a launch, of any site or of one.
+
+        Raises:
+            NotFound: There is none, or it is another site's.
+        """
+        with self._database.read() as connection:
+            return launches.get(connection, instance, site=site)
+
+    def launches(self, *, site: str | None = None, ended: bool = False) -> list[LaunchRecord]:
+        """Return launches that have not ended (or all, with ``ended``), newest first."""
+        with self._database.read() as connection:
+            return launches.listed(connection, site=site, ended=ended)
+
+    def set_launch_state(self, instance: str, state: InstanceState) -> LaunchRecord:
+        """Note where an instance is in its life; one that has ended stays ended.
+
+        Raises:
+            NotFound: There is no such launch.
+        """
+        with self._database.transaction() as connection:
+            return launches.change(connection, instance, {"state": state}, site=None)
+
+    def end_launch(
+        self, instance: str, reason: str, *, failed: bool = False, site: str | None = None
+    ) -> LaunchRecord:
+        """Void a launch's token. The first ending and its reason stay.
+
+        Args:
+            instance: The launch.
+            reason: Why it ended.
+            failed: Whether by an error.
+            site: If given, only this site's launches are there.
+
+        Raises:
+            NotFound: There is none, or it is another site's.
+        """
+        changes = {
+            "state": InstanceState.FAILED if failed else InstanceState.STOPPED,
+            "ended_at": self._clock(),
+            "ended_reason": reason,
+        }
+        with self._database.transaction() as connection:
+            return launches.change(connection, instance, changes, site=site)
+
+    # Runs
+
+    def record_run(self, run: RunRecord) -> None:
+        """Store a run as it is now, in place of what was stored of it before.
+
+        A run of the same id that belongs to another project is left alone.
+        """
+        self.record_runs([run])
+
+    def record_runs(self, records: Sequence[RunRecord]) -> None:
+        """Store several runs in one transaction."""
+        with self._database.transaction() as connection:
+            runs.record(connection, records)
+
+    def run(self, run: str, *, project: str | None = None) -> RunRecord:
+        """Return a run, of any project (``None``, for administrators) or of one.
+
+        Raises:
+            NotFound: There is none, or it is another project's.
+        """
+        with self._database.read() as connection:
+            return runs.get(connection, run, project=project)
+
+    def runs(
+        self,
+        project: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int = 100,
+    ) -> list[RunRecord]:
+        """Return at most ``limit`` runs made in a period (``until`` excluded), newest first."""
+        with self._database.read() as connection:
+            return runs.listed(connection, project, since=since, until=until, limit=limit)
+
+    def usage(
+        self,
+        project: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[UsageSum]:
+        """Return what the runs made in a period add up to, by model and site."""
+        with self._database.read() as connection:
+            return runs.usage(connection, project, since=since, until=until)
+
+
+def _given(**fields: object) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if value is not None}

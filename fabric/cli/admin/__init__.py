@@ -1,0 +1,1 @@
+"""What administrators can do, a file a noun, with the verbs add, show, modify and delete."""

@@ -1,0 +1,96 @@
+"""The hub's database, opened by the commands that work on it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from fabric.cli.exits import Exit
+from fabric.cli.options import output_options
+
+if TYPE_CHECKING:
+    from fabric.auth import Keys
+    from fabric.catalog import Catalog
+    from fabric.ledger import Ledger
+    from fabric.sql import Database
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Books:
+    """The rooms that keep records, over one open database."""
+
+    database: Database
+    keys: Keys
+    catalog: Catalog
+    ledger: Ledger
+
+
+def database_options(function: Command) -> Command:
+    """Add ``--database`` to ``output_options``; the function gets ``books`` and ``output``."""
+
+    @output_options
+    @click.option("--database", "database_url", metavar="URL", help="The hub's database.")
+    @functools.wraps(function)
+    def wrapper(*args: Any, database_url: str | None, **kwargs: Any) -> Any:
+        from fabric.auth import Keys
+        from fabric.catalog import Catalog
+        from fabric.config import StateDir, load_settings
+        from fabric.ledger import Ledger
+        from fabric.sql import Database, migrate
+
+        settings = load_settings({"hub.database_url": database_url})
+        if settings.hub.database_url is None:
+            StateDir(settings.state_dir).create()
+        with Database(settings.get_database_url()) as database:
+            migrate(database)
+            books = Books(
+                database=database,
+                keys=Keys(database),
+                catalog=Catalog(database),
+                ledger=Ledger(database),
+            )
+            return function(*args, books=books, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something is lost; end the command unless the answer is yes.
+
+    Where nobody can answer, ``--yes`` is needed.
+    """
+    if not yes and not (sys.stdin.isatty() and click.confirm(question, err=True)):
+        click.echo("Nothing was changed; -y does it without asking.", err=True)
+        click.get_current_context().exit(Exit.REFUSED)
+
+
+class UtcTime(click.DateTime):
+    """A date or a time in UTC on the command line."""
+
+    name = "time"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime:
+        """Return the time."""
+        parsed: datetime = super().convert(value, param, ctx)
+        return parsed.replace(tzinfo=UTC)
+
+
+UTC_TIME = UtcTime()
+
+
+def day(at: datetime | None, otherwise: str = "") -> str:
+    """Return a time as people read it."""
+    return otherwise if at is None else f"{at:%Y-%m-%d %H:%M}"

@@ -1,0 +1,62 @@
+"""``fabric usage``: allocations and charges."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fabric.cli.money import su
+from fabric.cli.options import client_options
+from fabric.cli.output import Column, Output, note, short
+
+if TYPE_CHECKING:
+    from fabric.sdk import Fabric
+
+
+@click.command()
+@click.option("--since", type=click.DateTime(), help="Only what was charged since then (UTC).")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True)
+@client_options
+def usage(since: object, limit: int, fabric: Fabric, output: Output) -> None:
+    """Show what your project may spend, and what it was charged."""
+    statement = fabric.usage(since=f"{since:%Y-%m-%dT%H:%M:%SZ}" if since else None, limit=limit)
+    if output.is_json:
+        output.json(statement)
+        return
+    output.table(
+        ["SITE", Column("AVAILABLE SU", numeric=True), Column("HELD SU", numeric=True), "ENDS"],
+        [
+            (
+                "any" if account.site == "*" else account.site,
+                su(account.available_usu),
+                su(account.held_usu),
+                account.ends_at[:19] if account.ends_at else "never",
+            )
+            for account in statement.allocations
+        ],
+        title=f"Allocations of {statement.project}",
+        empty="There are none; an administrator adds one with `fabric-admin alloc add`.",
+    )
+    output.table(
+        [
+            *("WHEN (UTC)", "WHAT", "MODEL", "SITE", "RUN"),
+            *(Column("SU", numeric=True), Column("BALANCE SU", numeric=True)),
+        ],
+        [
+            (
+                line.at[:19].replace("T", " "),
+                line.kind,
+                line.model,
+                line.site,
+                short(line.run) if line.run else line.memo,
+                su(line.amount_usu),
+                su(line.balance_usu),
+            )
+            for line in statement.lines
+        ],
+        title="Statement",
+        empty="Nothing was charged.",
+    )
+    if not statement.complete:
+        note("There are older lines; --limit shows more.")

@@ -1,0 +1,52 @@
+"""The two command lines. Nothing but click is imported before a command is called."""
+
+from __future__ import annotations
+
+import click
+
+from fabric import __version__
+from fabric.cli.exits import EPILOG
+from fabric.cli.lazy import LazyGroup
+
+_COMMANDS = "fabric.cli.commands"
+_ADMIN = "fabric.cli.admin"
+
+_USER_TABLE = {
+    "up": (f"{_COMMANDS}.up", "Start a hub and local sites on this machine."),
+    "down": (f"{_COMMANDS}.down", "End what `fabric up` started."),
+    "demo": (f"{_COMMANDS}.demo", "Watch a federation answer, lose a site, and answer again."),
+    "status": (f"{_COMMANDS}.status", "Show the hub, who you are to it, and its sites."),
+    "query": (f"{_COMMANDS}.query", "Ask one question."),
+    "chat": (f"{_COMMANDS}.chat", "Talk with a model."),
+    "models": (f"{_COMMANDS}.models", "List the models."),
+    "sites": (f"{_COMMANDS}.sites", "List the sites and their replicas."),
+    "explain": (f"{_COMMANDS}.explain", "Show where a request would run, and why."),
+    "runs": (f"{_COMMANDS}.runs", "List your runs, or show one."),
+    "usage": (f"{_COMMANDS}.usage", "Show allocations and charges."),
+    "config": (f"{_COMMANDS}.config", "Show settings and where they come from."),
+}
+
+_ADMIN_TABLE = {
+    "hub": ("fabric.cli.hub", "Serve a hub in the foreground."),
+    "site": (f"{_ADMIN}.site", "Places where models run."),
+    "model": (f"{_ADMIN}.model", "Versions of models that may be asked."),
+    "project": (f"{_ADMIN}.project", "Who is charged."),
+    "key": (f"{_ADMIN}.key", "API keys of a project."),
+    "alloc": (f"{_ADMIN}.alloc", "What a project may spend at a site."),
+    "rate": (f"{_ADMIN}.rate", "What tokens cost."),
+    "db": (f"{_ADMIN}.db", "The hub's database."),
+}
+
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=LazyGroup, table=_USER_TABLE, epilog=EPILOG, context_settings=_SETTINGS)
+@click.version_option(__version__, message="fabric %(version)s")
+def fabric() -> None:
+    """Ask large models at research computing centres."""
+
+
+@click.group(cls=LazyGroup, table=_ADMIN_TABLE, epilog=EPILOG, context_settings=_SETTINGS)
+@click.version_option(__version__, message="fabric-admin %(version)s")
+def fabric_admin() -> None:
+    """Administer a hub: works on its database (--database, or the setting hub.database_url)."""

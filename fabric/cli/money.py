@@ -1,0 +1,39 @@
+"""Service units as people write them; inside, amounts are integer micro-SU."""
+
+from __future__ import annotations
+
+from decimal import Decimal, InvalidOperation
+
+import click
+
+USU_PER_SU = 1_000_000
+
+
+def su(amount_usu: int) -> str:
+    """Return micro-SU as SU with six decimals: ``12.000345``."""
+    sign = "-" if amount_usu < 0 else ""
+    whole, rest = divmod(abs(amount_usu), USU_PER_SU)
+    return f"{sign}{whole:,}.{rest:06d}"
+
+
+class SuType(click.ParamType):
+    """An amount of SU on the command line; its value is micro-SU."""
+
+    name = "SU"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Return the micro-SU."""
+        if isinstance(value, int):
+            return value
+        try:
+            amount_usu = Decimal(str(value).replace(",", "")) * USU_PER_SU
+        except InvalidOperation:
+            self.fail(f"{value!r} is not an amount of SU, such as 10 or 0.5", param, ctx)
+        if not amount_usu.is_finite() or amount_usu != amount_usu.to_integral_value():
+            self.fail(f"{value!r} is not a whole number of micro-SU (six decimals)", param, ctx)
+        return int(amount_usu)
+
+
+SU = SuType()

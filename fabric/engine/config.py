@@ -1,0 +1,47 @@
+"""How an engine runs. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fabric.errors import SettingInvalid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Limits and choices of one engine.
+
+    Args:
+        dtype: Of the weights and the KV cache.
+        num_threads: Threads torch uses for one operation; 0 leaves torch's default.
+        cache_bytes: Memory of the KV cache.
+        max_rows: The most choices that run at once.
+        step_tokens: The most tokens in one step: a decoding row takes one, prefill the rest. More
+            means a faster prefill and longer pauses for the rows that decode meanwhile.
+        context_tokens: The longest row; ``None``: as long as the model allows.
+
+    Raises:
+        SettingInvalid: A number is out of range.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    num_threads: int = 0
+    cache_bytes: int = 512 * 2**20
+    max_rows: int = 64
+    step_tokens: int = 256
+    context_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for setting, least in (("num_threads", 0), ("cache_bytes", 1), ("max_rows", 1)):
+            if getattr(self, setting) < least:
+                self._refuse(setting, f"it must be at least {least}")
+        if self.step_tokens <= self.max_rows:
+            self._refuse("step_tokens", "it must be over max_rows, or prefill could never run")
+        if self.context_tokens is not None and self.context_tokens < 1:
+            self._refuse("context_tokens", "it must be at least 1")
+
+    def _refuse(self, setting: str, reason: str) -> None:
+        raise SettingInvalid(
+            setting=f"engine.{setting}", value=getattr(self, setting), reason=reason
+        )

@@ -1,0 +1,138 @@
+"""Loads a causal language model with its tokenizer, and digests its tensors."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import blake3
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from fabric.engine.source import ModelSource
+from fabric.errors import DigestMismatch, FabricError, ModelNotLoadable
+
+__all__ = ["LoadedModel", "ModelSource", "digest_of", "load_model"]
+
+_logger = getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run, with what the engine needs to know of it.
+
+    ``eos_ids`` end a row, as in transformers' ``generate``. ``context_tokens`` is the longest row
+    the positions allow, ``None`` where the model sets no limit.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    digest: str
+    eos_ids: frozenset[int]
+    context_tokens: int | None
+    vocabulary: int
+
+
+def load_model(
+    source: ModelSource, *, name: str, dtype: str, expected_digest: str | None = None
+) -> LoadedModel:
+    """Load the model and check its digest.
+
+    Args:
+        source: Where its files are.
+        name: What errors call it.
+        dtype: ``float32`` or ``bfloat16``, of all tensors. The digest is of tensors in this dtype.
+        expected_digest: As ``digest_of`` gives it; ``None`` takes any.
+
+    Raises:
+        ModelNotLoadable: Files are missing, damaged or of a kind that cannot be served.
+        DigestMismatch: The tensors are not those of ``expected_digest``.
+    """
+    started = time.perf_counter()
+    path = source.resolve()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, tokenizer = _read(path, getattr(torch, dtype))
+    except FabricError:
+        raise
+    except Exception as error:  # the parsers raise whatever a file they did not foresee makes them
+        reason = f"{type(error).__name__}: {error}".strip().rstrip(".:")
+        raise ModelNotLoadable(model=name, reason=f"{source} cannot be read ({reason})") from error
+    model.eval().requires_grad_(False)
+    read_s = time.perf_counter() - started
+    digest = digest_of(model)
+    if expected_digest is not None and digest != expected_digest:
+        raise DigestMismatch(name=name, expected=expected_digest, actual=digest)
+    _logger.info(
+        "model loaded",
+        extra={
+            "model": name,
+            "digest": digest,
+            "read_s": round(read_s, 3),
+            "digest_s": round(time.perf_counter() - started - read_s, 3),
+        },
+    )
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        digest=digest,
+        eos_ids=_eos_ids(model, tokenizer),
+        context_tokens=getattr(model.config, "max_position_embeddings", None),
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+    )
+
+
+def digest_of(model: PreTrainedModel) -> str:
+    """Return ``blake3:<hex>`` over the tensors' names, dtypes, shapes and bytes, sorted by name.
+
+    Tied tensors count once, under the name that sorts first. Bytes are little-endian and
+    row-major, as in a safetensors file.
+    """
+    hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in sorted(model.state_dict().items()):
+        identity = (tensor.data_ptr(), tensor.shape)
+        if identity in seen:
+            continue
+        seen.add(identity)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        hasher.update(f"{name}\0{dtype}\0{list(tensor.shape)}\0".encode())
+        flat = tensor.detach().contiguous().reshape(-1)
+        hasher.update(memoryview(flat.view(torch.uint8).numpy()))
+    return f"blake3:{hasher.hexdigest()}"
+
+
+def _read(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    if path.is_file():
+        from fabric.engine.gguf import load_gguf  # a directory needs no GGUF reader
+
+        return load_gguf(path, dtype)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(path, **local)
+    if config.is_encoder_decoder:
+        raise ModelNotLoadable(
+            model=str(path), reason=f"{config.model_type} is an encoder-decoder, not a causal model"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=dtype, use_safetensors=True, **local
+    )
+    return model, AutoTokenizer.from_pretrained(path, **local)
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    for owner in (generation, model.config, tokenizer):
+        ids = getattr(owner, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()

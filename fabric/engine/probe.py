@@ -1,0 +1,116 @@
+"""Finds out, by running it, whether a model can be served and what its cache has to hold."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fabric.engine.cache import BLOCK_TOKENS, CacheBlocks, LayerShape
+from fabric.engine.runner import Chunk, Runner, run_ragged, use_our_attention
+from fabric.errors import ModelNotLoadable
+
+_NUM_TOKENS = 2 * BLOCK_TOKENS + 3
+_NOT_COMPUTED = {"softcap": "soft-capped scores", "s_aux": "attention sinks"}
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Of the logits' distance to the model's own attention, relative to their norm."""
+
+
+def observe_layers(
+    model: PreTrainedModel, *, name: str, context_tokens: int
+) -> tuple[LayerShape, ...]:
+    """Run a few tokens and return what each layer keeps of a token.
+
+    Shapes are observed, because configurations name them differently in every family. The model
+    is left with our attention in place.
+
+    Raises:
+        ModelNotLoadable: The model's attention is not one we can compute.
+    """
+    if model.config.is_encoder_decoder:
+        raise ModelNotLoadable(model=name, reason="it is an encoder-decoder, not a causal model")
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise ModelNotLoadable(model=name, reason="it cannot compute logits of chosen tokens only")
+    if not model._can_set_attn_implementation():
+        raise ModelNotLoadable(
+            model=name,
+            reason=f"{type(model).__name__} does not use transformers' attention interface",
+        )
+    use_our_attention(model)
+    seen: dict[int, LayerShape] = {}
+
+    def attend(
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        options: Mapping[str, object],
+    ) -> Tensor:
+        _refuse_options(options, name=name, context_tokens=context_tokens)
+        seen[layer] = LayerShape(num_heads=k.shape[1], key_size=k.shape[2], value_size=v.shape[2])
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    run_ragged(model, [Chunk(tokens=_tokens(model), start=0, blocks=(), num_wanted=1)], attend)
+    num_layers = model.config.num_hidden_layers
+    if sorted(seen) != list(range(num_layers)):
+        raise ModelNotLoadable(
+            model=name,
+            reason=f"only {len(seen)} of its {num_layers} layers use attention with a KV cache",
+        )
+    return tuple(shape for _, shape in sorted(seen.items()))
+
+
+def verify_runner(runner: Runner, model: PreTrainedModel, *, name: str) -> None:
+    """Compare prefill, a second chunk and decoding with the model's own attention.
+
+    What an option of the attention does not announce (biases, position encodings) shows here.
+
+    Raises:
+        ModelNotLoadable: The logits differ by more than rounding.
+    """
+    tokens = _tokens(model)
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
+    use_our_attention(model)
+    blocks = CacheBlocks(runner.num_blocks)
+    table = blocks.take(-(-_NUM_TOKENS // BLOCK_TOKENS))
+    borders = (0, 5, _NUM_TOKENS - 1, _NUM_TOKENS)
+    logits = [
+        runner.forward([Chunk(tokens=tokens[a:b], start=a, blocks=table, num_wanted=b - a)])
+        for a, b in itertools.pairwise(borders)
+    ]
+    runner.cache.wipe(table)
+    distance = float((torch.cat(logits) - expected).norm() / expected.norm())
+    if not distance <= _TOLERANCE[model.dtype]:
+        raise ModelNotLoadable(
+            model=name,
+            reason=f"its logits through the engine's attention are off by {distance:.2g} of"
+            " their norm, so that attention has a part which the engine does not compute",
+        )
+
+
+def _refuse_options(options: Mapping[str, object], *, name: str, context_tokens: int) -> None:
+    for option, meaning in _NOT_COMPUTED.items():
+        if options.get(option) is not None:
+            raise ModelNotLoadable(model=name, reason=f"it needs {meaning} in its attention")
+    window = options.get("sliding_window")
+    if isinstance(window, int) and window < context_tokens:
+        raise ModelNotLoadable(
+            model=name,
+            reason=f"its attention slides over a window of {window} tokens, shorter than the"
+            f" context of {context_tokens}; set context_tokens to at most {window}",
+        )
+
+
+def _tokens(model: PreTrainedModel) -> list[int]:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return [(7 * i * i + 3 * i + 1) % vocabulary for i in range(_NUM_TOKENS)]

@@ -1,0 +1,119 @@
+"""A task inside the engine: its choices as rows, and what it has used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fabric.engine.cache import BLOCK_TOKENS
+from fabric.engine.interface import EventSink
+from fabric.engine.sampling import Score
+from fabric.engine.text import TextStream
+from fabric.messages import Sampling, Task, Usage
+from fabric.messages.events import FinishReason
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Row:
+    """One choice of a task: its tokens, and how many of them have keys in the cache."""
+
+    active: ActiveTask
+    choice: int
+    tokens: list[int]
+    stream: TextStream
+    blocks: list[int] = field(default_factory=list)
+    num_cached: int = 0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens still to run before the next one can be chosen."""
+        return len(self.tokens) - self.num_cached
+
+    @property
+    def position(self) -> int:
+        """The position of the next generated token."""
+        return len(self.tokens) - len(self.active.prompt)
+
+    def append(self, token_id: int) -> str:
+        """Add a generated token and return what became readable; ``finish_reason`` may be set.
+
+        A token that ends the row has no text of its own; with it comes what was held back.
+        """
+        self.tokens.append(token_id)
+        ends = token_id in self.active.end_ids
+        text = "" if ends else self.stream.push(token_id)
+        full = self.position >= self.active.max_tokens
+        if (ends or full) and not self.stream.stopped:
+            text += self.stream.flush()
+        if ends or self.stream.stopped:
+            self.finish_reason = "stop"
+        elif full:
+            self.finish_reason = "length"
+        return text
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class ActiveTask:
+    """A task in the engine. Times are of ``time.monotonic``."""
+
+    task: Task
+    sink: EventSink
+    prompt: list[int]
+    max_tokens: int
+    end_ids: frozenset[int]
+    """Tokens that end a row."""
+    seed: int
+    received_at: float
+    rows: list[Row] = field(default_factory=list)
+    fork_blocks: list[int] = field(default_factory=list)
+    """Taken for the choices that branch off when the prompt has run."""
+    scores: list[Score | None] = field(default_factory=list)
+    """Of the prompt's tokens, as far as they have run; the first has none."""
+    usage: Usage = field(default_factory=Usage)
+    deaf: bool = False
+    """Whether its sink has raised; nobody is left to run it for."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its tokens are chosen."""
+        return self.task.request.sampling
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether its prompt is scored; one that resumes has delivered the scores before."""
+        return self.sampling.prompt_logprobs and not self.task.prefix
+
+    @property
+    def prompt_done(self) -> bool:
+        """Whether the whole prompt has run."""
+        return self.rows[0].num_cached >= len(self.prompt)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has ended."""
+        return all(row.finish_reason for row in self.rows)
+
+    def end_empty(self) -> None:
+        """End every choice without a token."""
+        for row in self.rows:
+            row.finish_reason = "length"
+
+    @property
+    def num_open(self) -> int:
+        """Choices that have not ended."""
+        return sum(row.finish_reason is None for row in self.rows)
+
+    @property
+    def blocks_shared(self) -> int:
+        """Full blocks of the prompt, which all choices hold together."""
+        return len(self.prompt) // BLOCK_TOKENS
+
+    @property
+    def blocks_own(self) -> int:
+        """Blocks that each choice needs for itself."""
+        return -(-(len(self.prompt) + self.max_tokens) // BLOCK_TOKENS) - self.blocks_shared
+
+    @property
+    def blocks_needed(self) -> int:
+        """Blocks of the task at its longest."""
+        return self.blocks_shared + self.sampling.n * self.blocks_own

@@ -1,0 +1,99 @@
+"""Starting instances, and what goes wrong inside them: launch and engine."""
+
+from __future__ import annotations
+
+from fabric.errors.base import FabricError
+
+
+class LaunchError(FabricError):
+    """An instance could not be started."""
+
+    code = "launch_error"
+    http_status = 503
+
+
+class BlockFailed(LaunchError):
+    """The block ended before or while its instance ran."""
+
+    code = "block_failed"
+
+    def __init__(self, *, site: str, reason: str, log_path: str = "") -> None:
+        where = f" Its log is {log_path}." if log_path else ""
+        super().__init__(
+            f"The block at site {site!r} failed: {reason}.{where}",
+            site=site,
+            reason=reason,
+            log_path=log_path,
+        )
+
+
+class CanaryFailed(LaunchError):
+    """The instance loaded but did not generate its canary."""
+
+    code = "canary_failed"
+
+    def __init__(self, *, model: str, reason: str) -> None:
+        super().__init__(
+            f"The model {model!r} loaded but its canary failed: {reason}. The instance does not"
+            " join the pool.",
+            model=model,
+            reason=reason,
+        )
+
+
+class EngineError(FabricError):
+    """The model engine could not do its part."""
+
+    code = "engine_error"
+
+
+class ModelNotLoadable(EngineError):
+    """The model's files are missing or of a kind that cannot be served."""
+
+    code = "model_not_loadable"
+
+    def __init__(self, *, model: str, reason: str) -> None:
+        super().__init__(
+            f"The model {model!r} cannot be loaded: {reason}.", model=model, reason=reason
+        )
+
+
+class RowFailed(EngineError):
+    """One request's row failed; others go on."""
+
+    code = "row_failed"
+
+    def __init__(self, *, reason: str) -> None:
+        super().__init__(
+            f"The engine ended this request alone: {reason}. Other requests are not affected.",
+            reason=reason,
+        )
+
+
+class CacheExhausted(EngineError):
+    """The request can never fit this instance's KV cache."""
+
+    code = "cache_exhausted"
+    http_status = 400
+
+    def __init__(self, *, needed_tokens: int, cache_tokens: int) -> None:
+        super().__init__(
+            f"The request needs {needed_tokens} tokens of KV cache and the instance has"
+            f" {cache_tokens}; ask for fewer tokens or choices.",
+            needed_tokens=needed_tokens,
+            cache_tokens=cache_tokens,
+        )
+
+
+class EngineStopped(EngineError):
+    """The engine is draining or has ended and takes no new rows."""
+
+    code = "engine_stopped"
+    http_status = 503
+    retryable = True
+
+    def __init__(self, *, reason: str) -> None:
+        super().__init__(
+            f"The instance takes no new requests: {reason}. The request may be sent elsewhere.",
+            reason=reason,
+        )

@@ -1,0 +1,69 @@
+"""Settings, files and the state of this machine."""
+
+from __future__ import annotations
+
+from fabric.errors.base import FabricError
+
+
+class ConfigError(FabricError):
+    """A setting, a file or the state of this machine does not allow the command."""
+
+    code = "config_error"
+    http_status = 500
+
+
+class SettingInvalid(ConfigError):
+    """A setting has a value that cannot be used."""
+
+    code = "setting_invalid"
+
+    def __init__(self, *, setting: str, value: object, reason: str, source: str = "") -> None:
+        where = f" (from {source})" if source else ""
+        super().__init__(
+            f"The setting {setting!r} has the value {value!r}{where}, which cannot be used:"
+            f" {reason}.",
+            setting=setting,
+            value=str(value),
+            reason=reason,
+            source=source,
+        )
+
+
+class PortInUse(ConfigError):
+    """Another process listens on the port the hub was given."""
+
+    code = "port_in_use"
+
+    def __init__(self, *, host: str, port: int) -> None:
+        super().__init__(
+            f"Port {port} on {host} is in use by another process; stop that process or choose"
+            " another port with --port.",
+            host=host,
+            port=port,
+        )
+
+
+class AlreadyRunning(ConfigError):
+    """A federation is already up in this state directory."""
+
+    code = "already_running"
+
+    def __init__(self, *, url: str, state_dir: str) -> None:
+        super().__init__(
+            f"A federation is already up at {url} (state in {state_dir}); use it, end it with"
+            " `fabric down`, or choose another --state-dir.",
+            url=url,
+            state_dir=state_dir,
+        )
+
+
+class NotRunning(ConfigError):
+    """No federation is up in this state directory."""
+
+    code = "not_running"
+
+    def __init__(self, *, state_dir: str) -> None:
+        super().__init__(
+            f"No federation is up (state directory {state_dir}); start one with `fabric up`.",
+            state_dir=state_dir,
+        )

@@ -1,0 +1,11 @@
+"""The gateway: the hub's HTTP and WebSocket face.
+
+OpenAI's routes, the fabric's own, and the sessions of instances, behind one check of callers.
+"""
+
+from fabric.gateway.app import create_app
+from fabric.gateway.hub import GatewaySettings
+from fabric.gateway.metrics import Metrics
+from fabric.gateway.server import get_server_config
+
+__all__ = ["GatewaySettings", "Metrics", "create_app", "get_server_config"]

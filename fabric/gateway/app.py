@@ -1,0 +1,95 @@
+"""The hub's ASGI application."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from fabric import __version__
+from fabric.auth import Keys
+from fabric.broker import Broker
+from fabric.catalog import Catalog
+from fabric.errors import FabricError
+from fabric.gateway import (
+    chat,
+    completions,
+    fabric_routes,
+    launch_routes,
+    model_routes,
+    operations,
+    refusals,
+    session_route,
+)
+from fabric.gateway.access import undeclared
+from fabric.gateway.bodies import BodyLimit
+from fabric.gateway.hub import GatewaySettings, Hub
+from fabric.gateway.metrics import Metrics
+from fabric.gateway.request_ids import RequestIds
+from fabric.ledger import Ledger
+from fabric.sql import Offload
+
+ROUTERS = (
+    model_routes.router,
+    completions.router,
+    chat.router,
+    fabric_routes.router,
+    fabric_routes.anyone,
+    launch_routes.router,
+    session_route.router,
+    operations.router,
+)
+
+
+def create_app(
+    *,
+    broker: Broker,
+    catalog: Catalog,
+    keys: Keys,
+    ledger: Ledger,
+    offload: Offload,
+    metrics: Metrics,
+    settings: GatewaySettings = GatewaySettings(),  # noqa: B008
+) -> FastAPI:
+    """Return the application. The caller starts and closes the broker.
+
+    Args:
+        broker: Runs the requests; ``metrics`` is its observer.
+        catalog: Sites, models, launches and runs.
+        keys: Who calls.
+        ledger: What callers have.
+        offload: Runs what asks the database.
+        metrics: What ``/metrics`` shows.
+        settings: Caps and intervals.
+    """
+    app = FastAPI(
+        title="Fabric",
+        version=__version__,
+        openapi_url=None,
+        # Not included as routers: the routes, with what they declare, stay open to inspection.
+        routes=[route for router in ROUTERS for route in router.routes],
+        middleware=[
+            Middleware(RequestIds),
+            Middleware(BodyLimit, limit_bytes=settings.body_limit_bytes),
+        ],
+        exception_handlers={
+            FabricError: refusals.on_fabric_error,
+            RequestValidationError: refusals.on_invalid_query,
+            HTTPException: refusals.on_http_exception,
+            Exception: refusals.on_defect,
+        },
+    )
+    if open_routes := undeclared(app.routes):
+        raise RuntimeError(f"These routes do not declare what they need: {open_routes}")
+    app.state.hub = Hub(
+        broker=broker,
+        catalog=catalog,
+        keys=keys,
+        ledger=ledger,
+        offload=offload,
+        metrics=metrics,
+        settings=settings,
+    )
+    metrics.watch_replicas(broker.replicas)
+    return app

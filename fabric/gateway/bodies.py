@@ -1,0 +1,76 @@
+"""Reading bodies: capped as they come, and validated at once."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fabric.errors import BodyInvalid, BodyTooLarge, RequestCancelled
+from fabric.gateway.refusals import refusal_of
+
+BodyT = TypeVar("BodyT", bound=BaseModel)
+
+
+class BodyLimit:
+    """Middleware: whoever reads a body over the cap gets ``BodyTooLarge`` instead of the rest.
+
+    A body that declares its size is refused before any of it is read, others when they pass the
+    cap. Being raised where the body is read, the error comes after the check of the caller's key.
+    """
+
+    def __init__(self, app: ASGIApp, *, limit_bytes: int) -> None:
+        self._app = app
+        self._limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve with a counting ``receive``."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        num_bytes = 0
+
+        async def receive_capped() -> Message:
+            nonlocal num_bytes
+            if declared.isdecimal() and int(declared) > self._limit_bytes:
+                raise BodyTooLarge(limit_bytes=self._limit_bytes)
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._limit_bytes:
+                raise BodyTooLarge(limit_bytes=self._limit_bytes)
+            return message
+
+        await self._app(scope, receive_capped, send)
+
+
+async def read_body(request: Request, model: type[BodyT]) -> BodyT:
+    """Return the body as ``model``.
+
+    Raises:
+        BodyTooLarge: It is over the cap.
+        BodyInvalid: It is not a JSON object in UTF-8.
+        RequestInvalid: A parameter is unknown, missing or of the wrong type.
+        RequestCancelled: The client went away before it had sent it.
+    """
+    try:
+        data = await request.body()
+    except ClientDisconnect:
+        raise RequestCancelled from None
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        try:
+            data.decode()
+        except UnicodeDecodeError as decoding:
+            raise BodyInvalid(reason=f"byte {decoding.start} is not UTF-8") from None
+        raise refusal_of(error) from None
+
+
+def documented(model: type[BaseModel]) -> dict[str, Any]:
+    """Return what OpenAPI says of a route that reads its body with ``read_body``."""
+    schema = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": schema}}

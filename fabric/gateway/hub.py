@@ -1,0 +1,64 @@
+"""What the routes of one hub stand on; reached through the app, so that there are no globals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+from starlette.requests import HTTPConnection
+
+from fabric.auth import Identity, Keys
+from fabric.broker import Broker
+from fabric.catalog import Catalog
+from fabric.dispatch.session import SessionChannel
+from fabric.gateway.metrics import Metrics
+from fabric.ledger import Ledger
+from fabric.messages import InstanceState
+from fabric.sql import Offload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """How the gateway behaves.
+
+    Args:
+        body_limit_bytes: The largest body it reads; a larger one is answered 413.
+        heartbeat_s: How often instances are told to send heartbeats; three missed ones end a
+            session.
+    """
+
+    body_limit_bytes: int = 8 * 2**20
+    heartbeat_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteReport:
+    """What a site's agent last said of a launch in progress."""
+
+    state: InstanceState
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hub:
+    """The rooms behind the routes, and what is only known in memory: reports and open sessions."""
+
+    broker: Broker
+    catalog: Catalog
+    keys: Keys
+    ledger: Ledger
+    offload: Offload
+    metrics: Metrics
+    settings: GatewaySettings
+    reports: dict[str, SiteReport] = field(default_factory=dict)
+    sessions: dict[str, SessionChannel] = field(default_factory=dict)
+
+
+def hub_of(connection: HTTPConnection) -> Hub:
+    """Return the hub that serves a connection."""
+    return cast(Hub, connection.app.state.hub)
+
+
+def caller_of(connection: HTTPConnection) -> Identity:
+    """Return who called; there is a caller on every route with ``Needs``."""
+    return cast(Identity, connection.state.caller)

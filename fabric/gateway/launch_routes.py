@@ -1,0 +1,76 @@
+"""``/v1/fabric``: what site agents tell the hub, each about its own site only."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from fabric.auth import require_site
+from fabric.gateway.access import Needs
+from fabric.gateway.bodies import documented, read_body
+from fabric.gateway.hub import SiteReport, caller_of, hub_of
+from fabric.messages import InstanceState, Launch
+from fabric.messages.request import ModelRef, SiteName
+from fabric.messages.wire import Wire
+
+router = APIRouter(prefix="/v1/fabric", tags=["sites"], dependencies=[Depends(Needs("site"))])
+
+
+class LaunchBody(Wire):
+    """``POST /v1/fabric/launches``."""
+
+    site: SiteName
+    model: ModelRef
+
+
+class EndBody(Wire):
+    """``POST /v1/fabric/launches/{instance}/end``."""
+
+    reason: str = Field(max_length=1000)
+    failed: bool = False
+
+
+class StatusBody(Wire):
+    """``POST /v1/fabric/sites/{site}/status``."""
+
+    state: InstanceState
+    detail: str = Field(default="", max_length=1000)
+
+
+@router.post("/launches", openapi_extra=documented(LaunchBody))
+async def add_launch(request: Request) -> Launch:
+    """Permit one instance to be started at the caller's site."""
+    body = await read_body(request, LaunchBody)
+    require_site(caller_of(request), body.site)
+    hub = hub_of(request)
+    launch, token = await hub.offload(hub.catalog.add_launch, body.site, body.model)
+    version = await hub.offload(hub.catalog.resolve, launch.model)
+    return Launch(
+        instance=launch.instance,
+        site=launch.site,
+        model=launch.model,
+        source=version.source,
+        digest=launch.digest,
+        token=token,
+    )
+
+
+@router.post("/launches/{instance}/end", status_code=204, openapi_extra=documented(EndBody))
+async def end_launch(request: Request, instance: str) -> Response:
+    """Void a launch's token and end its session."""
+    body = await read_body(request, EndBody)
+    hub, site = hub_of(request), caller_of(request).site
+    await hub.offload(hub.catalog.end_launch, instance, body.reason, failed=body.failed, site=site)
+    if (session := hub.sessions.get(instance)) is not None:
+        await session.close(reason="its launch was ended")
+    return Response(status_code=204)
+
+
+@router.post("/sites/{site}/status", status_code=204, openapi_extra=documented(StatusBody))
+async def report_status(request: Request, site: str) -> Response:
+    """Note how far a launch at the caller's site has come."""
+    body = await read_body(request, StatusBody)
+    require_site(caller_of(request), site)
+    hub_of(request).reports[site] = SiteReport(state=body.state, detail=body.detail)
+    return Response(status_code=204)

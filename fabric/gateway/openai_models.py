@@ -1,0 +1,222 @@
+"""What clients of the OpenAI API send.
+
+Types are strict, unknown fields are refused by name, and what cannot be honoured is accepted only
+at the value that asks for nothing. Bounds are those of ``fabric.messages``, where the fields end
+up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from fabric.gateway.openai_fields import Content, Prompts, Stop, neutral
+from fabric.gateway.refusals import refusal_of
+from fabric.messages import (
+    ChatInput,
+    ChatMessage,
+    ModelRef,
+    Request,
+    Sampling,
+    TextInput,
+    TokensInput,
+)
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""What the OpenAI API generates for a completion that does not say ``max_tokens``."""
+
+
+class Body(BaseModel):
+    """The base of every body the gateway reads: closed, strict and without NaN."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+class FabricOptions(Body):
+    """The one object of a request that is ours; see ``fabric.messages.Request``."""
+
+    data_site: str | None = None
+    data_bytes: int | None = None
+    sites: tuple[str, ...] | None = None
+    deadline_s: float | None = None
+    policy: str | None = None
+    tier: str | None = None
+
+    @model_validator(mode="after")
+    def _data_has_a_home(self) -> Self:
+        if self.policy == "local-only" and self.data_site is None:
+            raise PydanticCustomError(
+                "param",
+                "the policy 'local-only' needs it: the site the data may not leave",
+                {"param": "fabric.data_site"},
+            )
+        return self
+
+
+class StreamOptions(Body):
+    """What a stream carries besides its choices."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[object, neutral(False)] = None
+
+
+class Generation(Body):
+    """The fields that completions and chat completions share."""
+
+    model: ModelRef
+    n: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: Stop = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    fabric: FabricOptions | None = None
+
+    presence_penalty: Annotated[object, neutral(0)] = None
+    frequency_penalty: Annotated[object, neutral(0)] = None
+    logit_bias: Annotated[object, neutral({})] = None
+
+    @model_validator(mode="after")
+    def _usage_of_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "param", "it is for streams only; send stream: true", {"param": "stream_options"}
+            )
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a chunk of usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def _sampling(
+        self, special: Mapping[str, object], rename: Mapping[str, str] | None = None
+    ) -> Sampling:
+        names = ("n", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        try:
+            return Sampling.model_validate({**given, **special})
+        except ValidationError as error:
+            raise refusal_of(error, rename=rename) from None
+
+    def _request(self, input: TextInput | TokensInput | ChatInput, sampling: Sampling) -> Request:
+        options = {} if self.fabric is None else self.fabric.model_dump(exclude_none=True)
+        try:
+            return Request(
+                model=self.model,
+                input=input,
+                sampling=sampling,
+                stream=bool(self.stream),
+                **options,
+            )
+        except ValidationError as error:
+            raise refusal_of(error, within="fabric") from None
+
+
+class CompletionBody(Generation):
+    """``POST /v1/completions``."""
+
+    prompt: Prompts
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: Annotated[object, neutral(1)] = None
+    suffix: Annotated[object, neutral("")] = None
+
+    def requests(self) -> Iterator[Request]:
+        """Yield one request a prompt.
+
+        Raises:
+            RequestInvalid: A parameter is out of its bounds.
+        """
+        for prompt in self.prompt:
+            # Only the instance has the tokenizer: it says what token ids to be echoed read as.
+            scored = self.logprobs is not None or isinstance(prompt, TokensInput)
+            special: dict[str, object] = {
+                "logprobs": self.logprobs,
+                "prompt_logprobs": bool(self.echo) and scored,
+            }
+            if self.max_tokens is None:
+                special["max_tokens"] = DEFAULT_COMPLETION_TOKENS
+            yield self._request(prompt, self._sampling(special))
+
+
+class ChatTurn(Body):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: Annotated[object, neutral()] = None
+    refusal: Annotated[object, neutral()] = None
+    audio: Annotated[object, neutral()] = None
+    annotations: Annotated[object, neutral([])] = None
+    tool_calls: Annotated[object, neutral([])] = None
+    function_call: Annotated[object, neutral()] = None
+
+    def to_message(self) -> ChatMessage:
+        """Return the turn as the instance takes it; a developer speaks as the system."""
+        role = "system" if self.role == "developer" else self.role
+        return ChatMessage(role=role, content=self.content)
+
+
+class ChatBody(Generation):
+    """``POST /v1/chat/completions``."""
+
+    messages: tuple[ChatTurn, ...]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: Annotated[object, neutral({"type": "text"})] = None
+    tools: Annotated[object, neutral([])] = None
+    tool_choice: Annotated[object, neutral("none", "auto")] = None
+    parallel_tool_calls: Annotated[object, neutral(True, False)] = None
+    functions: Annotated[object, neutral([])] = None
+    function_call: Annotated[object, neutral("none", "auto")] = None
+    modalities: Annotated[object, neutral(["text"])] = None
+    store: Annotated[object, neutral(False)] = None
+    metadata: Annotated[object, neutral({})] = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.messages:
+            raise PydanticCustomError(
+                "param", "it should hold at least one message", {"param": "messages"}
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("param", "it needs logprobs: true", {"param": "top_logprobs"})
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise PydanticCustomError(
+                "param",
+                "it is the newer name of max_tokens; send only one of the two",
+                {"param": "max_completion_tokens"},
+            )
+        return self
+
+    def to_request(self) -> Request:
+        """Return the request.
+
+        Raises:
+            RequestInvalid: A parameter is out of its bounds.
+        """
+        special: dict[str, object] = {}
+        rename = {"logprobs": "top_logprobs"}
+        if self.logprobs:
+            special["logprobs"] = self.top_logprobs or 0
+        if self.max_completion_tokens is not None:
+            special["max_tokens"] = self.max_completion_tokens
+            rename["max_tokens"] = "max_completion_tokens"
+        chat = ChatInput(messages=tuple(turn.to_message() for turn in self.messages))
+        return self._request(chat, self._sampling(special, rename))

@@ -1,0 +1,41 @@
+"""What those who run a hub look at: its health, its metrics, its schema."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from fabric.errors import FabricError
+from fabric.gateway.access import LocalOrNeeds, Public
+from fabric.gateway.hub import hub_of
+from fabric.messages import InstanceState
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/healthz", dependencies=[Depends(Public())])
+async def read_health(request: Request) -> Response:
+    """Say whether the hub works: 200, or 503 if its database does not answer."""
+    hub = hub_of(request)
+    num_ready = sum(view.state is InstanceState.READY for view in hub.broker.replicas())
+    try:
+        await hub.offload(hub.catalog.sites)
+    except FabricError as error:
+        return JSONResponse(
+            {"status": "failing", "replicas": num_ready, "database": error.code}, status_code=503
+        )
+    return JSONResponse({"status": "ok", "replicas": num_ready, "database": "ok"})
+
+
+@router.get("/metrics", dependencies=[Depends(LocalOrNeeds("admin"))])
+async def read_metrics(request: Request) -> Response:
+    """Return the metrics in Prometheus' text format."""
+    return Response(hub_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/openapi.json", dependencies=[Depends(Public())], include_in_schema=False)
+async def read_schema(request: Request) -> Response:
+    """Return the OpenAPI schema of these routes."""
+    return JSONResponse(request.app.openapi())

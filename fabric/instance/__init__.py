@@ -1,0 +1,1 @@
+"""The process around an engine: readiness, sessions, the direct route, drain. Free of torch."""

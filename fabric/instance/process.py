@@ -1,0 +1,175 @@
+"""One instance's life: load, canary, direct route, session, drain.
+
+The process is given its ``InstanceSpec`` as the first line of standard input and keeps the pipe:
+when it closes, the parent is gone and the instance ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, NoReturn
+
+from websockets.asyncio.connection import Connection
+
+from fabric.engine.interface import Engine
+from fabric.errors import DigestMismatch, FabricError
+from fabric.instance.canary import sing
+from fabric.instance.dial import dial
+from fabric.instance.direct import direct_route
+from fabric.instance.serve import serve_session
+from fabric.messages import Hello, InstanceSpec, InstanceState, InstanceStatus
+
+EngineFactory = Callable[[InstanceSpec], Engine]
+
+
+def main(get_engine: EngineFactory) -> NoReturn:
+    """Run the instance that standard input describes, and end the process.
+
+    Args:
+        get_engine: Returns an engine that has not been started; may import what it needs.
+    """
+    spec = InstanceSpec.model_validate_json(sys.stdin.readline())
+    instance = Instance(spec, get_engine)
+    threading.Thread(target=instance.end_with, args=(sys.stdin,), daemon=True).start()
+    try:
+        asyncio.run(instance.run())
+    except FabricError as error:
+        print(error.message, file=sys.stderr)
+        instance.leave(InstanceState.FAILED, error.message)
+    except Exception as error:
+        traceback.print_exc()
+        instance.leave(InstanceState.FAILED, f"it failed unexpectedly: {error!r}")
+    instance.leave(InstanceState.STOPPED, "drained")
+
+
+class Instance:
+    """An engine and the ways to it.
+
+    Args:
+        spec: What to run and where to report.
+        get_engine: Returns an engine that has not been started.
+    """
+
+    def __init__(self, spec: InstanceSpec, get_engine: EngineFactory) -> None:
+        self._spec = spec
+        self._launch = spec.launch
+        self._get_engine = get_engine
+        self._started_at = time.monotonic()
+        self._drain = asyncio.Event()
+        self._direct_url: str | None = None
+        self._num_sessions = 0
+        self._idle = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until drained (SIGTERM, SIGUSR1, SIGINT, or a peer's ``Drain``).
+
+        Raises:
+            FabricError: The model cannot be loaded or is another one than was launched, its canary
+                failed, or the hub refuses the session.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._drain.set)
+        self.report(InstanceState.LOADING, "reading weights")
+        self._engine = await self._load()
+        try:
+            self.report(InstanceState.LOADING, "generating a canary")
+            await sing(self._engine, self._launch.model)
+            async with direct_route(self._serve, token=self._spec.direct_token) as url:
+                self._direct_url = url
+                self.report(InstanceState.READY)
+                await self._stay()
+        finally:
+            await asyncio.to_thread(self._engine.close)
+
+    def report(self, state: InstanceState, detail: str = "") -> None:
+        """Write the status file: whole or not at all, and for its owner alone."""
+        status = InstanceStatus(
+            instance=self._launch.instance,
+            state=state,
+            pid=os.getpid(),
+            detail=detail,
+            direct_url=self._direct_url,
+        )
+        path = Path(self._spec.status_path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with os.fdopen(handle, "w") as file:
+            file.write(status.model_dump_json())
+        Path(name).replace(path)
+
+    def end_with(self, stdin: IO[str]) -> None:
+        """Block until standard input ends, then end the process at once."""
+        stdin.read()
+        self.leave(InstanceState.STOPPED, "its parent process is gone")
+
+    def leave(self, state: InstanceState, detail: str) -> NoReturn:
+        """Report and end the process: with code 1 if it failed.
+
+        The interpreter is not asked to end by itself: reading weights cannot be interrupted, and
+        threads of torch can hold it for ever.
+        """
+        self.report(state, detail)
+        sys.stderr.flush()
+        os._exit(state is InstanceState.FAILED)
+
+    async def _load(self) -> Engine:
+        """Return the started engine; a drain meanwhile ends the process."""
+        load = asyncio.create_task(asyncio.to_thread(self._start_engine))
+        drain = asyncio.create_task(self._drain.wait())
+        await asyncio.wait([load, drain], return_when=asyncio.FIRST_COMPLETED)
+        drain.cancel()
+        if not load.done():
+            self.leave(InstanceState.STOPPED, "asked to end while it loaded")
+        return load.result()
+
+    def _start_engine(self) -> Engine:
+        engine = self._get_engine(self._spec)
+        engine.start()
+        launch, digest = self._launch, engine.info.digest
+        if launch.digest is not None and launch.digest != digest:
+            raise DigestMismatch(name=launch.model, expected=launch.digest, actual=digest)
+        return engine
+
+    async def _stay(self) -> None:
+        """Serve until drained and the last session has ended."""
+        url = self._spec.session_url
+        if url is not None:
+            await dial(url, self._launch.token, self._serve, self._drain)
+        await self._drain.wait()
+        self.report(InstanceState.DRAINING)
+        while self._num_sessions:
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def _serve(self, connection: Connection) -> None:
+        self._num_sessions += 1
+        try:
+            await serve_session(connection, self._engine, self._hello(), self._drain)
+        finally:
+            self._num_sessions -= 1
+            self._idle.set()
+
+    def _hello(self) -> Hello:
+        info = self._engine.info
+        deadline_s = self._spec.deadline_s
+        if deadline_s is not None:
+            deadline_s -= time.monotonic() - self._started_at
+        return Hello(
+            instance=self._launch.instance,
+            site=self._launch.site,
+            model=self._launch.model,
+            digest=info.digest,
+            limits=info.limits,
+            dtype=info.dtype,
+            engine=info.engine,
+            direct_url=self._direct_url,
+            deadline_s=deadline_s,
+        )

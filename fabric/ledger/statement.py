@@ -1,0 +1,77 @@
+"""Statements: what a project was granted and charged, line by line."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import Connection, Select, func, select
+
+from fabric.ledger.allocations import balances
+from fabric.ledger.records import Statement, StatementLine
+from fabric.ledger.tables import allocations, entries, journal
+
+_KINDS = ("grant", "withdrawal", "charge")
+"""What changes what a project owns; holds and returns only move it between its own accounts."""
+
+
+def statement(
+    connection: Connection,
+    project: str,
+    *,
+    since: datetime | None,
+    until: datetime | None,
+    limit: int,
+) -> Statement:
+    """Return the newest ``limit`` lines of a period. See ``Ledger.statement``."""
+    current = balances(connection, project=project)
+    balance_usu = {a.name: a.available_usu + a.held_usu for a in current}
+    if until is not None:
+        later = _lines(project).where(journal.c.at >= until).subquery()
+        totals = select(later.c.allocation, func.sum(later.c.amount_usu)).group_by(
+            later.c.allocation
+        )
+        for name, total in connection.execute(totals):
+            balance_usu[name] -= int(total)
+    period = _lines(project).order_by(journal.c.id.desc()).limit(limit + 1)
+    if since is not None:
+        period = period.where(journal.c.at >= since)
+    if until is not None:
+        period = period.where(journal.c.at < until)
+    rows = connection.execute(period).all()
+    lines = []
+    for row in rows[:limit]:
+        amount_usu = int(row.amount_usu)
+        lines.append(
+            StatementLine(
+                at=row.at,
+                kind=row.kind,
+                allocation=row.allocation,
+                amount_usu=amount_usu,
+                balance_usu=balance_usu[row.allocation],
+                run=row.hold_id,
+                site=row.site,
+                model=row.model,
+                memo=row.memo,
+            )
+        )
+        balance_usu[row.allocation] -= amount_usu
+    return Statement(
+        project=project,
+        lines=tuple(reversed(lines)),
+        allocations=tuple(current),
+        complete=len(rows) <= limit,
+    )
+
+
+def _lines(project: str) -> Select[tuple[object, ...]]:
+    own = (allocations.c.account_id, allocations.c.held_account_id)
+    amount_usu = (
+        select(func.coalesce(func.sum(entries.c.amount_usu), 0))
+        .where(entries.c.journal_id == journal.c.id, entries.c.account_id.in_(own))
+        .scalar_subquery()
+    )
+    return (
+        select(journal, allocations.c.name.label("allocation"), amount_usu.label("amount_usu"))
+        .join(allocations, journal.c.allocation_id == allocations.c.id)
+        .where(allocations.c.project == project, journal.c.kind.in_(_KINDS))
+    )

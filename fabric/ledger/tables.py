@@ -1,0 +1,96 @@
+"""The ledger's tables. An amount is integer micro-SU; a sign is given to it by its account alone.
+
+``accounts.balance_usu`` is a cache of the sum of an account's entries, written in the transaction
+that writes the entries; ``fabric.ledger.audit`` recomputes it. Entries and journal rows are never
+changed: triggers made by the migration refuse it.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    Table,
+    Text,
+)
+
+from fabric.sql import UtcTime, metadata
+
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+accounts = Table(
+    "accounts",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("balance_usu", BigInteger, nullable=False),
+    Column("may_go_negative", Boolean, nullable=False),
+    CheckConstraint("balance_usu >= 0 OR may_go_negative", name="not_negative"),
+)
+
+allocations = Table(
+    "allocations",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("project", Text, nullable=False, index=True),
+    Column("site", Text, nullable=False),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("held_account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("starts_at", UtcTime),
+    Column("ends_at", UtcTime),
+)
+
+journal = Table(
+    "journal",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("at", UtcTime, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("allocation_id", ForeignKey("allocations.id"), nullable=False),
+    Column("hold_id", Text),
+    Column("site", Text),
+    Column("model", Text),
+    Column("memo", Text, nullable=False),
+    Index(None, "allocation_id", "id"),
+)
+
+entries = Table(
+    "entries",
+    metadata,
+    Column("journal_id", ForeignKey("journal.id"), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), primary_key=True),
+    Column("amount_usu", BigInteger, nullable=False),
+)
+
+holds = Table(
+    "holds",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("allocation_id", ForeignKey("allocations.id"), nullable=False),
+    Column("amount_usu", BigInteger, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("lease_expires_at", UtcTime, nullable=False),
+    Column("charged_usu", BigInteger),
+    Column("site", Text),
+    Column("closed_at", UtcTime),
+    Index(None, "state", "lease_expires_at"),
+    CheckConstraint("amount_usu >= 0", name="amount_not_negative"),
+    CheckConstraint("charged_usu BETWEEN 0 AND amount_usu", name="charge_within_hold"),
+)
+
+rates = Table(
+    "rates",
+    metadata,
+    Column("model", Text, primary_key=True),
+    Column("site", Text, primary_key=True),
+    Column("effective_from", UtcTime, primary_key=True),
+    Column("prompt_usu_per_mtoken", BigInteger, nullable=False),
+    Column("cached_prompt_usu_per_mtoken", BigInteger, nullable=False),
+    Column("output_usu_per_mtoken", BigInteger, nullable=False),
+)

@@ -1,0 +1,51 @@
+"""The client: ask the fabric from Python.
+
+::
+
+    from fabric.sdk import Fabric
+
+    with Fabric() as fabric:
+        answer = fabric.chat("Which planet is the largest?", max_tokens=32)
+        print(answer.text, answer.site, answer.charge_usu)
+
+It speaks HTTP and nothing else. Importing it imports no HTTP library, no model library and none of
+the hub's rooms, so that it costs nothing in a script that may not need it.
+"""
+
+from fabric.sdk.aio import AsyncFabric
+from fabric.sdk.client import Fabric, FabricFuture
+from fabric.sdk.options import Message, Options
+from fabric.sdk.records import (
+    Allocation,
+    Model,
+    Replica,
+    Run,
+    Site,
+    Statement,
+    StatementLine,
+    WhoAmI,
+)
+from fabric.sdk.results import Choice, Chunk, Completion, Usage
+from fabric.sdk.stream import AsyncStream, Stream
+
+__all__ = [
+    "Allocation",
+    "AsyncFabric",
+    "AsyncStream",
+    "Choice",
+    "Chunk",
+    "Completion",
+    "Fabric",
+    "FabricFuture",
+    "Message",
+    "Model",
+    "Options",
+    "Replica",
+    "Run",
+    "Site",
+    "Statement",
+    "StatementLine",
+    "Stream",
+    "Usage",
+    "WhoAmI",
+]

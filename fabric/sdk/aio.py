@@ -1,0 +1,195 @@
+"""The client for code that runs in an event loop; ``Fabric`` is this one on a loop of its own."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+from fabric.errors import RequestInvalid
+from fabric.sdk.options import Options, Prompt, as_conversation, build_body
+from fabric.sdk.records import Model, Run, Site, Statement, WhoAmI
+from fabric.sdk.results import Completion
+from fabric.sdk.stream import AsyncStream
+
+if TYPE_CHECKING:
+    from fabric.config import ClientSettings
+    from fabric.messages import Placement
+    from fabric.sdk.transport import Transport
+
+
+class AsyncFabric:
+    """A client of one hub.
+
+    What is not given comes from the settings (``fabric config show``) when the first request is
+    made. ``Options`` lists what every request may carry.
+
+    Args:
+        base_url: The hub's address.
+        api_key: The credential.
+        timeout_s: How long the hub may say nothing before a request fails.
+        num_retries: How often to send a request again that the hub could not take; never after
+            the first token.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout_s: float | None = None,
+        num_retries: int = 1,
+    ) -> None:
+        self._flags = {
+            "client.base_url": base_url,
+            "client.api_key": api_key,
+            "client.timeout_s": timeout_s,
+        }
+        self._num_retries = num_retries
+        self._only_model: str | None = None
+
+    @property
+    def base_url(self) -> str:
+        """The hub's address."""
+        return self._settings.base_url
+
+    async def complete(self, prompt: str, **options: Unpack[Options]) -> Completion:
+        """Continue a text.
+
+        Raises:
+            FabricError: The request was refused, could not be placed, or failed.
+        """
+        return await self.ask(prompt, options)
+
+    async def chat(self, messages: Prompt, **options: Unpack[Options]) -> Completion:
+        """Answer a conversation, or a single question.
+
+        Raises:
+            FabricError: The request was refused, could not be placed, or failed.
+        """
+        return await self.ask(as_conversation(messages), options)
+
+    async def stream(self, prompt: str, **options: Unpack[Options]) -> AsyncStream:
+        """Continue a text, token by token; returns once the hub has accepted the request.
+
+        Raises:
+            FabricError: The request was refused or could not be placed.
+        """
+        return await self.ask_stream(prompt, options)
+
+    async def stream_chat(self, messages: Prompt, **options: Unpack[Options]) -> AsyncStream:
+        """Answer a conversation, token by token; returns once the hub has accepted the request.
+
+        Raises:
+            FabricError: The request was refused or could not be placed.
+        """
+        return await self.ask_stream(as_conversation(messages), options)
+
+    async def ask(self, prompt: Prompt, options: Options) -> Completion:
+        """Continue ``prompt`` if it is a text, answer it if it is a conversation."""
+        path, body = await self._build(prompt, options)
+        reply = await self._transport.post(path, body, deadline_s=options.get("deadline_s"))
+        return Completion.from_reply(reply)
+
+    async def ask_stream(self, prompt: Prompt, options: Options) -> AsyncStream:
+        """``ask``, token by token."""
+        path, body = await self._build(prompt, options)
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return AsyncStream(
+            await self._transport.open_stream(path, body, deadline_s=options.get("deadline_s"))
+        )
+
+    async def explain(self, prompt: Prompt, **options: Unpack[Options]) -> Placement:
+        """Return where the request would run now, and the cost of every candidate.
+
+        Raises:
+            FabricError: The request would be refused, or could not be placed.
+        """
+        from fabric.messages import Placement
+
+        _, body = await self._build(prompt, options)
+        return Placement.model_validate(await self._transport.post("/v1/fabric/explain", body))
+
+    async def models(self) -> tuple[Model, ...]:
+        """Return the models the hub can serve."""
+        reply = await self._transport.get("/v1/fabric/models")
+        return tuple(Model.from_reply(item) for item in reply["data"])
+
+    async def sites(self) -> tuple[Site, ...]:
+        """Return the sites with what runs there."""
+        reply = await self._transport.get("/v1/fabric/sites")
+        return tuple(Site.from_reply(item) for item in reply["data"])
+
+    async def usage(self, *, since: str | None = None, limit: int | None = None) -> Statement:
+        """Return the allocations of the caller's project and its latest charges.
+
+        Args:
+            since: An ISO 8601 time; only what was charged since then.
+            limit: The most entries.
+        """
+        given: dict[str, Any] = {"since": since, "limit": limit}
+        params = {name: value for name, value in given.items() if value is not None}
+        return Statement.from_reply(await self._transport.get("/v1/fabric/usage", params))
+
+    async def runs(self, *, limit: int = 20) -> tuple[Run, ...]:
+        """Return the caller's latest runs, newest first."""
+        reply = await self._transport.get("/v1/fabric/runs", {"limit": limit})
+        return tuple(Run.from_reply(item) for item in reply["data"])
+
+    async def run(self, run_id: str) -> Run:
+        """Return one run's record.
+
+        Raises:
+            NotFound: There is no such run, or it is somebody else's.
+        """
+        return Run.from_reply(await self._transport.get(f"/v1/fabric/runs/{run_id}"))
+
+    async def whoami(self) -> WhoAmI:
+        """Return who the hub takes the caller for."""
+        return WhoAmI.from_reply(await self._transport.get("/v1/fabric/whoami"))
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        if "_transport" in self.__dict__:
+            await self._transport.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
+
+    @cached_property
+    def _settings(self) -> ClientSettings:
+        from fabric.config import load_settings
+
+        return load_settings(self._flags).client
+
+    @cached_property
+    def _transport(self) -> Transport:
+        # httpx takes a quarter of a second to import: that is for the first request to wait for.
+        from fabric.sdk.transport import Transport
+
+        return Transport(
+            base_url=self._settings.base_url,
+            api_key=self._settings.api_key,
+            timeout_s=self._settings.timeout_s,
+            num_retries=self._num_retries,
+        )
+
+    async def _build(self, prompt: Prompt, options: Options) -> tuple[str, dict[str, object]]:
+        path, body = build_body(prompt, options)
+        if "model" not in body:
+            body["model"] = self._settings.model or await self._find_only_model()
+        return path, body
+
+    async def _find_only_model(self) -> str:
+        if self._only_model is None:
+            reply = await self._transport.get("/v1/models")
+            names = [item["id"] for item in reply["data"]]
+            if len(names) != 1:
+                known = ", ".join(names) or "none"
+                raise RequestInvalid(
+                    param="model", value=None, reason=f"say which one; the hub has {known}"
+                )
+            self._only_model = names[0]
+        return self._only_model

@@ -1,0 +1,175 @@
+"""The client for code that blocks: answers, streams, futures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
+
+from fabric.sdk.aio import AsyncFabric
+from fabric.sdk.background import BackgroundLoop
+from fabric.sdk.options import Options, Prompt
+from fabric.sdk.records import Model, Run, Site, Statement, WhoAmI
+from fabric.sdk.results import Completion
+from fabric.sdk.stream import Stream
+
+if TYPE_CHECKING:
+    from fabric.messages import Placement
+
+FabricFuture: TypeAlias = Future[Completion]
+"""An answer to come. ``cancel`` works until it is there: a request that waits is never sent, and
+one that runs is cancelled on the hub."""
+
+
+class Fabric:
+    """A client of one hub, usable from any number of threads.
+
+    What is not given comes from the settings (``fabric config show``) when the first request is
+    made. ``Options`` lists what every request may carry.
+
+    Args:
+        base_url: The hub's address.
+        api_key: The credential.
+        timeout_s: How long the hub may say nothing before a request fails.
+        num_retries: How often to send a request again that the hub could not take; never after
+            the first token.
+        num_parallel: How many of the requests given to ``submit`` and ``map`` run at once.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout_s: float | None = None,
+        num_retries: int = 1,
+        num_parallel: int = 16,
+    ) -> None:
+        self._fabric = AsyncFabric(base_url, api_key, timeout_s=timeout_s, num_retries=num_retries)
+        self._background = BackgroundLoop(on_close=self._fabric.aclose)
+        self._num_parallel = num_parallel
+        self._slots = asyncio.Semaphore(num_parallel)
+
+    @property
+    def base_url(self) -> str:
+        """The hub's address."""
+        return self._fabric.base_url
+
+    def complete(self, prompt: str, **options: Unpack[Options]) -> Completion:
+        """Continue a text.
+
+        Raises:
+            FabricError: The request was refused, could not be placed, or failed.
+        """
+        return self._background.run(self._fabric.complete(prompt, **options))
+
+    def chat(self, messages: Prompt, **options: Unpack[Options]) -> Completion:
+        """Answer a conversation, or a single question.
+
+        Raises:
+            FabricError: The request was refused, could not be placed, or failed.
+        """
+        return self._background.run(self._fabric.chat(messages, **options))
+
+    def stream(self, prompt: str, **options: Unpack[Options]) -> Stream:
+        """Continue a text, token by token. Closing the stream early cancels the request.
+
+        Raises:
+            FabricError: The request was refused or could not be placed.
+        """
+        inner = self._background.run(self._fabric.stream(prompt, **options))
+        return Stream(inner, self._background)
+
+    def stream_chat(self, messages: Prompt, **options: Unpack[Options]) -> Stream:
+        """Answer a conversation, token by token. Closing the stream early cancels the request.
+
+        Raises:
+            FabricError: The request was refused or could not be placed.
+        """
+        inner = self._background.run(self._fabric.stream_chat(messages, **options))
+        return Stream(inner, self._background)
+
+    def submit(self, prompt: Prompt, **options: Unpack[Options]) -> FabricFuture:
+        """Ask without waiting: continue a text, or answer a conversation.
+
+        At most ``num_parallel`` requests are on their way at once; the others wait their turn.
+        """
+        return self._background.submit(self._ask_in_turn(prompt, options))
+
+    def map(self, prompts: Iterable[Prompt], **options: Unpack[Options]) -> Iterator[Completion]:
+        """Yield the answers in the order of the prompts, several being computed at once.
+
+        Prompts are taken as answers are: an endless iterable is fine. Leaving the loop early
+        cancels what is under way.
+
+        Raises:
+            FabricError: At the place of the prompt that failed.
+        """
+        window: deque[FabricFuture] = deque()
+        try:
+            for prompt in prompts:
+                window.append(self.submit(prompt, **options))
+                if len(window) >= self._num_parallel:
+                    yield window.popleft().result()
+            while window:
+                yield window.popleft().result()
+        finally:
+            for future in window:
+                future.cancel()
+
+    def explain(self, prompt: Prompt, **options: Unpack[Options]) -> Placement:
+        """Return where the request would run now, and the cost of every candidate.
+
+        Raises:
+            FabricError: The request would be refused, or could not be placed.
+        """
+        return self._background.run(self._fabric.explain(prompt, **options))
+
+    def models(self) -> tuple[Model, ...]:
+        """Return the models the hub can serve."""
+        return self._background.run(self._fabric.models())
+
+    def sites(self) -> tuple[Site, ...]:
+        """Return the sites with what runs there."""
+        return self._background.run(self._fabric.sites())
+
+    def usage(self, *, since: str | None = None, limit: int | None = None) -> Statement:
+        """Return the allocations of the caller's project and its latest charges.
+
+        Args:
+            since: An ISO 8601 time; only what was charged since then.
+            limit: The most entries.
+        """
+        return self._background.run(self._fabric.usage(since=since, limit=limit))
+
+    def runs(self, *, limit: int = 20) -> tuple[Run, ...]:
+        """Return the caller's latest runs, newest first."""
+        return self._background.run(self._fabric.runs(limit=limit))
+
+    def run(self, run_id: str) -> Run:
+        """Return one run's record.
+
+        Raises:
+            NotFound: There is no such run, or it is somebody else's.
+        """
+        return self._background.run(self._fabric.run(run_id))
+
+    def whoami(self) -> WhoAmI:
+        """Return who the hub takes the caller for."""
+        return self._background.run(self._fabric.whoami())
+
+    def close(self) -> None:
+        """Cancel what is under way and close all connections. Twice is harmless."""
+        self._background.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    async def _ask_in_turn(self, prompt: Prompt, options: Options) -> Completion:
+        async with self._slots:
+            return await self._fabric.ask(prompt, options)

@@ -1,0 +1,78 @@
+"""What may be said about a request, and the body it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict
+
+Message = Mapping[str, str]
+"""One turn of a conversation: ``{"role": "user", "content": "…"}``."""
+
+Prompt = str | Sequence[Message]
+"""Text to be continued, or a conversation to be answered."""
+
+
+class Options(TypedDict, total=False):
+    """Everything a request may carry besides its prompt; what is left out, the hub decides.
+
+    Attributes:
+        model: ``name`` or ``name@revision``; the one of the settings, or the hub's only one.
+        max_tokens: The most tokens to generate.
+        temperature: 0 is greedy, up to 2.
+        top_p: Sample from the smallest set of tokens with this probability.
+        seed: Makes sampling repeatable.
+        stop: Strings that end the output.
+        n: How many choices.
+        logprobs: Log probabilities of the tokens, with this many alternatives each.
+        echo: Return the prompt too (completions only).
+        data_site: The site where the request's data lives.
+        data_bytes: The size of that data.
+        sites: The only sites that may serve it.
+        deadline_s: Seconds from admission after which it is given up.
+        policy: What the choice of a site should favour.
+        tier: How urgent it is.
+    """
+
+    model: str | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    n: int | None
+    logprobs: int | None
+    echo: bool | None
+    data_site: str | None
+    data_bytes: int | None
+    sites: Sequence[str] | None
+    deadline_s: float | None
+    policy: Literal["balanced", "fastest", "cheapest", "local-only"] | None
+    tier: Literal["interactive", "standard", "batch"] | None
+
+
+_FABRIC_FIELDS = frozenset({"data_site", "data_bytes", "sites", "deadline_s", "policy", "tier"})
+
+
+def build_body(prompt: Prompt, options: Options) -> tuple[str, dict[str, object]]:
+    """Return the path to post to and the body to post.
+
+    Raises:
+        TypeError: An option has an unknown name.
+    """
+    if unknown := sorted(set(options) - set(Options.__annotations__)):
+        known = ", ".join(Options.__annotations__)
+        raise TypeError(f"{unknown[0]!r} is not an option of a request; there are {known}")
+    given = {name: value for name, value in options.items() if value is not None}
+    body = {name: value for name, value in given.items() if name not in _FABRIC_FIELDS}
+    if ours := {name: value for name, value in given.items() if name in _FABRIC_FIELDS}:
+        body["fabric"] = ours
+    if isinstance(prompt, str):
+        return "/v1/completions", {"prompt": prompt, **body}
+    if "logprobs" in body:
+        body |= {"logprobs": True, "top_logprobs": body["logprobs"]}
+    return "/v1/chat/completions", {"messages": [dict(turn) for turn in prompt], **body}
+
+
+def as_conversation(messages: Prompt) -> Sequence[Message]:
+    """Return a single question as the conversation it opens."""
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages

@@ -1,0 +1,215 @@
+"""One database: SQLite in WAL mode by default, PostgreSQL for several hubs."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from fabric.errors import FabricError, SettingInvalid, StorageBusy, StorageFull
+
+BUSY_TIMEOUT_S = 10.0
+"""How long a transaction waits for another process's before it gives up."""
+
+_SETTING = "hub.database_url"
+_FULL = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "53100"})
+_BUSY = frozenset({"SQLITE_BUSY", "SQLITE_BUSY_SNAPSHOT", "55P03", "40001", "40P01"})
+
+
+class Database:
+    """An engine and its transactions. The constructor does no I/O; ``open`` and ``close`` do.
+
+    Thread-safe. What is done inside a transaction of the same thread is part of it, so a caller may
+    group the calls of several rooms into one commit; reads inside a read share its snapshot.
+
+    Args:
+        url: An SQLAlchemy URL of a SQLite file or a PostgreSQL database.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._engine: Engine | None = None
+        self._reads: Engine | None = None
+        self._thread = threading.local()
+
+    def open(self) -> Self:
+        """Create the engine and the SQLite file, readable by its owner alone.
+
+        Raises:
+            SettingInvalid: The URL cannot be used, or no database answers there.
+            StorageBusy: Another process holds the database.
+        """
+        url = self._parse()
+        is_sqlite = url.get_backend_name() == "sqlite"
+        try:
+            if is_sqlite and url.database is not None:
+                os.close(os.open(url.database, os.O_RDWR | os.O_CREAT, 0o600))
+            engine = create_engine(url, pool_pre_ping=not is_sqlite)
+        except (OSError, ArgumentError, ImportError, NoSuchModuleError) as error:
+            raise self._unusable(str(error)) from error
+        if is_sqlite:
+            event.listen(engine, "connect", _configure_sqlite)
+            event.listen(engine, "begin", _begin_sqlite)
+            event.listen(engine, "handle_error", _abandon_undone)
+            reads = engine.execution_options(deferred=True)
+        else:
+            reads = engine.execution_options(isolation_level="REPEATABLE READ")
+        try:
+            with reads.connect() as connection:
+                if is_sqlite:
+                    connection.exec_driver_sql("SELECT count(*) FROM sqlite_master")
+        except DBAPIError as error:
+            engine.dispose()
+            raise _typed(error) or self._unusable(str(error.orig)) from error
+        self._engine, self._reads = engine, reads
+        return self
+
+    def close(self) -> None:
+        """Close the connections. Calling it twice is harmless."""
+        if self._engine is not None:
+            self._engine.dispose()
+        self._engine = self._reads = None
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of an open database."""
+        if self._engine is None:
+            raise RuntimeError("The database is not open; call open() or use it in a with block.")
+        return self._engine
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """Commit all that is executed in the block, or nothing of it.
+
+        On SQLite it starts with BEGIN IMMEDIATE, so what it reads stays true until it writes.
+        Inside another transaction of this thread it is a savepoint of that one.
+
+        Raises:
+            StorageFull: The disk is full; nothing was written.
+            StorageBusy: Another process kept the database locked.
+        """
+        outer: Connection | None = getattr(self._thread, "writing", None)
+        with _typed_errors():
+            if outer is not None:
+                with outer.begin_nested():
+                    yield outer
+                return
+            with self.engine.begin() as connection:
+                self._thread.writing = connection
+                try:
+                    yield connection
+                finally:
+                    self._thread.writing = None
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """Read one consistent snapshot; writers are not kept waiting.
+
+        Inside a transaction or another read of this thread it sees what that one sees.
+
+        Raises:
+            StorageBusy: Another process kept the database locked.
+        """
+        outer: Connection | None = getattr(self._thread, "writing", None)
+        outer = outer or getattr(self._thread, "reading", None)
+        if outer is not None:
+            yield outer
+            return
+        with _typed_errors(), (self._reads or self.engine).begin() as connection:
+            self._thread.reading = connection
+            try:
+                yield connection
+            finally:
+                self._thread.reading = None
+
+    def _parse(self) -> URL:
+        try:
+            url = make_url(self.url)
+        except ArgumentError as error:
+            raise self._unusable("it is not a database URL") from error
+        if url.get_backend_name() not in ("sqlite", "postgresql"):
+            raise self._unusable("only sqlite and postgresql are supported")
+        if url.get_backend_name() == "sqlite":
+            if url.database in (None, "", ":memory:"):
+                raise self._unusable("a database in memory would be another one in every thread")
+            if not Path(str(url.database)).parent.is_dir():
+                raise self._unusable("its directory does not exist")
+        return url
+
+    def _unusable(self, reason: str) -> SettingInvalid:
+        shown = self.url
+        with suppress(ArgumentError):
+            shown = make_url(self.url).render_as_string(hide_password=True)
+        return SettingInvalid(setting=_SETTING, value=shown, reason=reason)
+
+
+def _configure_sqlite(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    """Take BEGIN out of the driver's hands and set what each connection must set.
+
+    Source: SQLAlchemy's SQLite dialect, "Using SQLAlchemy to emit BEGIN in lieu of SQLite's
+    transaction control".
+    """
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000:.0f}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = NORMAL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    deferred = connection.get_execution_options().get("deferred", False)
+    connection.exec_driver_sql("BEGIN" if deferred else "BEGIN IMMEDIATE")
+
+
+def _abandon_undone(context: ExceptionContext) -> None:
+    """Let nothing more run in a transaction that SQLite undid by itself, as on a full disk.
+
+    What came after would be committed statement by statement; an invalidated connection refuses it
+    until the block has ended.
+    """
+    if context.connection is not None and not context.is_disconnect:
+        driver = context.connection.connection.dbapi_connection
+        context.is_disconnect = driver is not None and not driver.in_transaction
+        context.invalidate_pool_on_disconnect = False
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        if (typed := _typed(error)) is None:
+            raise
+        raise typed from error
+
+
+def _typed(error: DBAPIError) -> FabricError | None:
+    """Return the error as ours where its code (SQLite's name, PostgreSQL's SQLSTATE) says so."""
+    code = getattr(error.orig, "sqlite_errorname", None) or getattr(error.orig, "sqlstate", None)
+    if code in _FULL:
+        return StorageFull(reason=str(error.orig))
+    if code in _BUSY:
+        return StorageBusy(reason=str(error.orig))
+    return None

@@ -1,0 +1,1 @@
+"""Fakes and rigs that ship: no room imports them."""

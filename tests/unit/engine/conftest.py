@@ -1,0 +1,262 @@
+"""A tiny random Llama with a byte tokenizer, an engine over it, and a sink that collects."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from fabric.engine import torch_engine
+from fabric.engine.config import EngineConfig
+from fabric.engine.model import LoadedModel, load_model
+from fabric.engine.source import ModelSource
+from fabric.engine.text import Texts
+from fabric.engine.torch_engine import TorchEngine
+from fabric.messages import (
+    Event,
+    Failed,
+    Finished,
+    PromptScored,
+    Request,
+    Sampling,
+    Task,
+    TextInput,
+    Token,
+    TokensInput,
+)
+from fabric.messages.request import ChatInput
+
+CONTEXT_TOKENS = 256
+SPECIALS = ("<end>", "<start>", "<unused>")
+
+torch.set_num_threads(1)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token, so most characters that are not ASCII take several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIALS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<end>",
+        chat_template=(
+            "{% for m in messages %}{{ '<start>' + m['role'] + ':' + m['content'] + '<end>' }}"
+            "{% if m['role'] == 'system' and not loop.first %}"
+            "{{ raise_exception('the system turn comes first') }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}<start>assistant:{% endif %}"
+        ),
+    )
+
+
+def tiny_config(**changes: object) -> LlamaConfig:
+    values: dict[str, object] = {
+        "vocab_size": 256 + len(SPECIALS),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT_TOKENS,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": 256,
+        "pad_token_id": 258,
+    }
+    return LlamaConfig(**(values | changes))
+
+
+def save(model: PreTrainedModel, path: Path) -> Path:
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(7)
+    return save(LlamaForCausalLM(tiny_config()), tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_dir: Path) -> PreTrainedModel:
+    """The same model, run by transformers."""
+    return LlamaForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
+
+
+@dataclass
+class Heard:
+    """A sink that keeps its events."""
+
+    events: list[Event] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+    on_event: Callable[[Event], None] | None = None
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if self.on_event:
+            self.on_event(event)
+        if isinstance(event, Finished | Failed):
+            self.done.set()
+
+    def wait(self) -> Heard:
+        assert self.done.wait(60), self.events[-3:]
+        return self
+
+    def tokens(self, choice: int = 0) -> list[Token]:
+        return [e for e in self.events if isinstance(e, Token) and e.choice == choice]
+
+    def ids(self, choice: int = 0) -> list[int]:
+        return [token.token_id for token in self.tokens(choice)]
+
+    def text(self, choice: int = 0) -> str:
+        return "".join(token.text for token in self.tokens(choice))
+
+    @property
+    def scored(self) -> PromptScored:
+        (event,) = (e for e in self.events if isinstance(e, PromptScored))
+        return event
+
+    @property
+    def finished(self) -> Finished:
+        last = self.wait().events[-1]
+        assert isinstance(last, Finished), last
+        return last
+
+    @property
+    def failed(self) -> Failed:
+        last = self.wait().events[-1]
+        assert isinstance(last, Failed), last
+        return last
+
+
+class Driver:
+    """An engine with the boilerplate of asking it."""
+
+    def __init__(self, engine: TorchEngine, model: PreTrainedModel) -> None:
+        self.engine = engine
+        self.model = model
+        limits = engine.info.limits
+        self.texts = Texts(byte_tokenizer(), vocabulary=259, context_tokens=limits.context_tokens)
+
+    def ask(
+        self,
+        prompt: str | list[int] | ChatInput,
+        *,
+        prefix: tuple[int, ...] = (),
+        digest: str | None = None,
+        deadline_s: float = 60.0,
+        heard: Heard | None = None,
+        **sampling: object,
+    ) -> Heard:
+        """Submit a task; ``heard.events[0]`` names it."""
+        source = (
+            TextInput(text=prompt)
+            if isinstance(prompt, str)
+            else TokensInput(ids=tuple(prompt))
+            if isinstance(prompt, list)
+            else prompt
+        )
+        request = Request(model="tiny", input=source, sampling=Sampling.model_validate(sampling))
+        task = Task(
+            id=request.id,
+            attempt=1,
+            request=request,
+            digest=digest or self.engine.info.digest,
+            prefix=prefix,
+            deadline_s=deadline_s,
+        )
+        heard = heard or Heard()
+        self.last_task = task
+        self.engine.submit(task, heard)
+        return heard
+
+    def greedy(self, prompt: str | list[int], max_tokens: int = 12, **more: object) -> Heard:
+        return self.ask(prompt, temperature=0.0, max_tokens=max_tokens, **more)
+
+
+@pytest.fixture(scope="module")
+def drive(tiny_dir: Path) -> Iterator[Callable[..., Driver]]:
+    """Start engines over the tiny model (or another directory) and close them at the end."""
+    engines = []
+
+    def start(path: Path = tiny_dir, **config: object) -> Driver:
+        values: dict[str, object] = {
+            "dtype": "float32",
+            "num_threads": 1,
+            "cache_bytes": 4 * 2**20,
+            "max_rows": 16,
+            "step_tokens": 40,
+        }
+        engine = TorchEngine(
+            ModelSource.parse(str(path)),
+            EngineConfig(**(values | config)),  # type: ignore[arg-type]
+            name="tiny",
+        )
+        loaded = []
+
+        def load_and_keep(*args: object, **kwargs: object) -> LoadedModel:
+            loaded.append(load_model(*args, **kwargs))  # type: ignore[arg-type]
+            return loaded[0]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch_engine, "load_model", load_and_keep)
+            engine.start()
+        engines.append(engine)
+        return Driver(engine, loaded[0].model)
+
+    yield start
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def tiny(drive: Callable[..., Driver]) -> Driver:
+    return drive()
+
+
+@pytest.fixture(scope="session")
+def heard() -> Callable[..., Heard]:
+    """Make a sink that reacts to events."""
+    return lambda on_event=None: Heard(on_event=on_event)
+
+
+@pytest.fixture(scope="session")
+def save_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTrainedModel], Path]:
+    """Write a model with the byte tokenizer to a directory of its own."""
+    return lambda model: save(model, tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., LlamaForCausalLM]:
+    """Make a tiny Llama with a changed configuration."""
+
+    def make(**changes: object) -> LlamaForCausalLM:
+        torch.manual_seed(7)
+        return LlamaForCausalLM(tiny_config(**changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., None]:
+    """Poll a condition; fail when it stays false."""
+
+    def wait(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
+        pause = threading.Event()
+        for _ in range(int(deadline_s / 0.005)):
+            if condition():
+                return
+            pause.wait(0.005)
+        pytest.fail("the condition stayed false")
+
+    return wait

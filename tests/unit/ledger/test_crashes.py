@@ -1,0 +1,131 @@
+import runpy
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from fabric.errors import HoldNotOpen
+from fabric.ledger import Ledger
+from fabric.sql import Database, utc_now
+
+RIG = Path(__file__).parent / "crash_rig.py"
+ALLOCATION, OTHER = "allocation:astro:*", "allocation:astro:alpha"
+
+Books = tuple[tuple[int, int], tuple[int, int], int]
+
+
+def books(ledger: Ledger) -> Books:
+    """What is available and held in both allocations, and how many lines the statement has."""
+    ledger.verify()
+    allocations = [ledger.allocation(name) for name in (ALLOCATION, OTHER)]
+    balances = [(each.available_usu, each.held_usu) for each in allocations]
+    return (balances[0], balances[1], len(ledger.statement("astro").lines))
+
+
+@pytest.mark.parametrize(
+    ("operation", "after"),
+    [
+        ("hold", ((800, 200), (500, 0), 2)),
+        ("settle", ((930, 0), (500, 0), 3)),
+        ("move", ((1000, 0), (450, 50), 2)),
+        ("void", ((1000, 0), (500, 0), 2)),
+        ("release", ((1000, 0), (500, 0), 2)),
+    ],
+)
+def test_process_killed_at_any_step_leaves_all_or_nothing(
+    database: Database, tmp_path: Path, operation: str, after: Books
+) -> None:
+    ledger = Ledger(database, clock=lambda: datetime(2026, 1, 1, tzinfo=UTC))
+    for site, amount_usu in (("*", 1000), ("alpha", 500)):
+        ledger.grant(ledger.open_allocation("astro", site), amount_usu)
+    ledger.hold("open", allocation=ALLOCATION, amount_usu=100, lease_s=60)
+    before = books(ledger)
+    database.close()
+    repeat = runpy.run_path(str(RIG))["OPERATIONS"][operation]
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    ran = subprocess.run(
+        [sys.executable, RIG, tmp_path / "fabric.db", copies, operation],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *killed, last = ran.stdout.split()
+    assert (set(killed), last) == ({"killed"}, "done")
+    assert len(killed) > 4
+    for step, _ in enumerate(killed, start=1):
+        with Database(f"sqlite:///{copies / f'{step}.db'}") as copy:
+            restarted = Ledger(copy)
+            assert books(restarted) == before
+            repeat(restarted)
+            assert books(restarted) == after
+    with Database(f"sqlite:///{copies / f'{len(killed) + 1}.db'}") as copy:
+        assert books(Ledger(copy)) == after
+    database.open()
+
+
+def test_two_processes_share_one_ledger(database: Database, tmp_path: Path) -> None:
+    program = """
+import sys
+from fabric.errors import InsufficientBalance
+from fabric.ledger import Ledger
+from fabric.sql import Database
+url, name = sys.argv[1:]
+num_charged = 0
+with Database(url) as database:
+    ledger = Ledger(database)
+    for number in range(150):
+        run = f"{name}_{number}"
+        try:
+            ledger.hold(run, allocation="allocation:astro:*", amount_usu=10, lease_s=60)
+        except InsufficientBalance:
+            continue
+        if number % 3:
+            ledger.settle(run, 7, site=name)
+            num_charged += 1
+        else:
+            ledger.void(run)
+        ledger.settle("shared", 5, site="alpha")
+print(num_charged)
+"""
+    ledger = Ledger(database)
+    ledger.grant(ledger.open_allocation("astro", "*"), 1000)
+    ledger.hold("shared", allocation=ALLOCATION, amount_usu=5, lease_s=60)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, database.url, name], stdout=subprocess.PIPE, text=True
+        )
+        for name in ("alpha", "beta")
+    ]
+    counts = [int(process.communicate(timeout=60)[0]) for process in processes]
+    ledger.verify()
+    allocation = ledger.allocation(ALLOCATION)
+    assert allocation.held_usu == 0
+    assert allocation.available_usu == 1000 - 5 - 7 * sum(counts) >= 0
+    assert allocation.available_usu < 10
+    charges = [line.run for line in ledger.statement("astro").lines if line.kind == "charge"]
+    assert charges.count("shared") == 1
+
+
+def test_hold_of_a_killed_hub_comes_back_after_its_lease(database: Database) -> None:
+    program = """
+import os, signal, sys
+from fabric.ledger import Ledger
+from fabric.sql import Database
+with Database(sys.argv[1]) as database:
+    Ledger(database).hold("run_1", allocation="allocation:astro:*", amount_usu=600, lease_s=60)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ledger = Ledger(database)
+    ledger.grant(ledger.open_allocation("astro", "*"), 1000)
+    ran = subprocess.run([sys.executable, "-c", program, database.url], check=False)
+    assert ran.returncode == -9
+    assert ledger.release_expired() == []
+    assert ledger.allocation(ALLOCATION).available_usu == 400
+    assert ledger.release_expired(utc_now() + timedelta(seconds=61)) == ["run_1"]
+    assert ledger.allocation(ALLOCATION).available_usu == 1000
+    with pytest.raises(HoldNotOpen):
+        ledger.settle("run_1", 1, site="alpha")
+    ledger.verify()

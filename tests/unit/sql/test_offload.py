@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+
+import pytest
+
+from fabric.sql import Database
+from fabric.sql.offload import Offload
+
+
+@pytest.fixture
+async def offload(tmp_path: object) -> AsyncIterator[Offload]:
+    # What is offloaded here needs no database.
+    made = Offload(Database(f"sqlite:///{tmp_path}/unused.db"))
+    yield made
+    made.close()
+
+
+async def test_calls_run_on_one_other_thread_in_order(offload: Offload) -> None:
+    seen: list[tuple[int, int]] = []
+    calls = [
+        offload(lambda number=number: seen.append((number, threading.get_ident())))
+        for number in range(20)
+    ]
+    await asyncio.gather(*calls)
+    assert [number for number, _ in seen] == list(range(20))
+    threads = {thread for _, thread in seen}
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+async def test_urgent_calls_overtake_those_that_wait(offload: Offload) -> None:
+    gate, seen = threading.Event(), []
+    busy = offload(gate.wait)
+    late = offload(seen.append, "regular")
+    urgent = offload.urgent(seen.append, "urgent")
+    gate.set()
+    await asyncio.gather(busy, late, urgent)
+    assert seen == ["urgent", "regular"]
+
+
+async def test_errors_reach_the_caller(offload: Offload) -> None:
+    with pytest.raises(ZeroDivisionError):
+        await offload(divmod, 1, 0)
+    assert await offload(divmod, 7, 2) == (3, 1)
+
+
+async def test_a_queued_call_runs_though_its_caller_left(offload: Offload) -> None:
+    gate, seen = threading.Event(), []
+    busy = offload(gate.wait)
+    call = asyncio.ensure_future(offload(seen.append, "written"))
+    await asyncio.sleep(0)
+    call.cancel()
+    gate.set()
+    await busy
+    await offload(lambda: None)
+    assert seen == ["written"]
