@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ def spawn(
     """Start a process in a session of its own, its output going to a file.
 
     Args:
-        argv: The program and its arguments; never a secret, because any user may read them.
+        argv: The program's path and its arguments; never a secret, because any user may read them.
         log_path: Where standard output and error are appended.
         stdin: Text given on standard input, which is then closed.
         environ: Variables to set besides those of this process.
@@ -32,19 +31,24 @@ def spawn(
     Returns:
         The process; its pid is the id of its process group too.
     """
-    with log_path.open("ab") as log:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, **(environ or {})},
-        )
-    assert process.stdin is not None
-    with process.stdin:
-        process.stdin.write(stdin.encode())
-    return ProcessRecord(pid=process.pid, started_at=psutil.Process(process.pid).create_time())
+    read_end, write_end = os.pipe()
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    # Not subprocess: its objects warn when they are dropped while their process still runs.
+    pid = os.posix_spawn(
+        argv[0],
+        list(argv),
+        {**os.environ, **(environ or {})},
+        file_actions=[
+            (os.POSIX_SPAWN_DUP2, read_end, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(log_path), flags, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+    )
+    os.close(read_end)
+    with os.fdopen(write_end, "wb") as pipe:
+        pipe.write(stdin.encode())
+    return ProcessRecord(pid=pid, started_at=psutil.Process(pid).create_time())
 
 
 def find(record: ProcessRecord) -> psutil.Process | None:
