@@ -16,12 +16,13 @@ import contextlib
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,20 +228,21 @@ async def hub_client(rig: Rig, *, stream: bool):
         writer.close()
 
 
-async def measure(client, rig: Rig, *, num_clients: int, num_requests: int, stream: bool):
+async def measure(
+    client, rig: Rig, *, num_clients: int, num_requests: int, stream: bool, think_s: float
+):
     """Run closed-loop clients side by side and return all their samples."""
 
     async def loop() -> list[Sample]:
         async with client(rig, stream=stream) as ask:
             await ask()
-            await asyncio.sleep(delay_spread(num_clients))
-            return [await ask() for _ in range(num_requests)]
-
-    counter = iter(range(num_clients))
-
-    def delay_spread(total: int) -> float:
-        # Clients start out of step, as independent ones would.
-        return next(counter) / total * 0.2
+            samples = []
+            for _ in range(num_requests):
+                # Without a pause the fixed delay keeps all clients in step for ever, once a
+                # stall has brought them together; people and programs are not in step.
+                await asyncio.sleep(random.uniform(0, 2 * think_s))
+                samples.append(await ask())
+            return samples
 
     return [
         sample
@@ -255,11 +257,13 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {name: cuts[int(name[1:]) - 1] * 1e3 for name in ("p50", "p95", "p99")}
 
 
-async def run(rig: Rig, *, rounds: int, requests_per_round: int) -> list[dict[str, object]]:
+async def run(
+    rig: Rig, *, clients: Sequence[int], rounds: int, requests_per_round: int, think_s: float
+) -> list[dict[str, object]]:
     """Measure every concurrency, the two ways in turns."""
     ways = {"direct": direct_client, "hub": hub_client}
     rows = []
-    for num_clients in CONCURRENCIES:
+    for num_clients in clients:
         for stream in (False, True):
             samples: dict[str, list[list[Sample]]] = {name: [] for name in ways}
             for turn in range(rounds):
@@ -271,6 +275,7 @@ async def run(rig: Rig, *, rounds: int, requests_per_round: int) -> list[dict[st
                         num_clients=num_clients,
                         num_requests=min(40, max(8, requests_per_round // num_clients)),
                         stream=stream,
+                        think_s=think_s,
                     )
                     samples[name].append(part)
             rows.append(summarize(num_clients, stream, samples))
@@ -321,6 +326,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=320, help="a round, over all clients")
     parser.add_argument("--delay-ms", type=float, default=200.0, help="until the first token")
+    parser.add_argument("--think-ms", type=float, default=100.0, help="mean pause of a client")
+    parser.add_argument("--clients", type=int, nargs="+", default=CONCURRENCIES)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
     print(f"upstream: {args.delay_ms:g} ms, {MAX_TOKENS} tokens; times in ms")
@@ -329,7 +336,15 @@ def main() -> int:
         running_rig(args.delay_ms / 1e3) as rig,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        rows = runner.run(run(rig, rounds=args.rounds, requests_per_round=args.requests))
+        rows = runner.run(
+            run(
+                rig,
+                clients=args.clients,
+                rounds=args.rounds,
+                requests_per_round=args.requests,
+                think_s=args.think_ms / 1e3,
+            )
+        )
     if args.json:
         report = {
             "benchmark": "hub_overhead",
@@ -339,6 +354,7 @@ def main() -> int:
                 "python": platform.python_version(),
             },
             "delay_ms": args.delay_ms,
+            "think_ms": args.think_ms,
             "tokens": MAX_TOKENS,
             "rounds": args.rounds,
             "rows": rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -33,6 +34,9 @@ RETRY_AFTER_S = 1.0
 
 Foresee = Callable[[Request, Context], Placement | None]
 """Returns where a request would go now, ``None`` if it would wait; raises ``NoReplica``."""
+
+STALE_FACTOR = 5
+"""How many times their lifetime facts may serve while newer ones are being read."""
 
 logger = logging.getLogger(__name__)
 
@@ -238,14 +242,19 @@ class Admission:
     # ---- facts ----------------------------------------------------------------------------------
 
     async def _recent(self, project: str, model: str) -> Facts:
-        facts = self._facts.get((project, model))
-        if facts is not None and time.monotonic() - facts.read_at < self._settings.facts_ttl_s:
-            return facts
+        """Return facts read within ``facts_ttl_s``, or a little older while newer ones are read."""
         key = (project, model)
+        facts = self._facts.get(key)
+        age_s = math.inf if facts is None else time.monotonic() - facts.read_at
+        if facts is not None and age_s < self._settings.facts_ttl_s:
+            return facts
         reading = self._reading.get(key)
         if reading is None:
             reading = self._reading[key] = asyncio.ensure_future(self._read(project, model))
             reading.add_done_callback(lambda _: self._reading.pop(key))
+        if facts is not None and age_s < STALE_FACTOR * self._settings.facts_ttl_s:
+            reading.add_done_callback(_heard)
+            return facts
         return await asyncio.shield(reading)
 
     async def _read(self, project: str, model: str) -> Facts:
@@ -272,6 +281,12 @@ class Admission:
             allocations=tuple(one for one in allocations if one.is_open(now)),
             read_at=time.monotonic(),
         )
+
+
+def _heard(reading: asyncio.Future[Facts]) -> None:
+    """A reading that nobody waits for failed; the next request that needs it will say so."""
+    if not reading.cancelled() and reading.exception() is not None:
+        logger.info("prices and balances not read", exc_info=reading.exception())
 
 
 def _bounds(request: Request, context_tokens: int) -> tuple[int, int]:

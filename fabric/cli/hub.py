@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import logging
 import socket
@@ -89,6 +90,7 @@ def serve(settings: Settings) -> None:
     async def run() -> None:
         async with open_hub(settings) as app:
             config = get_server_config(app, host=settings.hub.host, port=settings.hub.port)
+            _steady()
             host, port = listener.getsockname()[:2]
             logger.info("The hub serves at http://%s:%d.", host, port)
             await uvicorn.Server(config).serve(sockets=[listener])
@@ -115,6 +117,16 @@ def listen(host: str, port: int) -> socket.socket:
         raise PortInUse(host=host, port=port) from error
     listener.listen(1024)
     return listener
+
+
+def _steady() -> None:
+    """Keep rare long pauses out of the hub's latency.
+
+    What was loaded by now lives as long as the process: left out of garbage collection, a full
+    one takes under a millisecond instead of fifty.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

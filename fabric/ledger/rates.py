@@ -21,8 +21,8 @@ from fabric.errors import RateMissing, RequestInvalid
 from fabric.ledger.tables import rates
 from fabric.messages import Usage
 
-TIERS: Final[Mapping[str, Fraction]] = MappingProxyType(
-    {"interactive": Fraction(3, 2), "standard": Fraction(1), "batch": Fraction(1, 2)}
+TIERS: Final[Mapping[str, Decimal]] = MappingProxyType(
+    {"interactive": Decimal("1.5"), "standard": Decimal(1), "batch": Decimal("0.5")}
 )
 """What each tier multiplies a charge by."""
 
@@ -126,7 +126,8 @@ def find_rate(connection: Connection, model: str, site: str, at: datetime) -> Ra
 
 
 def _total(tier: str, *priced: tuple[Decimal, int]) -> int:
-    return ceil(TIERS[tier] * sum(Fraction(price) * num_tokens for price, num_tokens in priced))
+    # Exact: no price, count and tier together have more digits than a decimal keeps (28).
+    return ceil(TIERS[tier] * sum((p * num_tokens for p, num_tokens in priced), Decimal(0)))
 
 
 def _to_mtoken(name: str, price: Decimal) -> int:

@@ -64,14 +64,16 @@ def test_charge_is_exact_and_never_more_than_its_bound(
         prompt_tokens=uncached + cached, cached_prompt_tokens=cached, output_tokens=output
     )
     charged = charge_usu(rate(*map(str, prices)), tier, usage)
-    exact = sum(Fraction(p) * n for p, n in zip(prices, tokens, strict=True)) * TIERS[tier]
+    exact = sum(Fraction(p) * n for p, n in zip(prices, tokens, strict=True)) * Fraction(
+        TIERS[tier]
+    )
     assert charged == ceil(exact)
     assert charged <= max_charge_usu(rate(*map(str, prices)), tier, uncached + cached, output)
 
 
 def test_tiers_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
-        TIERS["standard"] = Fraction(0)  # type: ignore[index]
+        TIERS["standard"] = Decimal(0)  # type: ignore[index]
 
 
 def test_missing_rate_is_an_error_until_a_default_is_set(ledger: Ledger) -> None:
