@@ -299,15 +299,15 @@ def _spread(request_id: str, instance: str) -> bytes:
 def _reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     others = [one for one in candidates if one is not chosen and one.total_s is not None]
     if not others:
-        excluded = [f"{one.instance}: {one.excluded}" for one in candidates if one.excluded]
+        excluded = [f"{one.site}: {one.excluded}" for one in candidates if one.excluded]
         why = f" ({'; '.join(excluded)})" if excluded else ""
-        return f"{chosen.site}: {chosen.instance} is the only replica that can serve it{why}"
+        return f"{chosen.site}: nothing else can serve it{why}"
     other = min(others, key=lambda one: (one.total_s or 0.0, one.instance))
     gains = {name: other.cost_s[name] - chosen.cost_s[name] for name in _ADVANTAGES}
     best = max(gains, key=lambda name: gains[name])
     why = _ADVANTAGES[best] if gains[best] > 0 else "it serves as well as any"
     where = other.site if other.site != chosen.site else other.instance
     return (
-        f"{chosen.site}: {why}; {chosen.total_s:.1f} s expected against {other.total_s:.1f} s"
+        f"{chosen.site}: {why}; it costs {chosen.total_s:.1f} s against {other.total_s:.1f} s"
         f" at {where}"
     )

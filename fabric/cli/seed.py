@@ -50,7 +50,7 @@ def _add_sites(
 ) -> None:
     for site in sites:
         with suppress(Duplicate):
-            catalog.add_site(site.name, display=site.title, channel=site.channel)
+            catalog.add_site(site.name, display=site.title)
         with suppress(Duplicate):
             ledger.grant(ledger.open_allocation(project, site.name), grant_usu, memo="initial")
         for model in site.models:

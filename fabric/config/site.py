@@ -47,7 +47,6 @@ class SiteSpec(_Frozen):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     title: str = ""
-    channel: Literal["session", "parsl"] = "session"
     executor: LocalExecutor = LocalExecutor()
     models: tuple[SiteModel, ...] = ()
     prices: Prices = Prices()

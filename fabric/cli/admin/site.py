@@ -21,13 +21,11 @@ def site() -> None:
 @click.argument("name", required=False)
 @click.option("--file", type=click.Path(path_type=Path), help="A site file, instead of NAME.")
 @click.option("--display", metavar="TEXT", help="What people read; the name by default.")
-@click.option("--channel", type=click.Choice(["session", "parsl"]), default="session")
 @database_options
 def add(
     name: str | None,
     file: Path | None,
     display: str | None,
-    channel: Literal["session", "parsl"],
     books: Books,
     output: Output,
 ) -> None:
@@ -39,11 +37,9 @@ def add(
     if file is not None:
         spec = load_site(file)
         facts = spec.model_dump(mode="json")
-        record = books.catalog.add_site(
-            spec.name, display=display or spec.title, channel=spec.channel, facts=facts
-        )
+        record = books.catalog.add_site(spec.name, display=display or spec.title, facts=facts)
     else:
-        record = books.catalog.add_site(str(name), display=display or "", channel=channel)
+        record = books.catalog.add_site(str(name), display=display or "")
     output.json(record) if output.is_json else note(f"Added the site {record.name}.")
 
 
@@ -56,26 +52,24 @@ def show(name: str | None, books: Books, output: Output) -> None:
     if output.is_json:
         output.json(records[0] if name else records)
         return
-    rows = [(s.name, s.state, s.channel, s.display) for s in records]
-    output.table(["SITE", "STATE", "CHANNEL", "DISPLAY"], rows)
+    rows = [(s.name, s.state, s.display) for s in records]
+    output.table(["SITE", "STATE", "DISPLAY"], rows)
 
 
 @site.command()
 @click.argument("name")
 @click.option("--display", metavar="TEXT")
-@click.option("--channel", type=click.Choice(["session", "parsl"]))
 @click.option("--state", type=click.Choice(["enabled", "disabled"]))
 @database_options
 def modify(
     name: str,
     display: str | None,
-    channel: Literal["session", "parsl"] | None,
     state: Literal["enabled", "disabled"] | None,
     books: Books,
     output: Output,
 ) -> None:
     """Change a site; a disabled one gets no new requests."""
-    record = books.catalog.modify_site(name, display=display, channel=channel, state=state)
+    record = books.catalog.modify_site(name, display=display, state=state)
     output.json(record) if output.is_json else note(f"Changed the site {name}.")
 
 

@@ -75,7 +75,7 @@ def test_locality_decides_where_all_else_is_equal(home: str) -> None:
     placement = select(request(data_site=home, data_bytes=50 * MIB), BOTH, context())
     assert placement.site == home
     assert placement.reason.startswith(f"{home}: data is there; ")
-    assert " s expected against " in placement.reason
+    assert " s against " in placement.reason
 
 
 @pytest.mark.parametrize(("rich", "poor"), [("alpha", "beta"), ("beta", "alpha")])

@@ -127,10 +127,10 @@ def test_a_missing_price_is_told(admin: Admin) -> None:
 
 def test_sites_are_changed_and_read_from_files(admin: Admin, tmp_path: Path) -> None:
     file = tmp_path / "gamma.yaml"
-    file.write_text("name: gamma\ntitle: Centre G\nchannel: parsl\n")
+    file.write_text("name: gamma\ntitle: Centre G\n")
     admin.ok("site", "add", "--file", str(file))
     gamma = admin.json("site", "show", "gamma")
-    assert (gamma["display"], gamma["channel"]) == ("Centre G", "parsl")
+    assert gamma["display"] == "Centre G"
     assert admin.json("site", "modify", "gamma", "--state", "disabled")["state"] == "disabled"
     file.write_text("name: [")
     assert admin.run("site", "add", "--file", str(file)).exit_code == 3
