@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
 
-from fabric.errors import ProtocolViolation, SessionLost
+from fabric.errors import EngineStopped, ProtocolViolation, SessionLost
 from fabric.launch import worker
 from fabric.messages import (
     Accepted,
@@ -21,6 +21,7 @@ from fabric.messages import (
     Drain,
     Event,
     Failed,
+    Failure,
     Finished,
     Heartbeat,
     Hello,
@@ -111,6 +112,12 @@ class ParslChannel:
 
     async def run(self, task: Task) -> AsyncIterator[Event]:
         """Run a task on a worker and yield its events; see ``Channel.run``."""
+        self._raise_if_ended()
+        if self.draining:
+            # Another worker may bring the instance this task before it hears of the drain.
+            stopped = Failure.of(EngineStopped(reason="it is draining"))
+            yield Failed(task_id=task.id, attempt=task.attempt, failure=stopped)
+            return
         await self._slots.acquire()
         try:
             self._raise_if_ended()

@@ -61,7 +61,7 @@ def test_installed_wheel_asks_a_hub(built: Path, tmp_path: Path) -> None:
     python = tmp_path / "venv/bin/python"
     run(python, "-m", "pip", "install", "-q", f"{wheel}[sdk]", "-c", ROOT / "constraints.txt")
     assert "Ask large models" in run(tmp_path / "venv/bin/fabric", "--help", cwd=tmp_path)
-    with running_hub(tmp_path / "hub") as hub:
+    with running_hub(tmp_path) as hub:
         answer = run(
             *(tmp_path / "venv/bin/fabric", "query", "hello", "--max-tokens", "3"),
             *("--base-url", hub.base_url, "--api-key", hub.api_key),
