@@ -93,12 +93,20 @@ async def open_parsl(directory: Path, engine: str, block: Block) -> AsyncIterato
             await channel.close()
 
 
-@pytest.fixture(params=["fake", "session", "direct", pytest.param("parsl", marks=pytest.mark.slow)])
+OPENERS = {"fake": open_fake, "session": open_session, "direct": open_direct_route}
+
+
+@pytest.fixture(params=[*OPENERS, pytest.param("parsl", marks=pytest.mark.slow)])
 def open_rig(request: pytest.FixtureRequest, tmp_path: Path) -> OpenRig:
     """Opens a rig of each kind; takes the engine's arguments as text."""
     kind = request.param
     if kind == "parsl":
         block = request.getfixturevalue("block")
         return lambda engine="": open_parsl(tmp_path, engine, block)
-    openers = {"fake": open_fake, "session": open_session, "direct": open_direct_route}
-    return lambda engine="": openers[kind](tmp_path, engine)
+    return lambda engine="": OPENERS[kind](tmp_path, engine)
+
+
+@pytest.fixture(params=list(OPENERS))
+def open_streaming_rig(request: pytest.FixtureRequest, tmp_path: Path) -> OpenRig:
+    """Opens a rig of each kind whose events arrive while the task runs."""
+    return lambda engine="": OPENERS[request.param](tmp_path, engine)

@@ -101,10 +101,9 @@ async def test_tasks_run_at_once_and_do_not_mix(open_rig) -> None:
     assert took_s < 0.55, "three tasks of 0.2 s ran one after another"
 
 
-async def test_streaming_channels_deliver_tokens_while_the_task_runs(open_rig) -> None:
-    async with open_rig("token_s=0.3") as rig:
-        if not rig.channel.streams:
-            pytest.skip("this channel answers at the end")
+async def test_streaming_channels_deliver_tokens_while_the_task_runs(open_streaming_rig) -> None:
+    async with open_streaming_rig("token_s=0.3") as rig:
+        assert rig.channel.streams
         arrived_at = [
             time.monotonic()
             async for event in rig.channel.run(make_task(rig.channel, max_tokens=3))
@@ -189,10 +188,9 @@ async def test_cancelled_task_tells_what_it_computed(open_rig) -> None:
         await wait_idle(rig.channel)
 
 
-async def test_early_aclose_frees_the_row_within_a_second(open_rig) -> None:
-    async with open_rig("token_s=0.05") as rig:
-        if not rig.channel.streams:
-            pytest.skip("this channel answers at the end")
+async def test_early_aclose_frees_the_row_within_a_second(open_streaming_rig) -> None:
+    async with open_streaming_rig("token_s=0.05") as rig:
+        assert rig.channel.streams
         async with aclosing(rig.channel.run(make_task(rig.channel, max_tokens=LONG))) as events:
             async for event in events:
                 if isinstance(event, Token):
@@ -216,10 +214,9 @@ async def test_killed_instance_ends_every_run_with_session_lost(open_rig) -> Non
             await collect(rig.channel.run(make_task(rig.channel)))
 
 
-async def test_slow_consumer_stalls_only_itself(open_rig) -> None:
-    async with open_rig() as rig:
-        if not rig.channel.streams:
-            pytest.skip("this channel answers at the end")
+async def test_slow_consumer_stalls_only_itself(open_streaming_rig) -> None:
+    async with open_streaming_rig() as rig:
+        assert rig.channel.streams
         slow_task = make_task(rig.channel, max_tokens=200, window=4)
         async with aclosing(rig.channel.run(slow_task)) as slow:
             taken = [await anext(slow), await anext(slow)]
