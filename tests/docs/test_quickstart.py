@@ -1,4 +1,4 @@
-"""Every block of docs/quickstart.md runs, in order, against a real federation."""
+"""Every block of docs/quickstart.md runs, in order, against a real federation; README's too."""
 
 import os
 import re
@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs/quickstart.md"
-BLOCKS = re.findall(r"^```(console|python)\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/quickstart.md"
+README = ROOT / "README.md"
+BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.M | re.S)
+*BEFORE, LAST = BLOCK.findall(PAGE.read_text())
+FROM_README = [block for block in BLOCK.findall(README.read_text()) if block[0] == "python"]
 
 
 @pytest.mark.slow
@@ -24,7 +28,7 @@ def test_quickstart_runs_as_written(tmp_path: Path, free_port: int) -> None:
     }
     outputs = []
     try:
-        for language, text in BLOCKS:
+        for language, text in [*BEFORE, *FROM_README, LAST]:
             if language == "console":
                 script = "\n".join(line.removeprefix("$ ") for line in text.splitlines())
                 argv = ["bash", "-euo", "pipefail", "-c", script]
@@ -46,5 +50,6 @@ def test_quickstart_runs_as_written(tmp_path: Path, free_port: int) -> None:
     assert "Traceback" not in everything
 
 
-def test_quickstart_is_short() -> None:
+def test_pages_are_short() -> None:
     assert len(PAGE.read_text().split()) <= 800
+    assert len(README.read_text().split()) <= 550
