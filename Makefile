@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test retest lint types bench clean
+.PHONY: help install demo test lint types bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
@@ -33,10 +33,6 @@ demo: install  ## A hub and two sites on this machine answer, fail over, and sho
 
 test: install lint types  ## Lint, types and every test.
 	@$(BIN)/python -m pytest
-
-retest: install  ## Only what failed in the last `make test`.
-	@echo "Running again what failed:"
-	@$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 lint: install  ## Style, spelling.
 	@$(BIN)/ruff check .

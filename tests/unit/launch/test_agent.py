@@ -33,7 +33,7 @@ from fabric.messages import (
     new_id,
 )
 from fabric.testing.instance import MODULE
-from fabric.testing.processes import guarded_by
+from fabric.testing.processes import guarded_by, wait_ended
 
 pytestmark = pytest.mark.slow
 
@@ -220,7 +220,7 @@ async def test_refused_agent_says_so_and_ends(hub, tmp_path) -> None:
         assert "no such key" in agent.stderr.read().decode()
 
 
-async def test_killed_site_leaves_nothing_within_seconds(hub, tmp_path) -> None:
+async def test_killed_site_leaves_nothing_within_two_seconds(hub, tmp_path) -> None:
     with start_agent(tmp_path, hub.url) as agent:
         channel = await hub.accept()
         processes = guarded_by(agent.pid)
@@ -228,9 +228,8 @@ async def test_killed_site_leaves_nothing_within_seconds(hub, tmp_path) -> None:
         began_at = time.monotonic()
         os.killpg(agent.pid, signal.SIGKILL)
         await channel.wait_closed()
-        assert time.monotonic() - began_at < 2, "the hub should notice at once"
-        # The machine may take a while to free what the processes held.
-        assert psutil.wait_procs(processes, timeout=5)[1] == []
+        assert wait_ended(processes, timeout_s=2) == []
+        assert time.monotonic() - began_at < 2
 
 
 async def test_agent_waits_for_the_hub_and_ends_when_asked(tmp_path, free_port) -> None:
