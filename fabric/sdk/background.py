@@ -37,7 +37,9 @@ class BackgroundLoop:
         """
         try:
             return asyncio.run_coroutine_threadsafe(coroutine, self._get_loop())
-        except BaseException:
+        except RuntimeError:
+            # Nothing else: at an interrupt the loop may have it already, and closing a coroutine
+            # that runs on another thread breaks it in the middle.
             coroutine.close()
             raise
 
