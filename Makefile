@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test lint types bench clean
+.PHONY: help install system demo test lint types bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
@@ -28,10 +28,13 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt requirements-models.txt
 
 install: $(STAMP)  ## Install everything into .venv.
 
-demo: install  ## A hub and two sites on this machine answer, fail over, and show the bill.
-	@$(BIN)/fabric demo
+system:  ## Install RabbitMQ and Redis (Debian) where they are missing.
+	@.ci/system
 
-test: install lint types  ## Lint, types and every test.
+demo: install $(if $(filter globus,$(FEDERATION)),system)  ## A hub and two sites answer, fail over, and show the bill (FEDERATION=globus: behind Globus Compute endpoints).
+	@$(if $(filter globus,$(FEDERATION)),$(BIN)/python -m fabric.testing.globus.demo,$(BIN)/fabric demo)
+
+test: install system lint types  ## Lint, types and every test.
 	@$(BIN)/python -m pytest
 
 lint: install  ## Style, spelling.
@@ -42,8 +45,9 @@ lint: install  ## Style, spelling.
 types: install  ## mypy --strict.
 	@$(BIN)/mypy
 
-bench: install  ## The hub's added latency over calling an instance directly.
+bench: install  ## The hub's added latency, and the ways to instances behind Globus Compute.
 	@$(BIN)/python benchmarks/hub_overhead.py
+	@$(BIN)/python benchmarks/compute_channel.py
 
 clean:  ## Remove the virtual environment and build products.
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,13 +1,22 @@
 """What every test may use."""
 
 import gc
+import signal
 import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from fabric.testing.globus import Globus
 
 # CPython 3.11 can fail with "AST constructor recursion depth mismatch" when a collection runs in
 # the middle of parsing a module, and collecting tests parses hundreds.
 gc.disable()
+
+# A run in the background of a shell inherits an ignored SIGINT, and so would what tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
@@ -21,3 +30,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def globus(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Globus]":
+    """A Globus Compute of this run's own, which its tests share."""
+    from fabric.testing.globus import running_globus
+
+    with running_globus(tmp_path_factory.mktemp("rig")) as running:
+        yield running

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 
 from fabric.errors import PermissionDenied
 
 SCOPES = frozenset({"query", "admin", "site"})
 """``query``: send requests, explain them, read the project's runs. ``admin``: change the catalog,
-keys and accounts. ``site``: as one site's agent, ask for launches there. None implies another."""
+keys and accounts. ``site``: as one site's agent, ask for launches there. None implies another. A
+ticket has a scope of its own, ``ticket``, which no key can have and no route asks for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """A caller, as its key says; ``site`` is what a site agent is bound to."""
+    """A caller, as its key or its Globus login says.
+
+    Attributes:
+        key_id: The key's id, or ``globus:`` and the Globus identity's.
+        project: Who is charged.
+        scopes: What it may do.
+        max_concurrent: How much of it at once.
+        site: What a site agent is bound to.
+        user: The Globus username; a key has none.
+        projects: All projects that a Globus user may choose from.
+        expires_at: When the credential ends.
+    """
 
     key_id: str
     project: str
     scopes: frozenset[str]
     max_concurrent: int
     site: str | None = None
+    user: str | None = None
+    projects: tuple[str, ...] = ()
+    expires_at: datetime | None = None
 
 
 def require(identity: Identity, scope: str) -> None:

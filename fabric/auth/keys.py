@@ -19,6 +19,7 @@ from sqlalchemy.exc import IntegrityError
 from fabric.auth.identity import SCOPES, Identity
 from fabric.auth.records import KeyRecord, ProjectRecord
 from fabric.auth.tables import api_keys, projects
+from fabric.auth.tickets import Tickets, revoke_issued
 from fabric.errors import (
     Duplicate,
     KeyExpired,
@@ -54,7 +55,7 @@ class Keys:
     """Projects and their API keys over one database.
 
     A key reads ``fab_<id>_<secret>``; the id names it in lists and logs, and the database holds a
-    SHA-256 of the whole. Thread-safe.
+    SHA-256 of the whole. ``tickets`` are what stands for a key at a site. Thread-safe.
 
     Args:
         database: An open, migrated database.
@@ -75,6 +76,7 @@ class Keys:
         self._lock = threading.Lock()
         self._known: dict[str, _Known] = {}
         self._num_changes = 0
+        self.tickets = Tickets(database, clock=clock)
 
     # Projects
 
@@ -231,7 +233,8 @@ class Keys:
         return new
 
     def revoke(self, key_id: str) -> KeyRecord:
-        """End a key for good: at once in this process, within ``CACHE_S`` in others.
+        """End a key for good, and its tickets: at once in this process, within ``CACHE_S`` in
+        others.
 
         Raises:
             NotFound: There is none of this id.
@@ -242,6 +245,7 @@ class Keys:
                 .where(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
                 .values(revoked_at=self._clock())
             )
+            revoke_issued(connection, key_id, self._clock())
             record = _get(connection, key_id)
         self._forget()
         return record
@@ -303,6 +307,7 @@ class Keys:
             scopes=frozenset(row.scopes.split()),
             max_concurrent=row.max_concurrent,
             site=row.site,
+            expires_at=row.expires_at,
         )
         known = _Known(identity, row.expires_at, self._monotonic())
         with self._lock:

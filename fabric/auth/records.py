@@ -1,9 +1,11 @@
-"""Projects and keys as administrators see them."""
+"""Projects, keys and tickets as those see them who manage them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+
+from fabric.auth.identity import Identity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,3 +30,39 @@ class KeyRecord:
     created_at: datetime
     expires_at: datetime | None
     revoked_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRecord:
+    """What the members of a Globus group may do in a project, and how much of it at once."""
+
+    group_id: str
+    project: str
+    scopes: frozenset[str]
+    max_concurrent: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TicketRecord:
+    """A ticket without its secret. ``max_usu`` is the most all its calls together may cost."""
+
+    id: str
+    project: str
+    issued_by: str
+    site: str
+    max_usu: int | None
+    max_concurrent: int
+    created_at: datetime
+    expires_at: datetime
+    revoked_at: datetime | None
+
+    def identity(self) -> Identity:
+        """Who calls with it: the key it was issued to, for nothing but raw calls at the site."""
+        return Identity(
+            key_id=self.issued_by,
+            project=self.project,
+            scopes=frozenset({"ticket"}),
+            max_concurrent=self.max_concurrent,
+            site=self.site,
+        )

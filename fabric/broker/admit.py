@@ -35,6 +35,9 @@ RETRY_AFTER_S = 1.0
 Foresee = Callable[[Request, Context], Placement | None]
 """Returns where a request would go now, ``None`` if it would wait; raises ``NoReplica``."""
 
+Also = Callable[[Ticket], None]
+"""Runs on the database's thread."""
+
 STALE_FACTOR = 5
 """How many times their lifetime facts may serve while newer ones are being read."""
 
@@ -98,11 +101,26 @@ class Admission:
         if not self._num_in_flight[key_id]:
             del self._num_in_flight[key_id]
 
-    async def admit(self, identity: Identity, request: Request, foresee: Foresee) -> Ticket:
+    async def admit(
+        self,
+        identity: Identity,
+        request: Request,
+        foresee: Foresee,
+        *,
+        scope: str = "query",
+        also: Also | None = None,
+    ) -> Ticket:
         """Check a request, hold its largest charge and return its ticket.
 
+        Args:
+            identity: Who asks.
+            request: What is asked.
+            foresee: Where it would go.
+            scope: The permission it takes.
+            also: What is written in the transaction of the hold, and refuses it by raising.
+
         Raises:
-            PermissionDenied: The key may not query.
+            PermissionDenied: The caller has not the permission.
             UnknownModel: The model is not in the catalog.
             UnknownSite: A site is not in the catalog.
             ContextExceeded: Prompt and output cannot fit the context.
@@ -110,13 +128,13 @@ class Admission:
             InsufficientBalance: No allocation covers the largest charge.
             NoReplica: None can serve it, and no wait could help.
         """
-        require(identity, "query")
+        require(identity, scope)
         try:
             facts = await self._recent(identity.project, request.model)
-            return await self._admit(identity, request, facts, foresee)
+            return await self._admit(identity, request, facts, foresee, also)
         except FabricError:
             facts = await self._read(identity.project, request.model)
-            return await self._admit(identity, request, facts, foresee)
+            return await self._admit(identity, request, facts, foresee, also)
 
     async def prospect(self, identity: Identity, request: Request) -> Context:
         """Check a request and return what a choice for it rests on. Raises as ``admit`` does, but
@@ -126,7 +144,12 @@ class Admission:
         return self._check(request, facts).context
 
     async def _admit(
-        self, identity: Identity, request: Request, facts: Facts, foresee: Foresee
+        self,
+        identity: Identity,
+        request: Request,
+        facts: Facts,
+        foresee: Foresee,
+        also: Also | None,
     ) -> Ticket:
         checked = self._check(request, facts)
         offers = checked.context.offers
@@ -156,23 +179,28 @@ class Admission:
             prompt_tokens_bound=checked.prompt_tokens_bound,
             max_output_tokens=checked.max_output_tokens,
         )
-        await self._hold(ticket)
+        await self._hold(ticket, also)
         return ticket
 
-    async def _hold(self, ticket: Ticket) -> None:
-        hold = self._offload.urgent(
-            self._ledger.hold,
-            ticket.request.id,
-            allocation=ticket.held_allocation,
-            amount_usu=ticket.held_usu,
-            lease_s=self._settings.lease_s,
-        )
+    async def _hold(self, ticket: Ticket, also: Also | None) -> None:
+        hold = self._offload.urgent(self._open_hold, ticket, also)
         try:
             await hold
         except asyncio.CancelledError:
             # The caller left; what may have been held meanwhile goes back right after it.
             self._offload(self.void, ticket.request.id)
             raise
+
+    def _open_hold(self, ticket: Ticket, also: Also | None) -> None:
+        with self._offload.database.transaction():
+            self._ledger.hold(
+                ticket.request.id,
+                allocation=ticket.held_allocation,
+                amount_usu=ticket.held_usu,
+                lease_s=self._settings.lease_s,
+            )
+            if also is not None:
+                also(ticket)
 
     def void(self, hold_id: str) -> None:
         """Return a hold if there is one. Blocks; for the database's thread."""
@@ -211,11 +239,15 @@ class Admission:
         """Return what the request would cost at each site where it may run.
 
         Raises:
+            NoReplica: It may run nowhere.
             RateMissing: At none of them is there a price.
         """
-        allowed = facts.sites if request.sites is None else request.sites
+        asked = allowed = facts.sites if request.sites is None else request.sites
         if request.policy == "local-only":
-            allowed = tuple(site for site in allowed if site == request.data_site)
+            allowed = tuple(site for site in asked if site == request.data_site)
+        if not allowed:
+            why = f"the request's data may not leave {request.data_site}"
+            raise NoReplica(model=facts.version.ref, reasons=dict.fromkeys(asked, why))
         n, tier = request.sampling.n, request.tier
         likely_prompt, likely_output = expected_tokens(request)
         likely = Usage(prompt_tokens=likely_prompt, output_tokens=n * likely_output)
@@ -235,7 +267,7 @@ class Admission:
                 expected_charge_usu=charge_usu(rate, tier, likely),
                 scarcity=min(MAX_SCARCITY, total_usu / max(1, available_usu)),
             )
-        if not offers and allowed:
+        if not offers:
             raise RateMissing(model=facts.version.ref, site=allowed[0])
         return offers
 

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 
-from fabric.broker.signals import Outcome, Settle, Void
+from fabric.broker.signals import Settle, Void
 from fabric.catalog import Catalog, RunRecord
 from fabric.errors import ChargeExceedsHold, HoldNotOpen
 from fabric.ledger import Ledger
@@ -82,11 +82,17 @@ class Conclusion:
         failed = [end for end in batch if not self._try([end])]
         return len(batch) - len(failed), failed
 
+    def write(self, batch: Sequence[End]) -> list[int]:
+        """Write ends, all or none, and return what each was charged. Blocks."""
+        with self._offload.database.transaction():
+            charges_usu = [self._close_hold(end) for end in batch]
+            records = [_record(*one) for one in zip(batch, charges_usu, strict=True)]
+            self._catalog.record_runs(records)
+        return charges_usu
+
     def _try(self, batch: Sequence[End]) -> bool:
         try:
-            with self._offload.database.transaction():
-                records = [_record(end.outcome, self._close_hold(end)) for end in batch]
-                self._catalog.record_runs(records)
+            self.write(batch)
         except Exception:
             run_ids = [end.run_id for end in batch]
             logger.exception("ends of runs are not written yet", extra={"runs": run_ids})
@@ -107,10 +113,11 @@ class Conclusion:
         return 0
 
 
-def _record(outcome: Outcome, charge_usu: int) -> RunRecord:
+def _record(end: End, charge_usu: int) -> RunRecord:
+    outcome = end.outcome
     ticket, placement = outcome.ticket, outcome.placement
     return RunRecord(
-        id=ticket.request.id,
+        id=end.run_id,
         project=ticket.project,
         key_id=ticket.key_id,
         model=ticket.model,

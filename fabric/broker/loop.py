@@ -10,9 +10,10 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import cast
 
-from fabric.auth import Identity
+from fabric.auth import Identity, TicketRecord
 from fabric.broker.admit import Admission
 from fabric.broker.conclude import Conclusion
+from fabric.broker.metering import Metering
 from fabric.broker.observe import Observer, Silent
 from fabric.broker.replicas import ReplicaView
 from fabric.broker.run import Run
@@ -54,6 +55,7 @@ from fabric.errors import (
 from fabric.ledger import Ledger
 from fabric.messages import (
     Event,
+    Metered,
     Placed,
     Placement,
     Request,
@@ -99,6 +101,15 @@ class Broker:
             ledger=ledger, catalog=catalog, offload=offload, settings=self._settings
         )
         self._conclusion = Conclusion(ledger=ledger, catalog=catalog, offload=offload)
+        self._metering = Metering(
+            admission=self._admission,
+            conclusion=self._conclusion,
+            ledger=ledger,
+            catalog=catalog,
+            offload=offload,
+            settings=self._settings,
+            observer=self._observer,
+        )
         self._state = BrokerState(self._settings, started_at=time.monotonic())
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()
@@ -111,7 +122,7 @@ class Broker:
 
     async def start(self) -> None:
         """Release what a killed hub left held, and begin to keep time."""
-        await self._offload(self._ledger.release_expired)
+        await self._metering.start()
         self._spawn(self._forever(self._settings.tick_s, self._tick))
         self._spawn(self._forever(self._keep_s, self._keep_holds))
 
@@ -177,7 +188,7 @@ class Broker:
         """
         started_at = time.monotonic()
         self._check_open(request)
-        if request.id in self._runs or request.id in self._admitting:
+        if self._is_known(request.id):
             raise Duplicate(kind="run", name=request.id)
         self._admission.enter(identity)
         self._admitting.add(request.id)
@@ -210,6 +221,9 @@ class Broker:
         context = await self._admission.prospect(identity, request)
         return select(request, self._state.fleet.snapshots(time.monotonic()), context)
 
+    def _is_known(self, run_id: str) -> bool:
+        return run_id in self._runs or run_id in self._admitting or run_id in self._metering
+
     def _check_open(self, request: Request) -> None:
         if self._closing:
             # Of a request whose admission was under way, what was held goes back.
@@ -218,6 +232,36 @@ class Broker:
 
     def _foresee(self, request: Request, context: Context) -> Placement | None:
         return self._state.foresee(time.monotonic(), request, context)
+
+    # ---- raw calls ------------------------------------------------------------------------------
+
+    async def redeem(self, ticket: TicketRecord, request: Request, *, instance: str) -> None:
+        """Admit a request that a user sent to this instance, and hold its largest charge.
+
+        Raises:
+            NoReplica: The instance is not in the pool, or cannot serve it.
+            Duplicate: There was a run of this id.
+            TicketSpent: The ticket's calls would cost more than they may.
+            FabricError: As ``submit`` does.
+        """
+        if self._closing:
+            raise NoReplica(model=request.model, reasons={"hub": "it is shutting down"})
+        if self._is_known(request.id):
+            raise Duplicate(kind="run", name=request.id)
+
+        def foresee(request: Request, context: Context) -> Placement:
+            snapshots = self._state.fleet.snapshots(time.monotonic())
+            return select(request, [one for one in snapshots if one.instance == instance], context)
+
+        await self._metering.redeem(ticket, request, instance=instance, foresee=foresee)
+
+    async def settle(self, instance: str, metered: Metered) -> None:
+        """Charge what an instance says a redeemed request consumed, once.
+
+        Raises:
+            FabricError: It could not be written, and should be said again.
+        """
+        await self._metering.settle(instance, metered)
 
     # ---- the state's hands ----------------------------------------------------------------------
 
@@ -349,12 +393,11 @@ class Broker:
 
     async def _keep_holds(self) -> None:
         """Renew the leases of what runs here; release those that nobody renewed."""
-        if live := list(self._runs):
+        if live := [*self._runs, *self._metering.held_for(self._channels)]:
             renewed = await self._offload(self._ledger.renew, live, self._settings.lease_s)
             for run_id in self._runs.keys() & (set(live) - set(renewed)):
                 logger.error("the hold of a live run is not open", extra={"run": run_id})
-        if released := await self._offload(self._ledger.release_expired):
-            logger.warning("expired holds released", extra={"num_holds": len(released)})
+        await self._metering.release()
 
     async def _forever(
         self, period_s: float, act: Callable[[], Coroutine[None, None, None]]

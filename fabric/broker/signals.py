@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from fabric.broker.select import Offer
+from fabric.catalog import RedemptionRecord
 from fabric.errors import FabricError
 from fabric.ledger import Rate
 from fabric.messages import (
@@ -228,7 +229,7 @@ class Emit:
 class Outcome:
     """How a run ended, for its record. Times are seconds from when the request came in."""
 
-    ticket: Ticket
+    ticket: Ticket | RedemptionRecord
     state: RunState
     placement: Placement | None
     attempts: int

@@ -2,20 +2,26 @@
 
 from fabric.catalog.catalog import Catalog
 from fabric.catalog.records import (
+    FunctionRecord,
     LaunchRecord,
     ModelVersion,
+    RedemptionRecord,
     RunRecord,
     SiteRecord,
     SiteState,
     UsageSum,
+    Visibility,
 )
 
 __all__ = [
     "Catalog",
+    "FunctionRecord",
     "LaunchRecord",
     "ModelVersion",
+    "RedemptionRecord",
     "RunRecord",
     "SiteRecord",
     "SiteState",
     "UsageSum",
+    "Visibility",
 ]

@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Literal
 
-from fabric.catalog import launches, models, runs, sites
+from fabric.catalog import functions, launches, models, redemptions, runs, sites
 from fabric.catalog.records import (
+    FunctionRecord,
     LaunchRecord,
     ModelVersion,
+    RedemptionRecord,
     RunRecord,
     SiteRecord,
     SiteState,
     UsageSum,
+    Visibility,
 )
 from fabric.messages import InstanceState
 from fabric.sql import Database, utc_now
@@ -315,6 +318,106 @@ class Catalog:
         """Return what the runs made in a period add up to, by model and site."""
         with self._database.read() as connection:
             return runs.usage(connection, project, since=since, until=until)
+
+    # Raw calls
+
+    def add_redemption(self, redemption: RedemptionRecord) -> None:
+        """Store a raw call that was admitted; its run is new, because its hold is."""
+        with self._database.transaction() as connection:
+            redemptions.add(connection, redemption)
+
+    def redemption(self, run: str) -> RedemptionRecord | None:
+        """Return a raw call, or ``None`` if no ticket was redeemed for this run."""
+        with self._database.read() as connection:
+            return redemptions.find(connection, run)
+
+    def open_redemptions(self) -> Sequence[RedemptionRecord]:
+        """Return the raw calls whose books are open."""
+        with self._database.read() as connection:
+            return redemptions.still_open(connection)
+
+    def committed_usu(self, ticket: str) -> int:
+        """Return what the calls of a ticket were charged and hold together, in micro-SU."""
+        with self._database.read() as connection:
+            return redemptions.committed_usu(connection, ticket)
+
+    def close_redemption(self, run: str, charge_usu: int) -> None:
+        """Note what a raw call was charged; the first time counts."""
+        with self._database.transaction() as connection:
+            redemptions.close(connection, run, charge_usu)
+
+    # Registered functions
+
+    def add_function(
+        self,
+        id: str,
+        name: str,
+        *,
+        sha256: str,
+        fabric_version: str,
+        visibility: Visibility = "private",
+        group_id: str | None = None,
+        endpoint_id: str | None = None,
+    ) -> FunctionRecord:
+        """Store a function that was registered with Globus Compute.
+
+        Args:
+            id: The UUID that the service gave it.
+            name: The function's name.
+            sha256: Of its source.
+            fabric_version: The release that shipped the source.
+            visibility: Who may call it.
+            group_id: The Globus group, if ``visibility`` is ``group``.
+            endpoint_id: The only endpoint it may run at.
+
+        Raises:
+            Duplicate: A function of this id is on record.
+        """
+        function = FunctionRecord(
+            id=id,
+            name=name,
+            sha256=sha256,
+            fabric_version=fabric_version,
+            visibility=visibility,
+            group_id=group_id,
+            endpoint_id=endpoint_id,
+            created_at=self._clock(),
+        )
+        with self._database.transaction() as connection:
+            functions.add(connection, function)
+        return function
+
+    def functions(self, name: str | None = None, *, retired: bool = False) -> list[FunctionRecord]:
+        """Return functions (with ``retired``, also those) by name, the newest of each first."""
+        with self._database.read() as connection:
+            return functions.listed(connection, name, retired=retired)
+
+    def function(self, id: str) -> FunctionRecord:
+        """Return a function, retired or not.
+
+        Raises:
+            NotFound: There is none of this id.
+        """
+        with self._database.read() as connection:
+            return functions.get(connection, id)
+
+    def function_for(self, name: str, *, endpoint_id: str | None = None) -> FunctionRecord:
+        """Return the newest function of a name: one of this endpoint alone before one of all.
+
+        Raises:
+            NotFound: None is registered, or they are retired or other endpoints'.
+        """
+        with self._database.read() as connection:
+            return functions.newest(connection, name, endpoint_id)
+
+    def retire_function(self, id: str) -> FunctionRecord:
+        """Note that a function is registered no more; the first time counts.
+
+        Raises:
+            NotFound: There is none of this id.
+        """
+        with self._database.transaction() as connection:
+            return functions.retire(connection, id, self._clock())
 
 
 def _given(**fields: object) -> dict[str, object]:

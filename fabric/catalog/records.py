@@ -10,6 +10,7 @@ from typing import Literal
 from fabric.messages import InstanceState, Placement, RunState, Usage
 
 SiteState = Literal["enabled", "disabled"]
+Visibility = Literal["private", "group", "public"]
 NO_USAGE = Usage()
 
 
@@ -96,3 +97,67 @@ class UsageSum:
     output_tokens: int
     device_s: float
     charge_usu: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedemptionRecord:
+    """A raw call that a ticket was redeemed for: what its instance may be paid, and until when.
+
+    Args:
+        run: The call's id, also its hold's.
+        ticket: The ticket's id.
+        key_id: The key that the ticket was issued to.
+        project: Who pays.
+        site: Where it runs, and whose rates count.
+        instance: What runs it: nobody else may say what it consumed.
+        model: The version as ``name@revision``.
+        digest: The version's digest.
+        tier: What the rates are multiplied by.
+        prompt_tokens_bound: At least as many tokens as the prompt has.
+        max_output_tokens: The most tokens of all choices together.
+        held_usu: The most it may cost.
+        charge_usu: What it did cost; ``None`` until its books are closed.
+        created_at: When it was admitted.
+        due_at: When it is over at the latest.
+    """
+
+    run: str
+    ticket: str
+    key_id: str
+    project: str
+    site: str
+    instance: str
+    model: str
+    digest: str
+    tier: str
+    prompt_tokens_bound: int
+    max_output_tokens: int
+    held_usu: int
+    charge_usu: int | None = None
+    created_at: datetime
+    due_at: datetime
+
+    @property
+    def name(self) -> str:
+        """The model's name without its revision."""
+        return self.model.partition("@")[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionRecord:
+    """A function registered with Globus Compute, under the id the service gave it.
+
+    ``sha256`` is of its source and ``fabric_version`` the release that shipped it. A function of
+    ``group_id`` may be called by that Globus group's members; one with ``endpoint_id`` runs at that
+    endpoint alone.
+    """
+
+    id: str
+    name: str
+    sha256: str
+    fabric_version: str
+    visibility: Visibility
+    group_id: str | None = None
+    endpoint_id: str | None = None
+    created_at: datetime
+    retired_at: datetime | None = None

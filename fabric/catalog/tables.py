@@ -84,3 +84,37 @@ runs = Table(
     Column("finished_at", UtcTime),
     Index(None, "project", "created_at"),
 )
+
+functions = Table(
+    "functions",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, index=True),
+    Column("sha256", Text, nullable=False),
+    Column("fabric_version", Text, nullable=False),
+    Column("visibility", Text, nullable=False),
+    Column("group_id", Text),
+    Column("endpoint_id", Text),
+    Column("created_at", UtcTime, nullable=False),
+    Column("retired_at", UtcTime),
+)
+
+redemptions = Table(
+    "redemptions",
+    metadata,
+    Column("run", Text, primary_key=True),
+    Column("ticket", Text, nullable=False, index=True),
+    Column("key_id", Text, nullable=False),
+    Column("project", Text, nullable=False),
+    Column("site", Text, nullable=False),
+    Column("instance", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("tier", Text, nullable=False),
+    Column("prompt_tokens_bound", BigInteger, nullable=False),
+    Column("max_output_tokens", BigInteger, nullable=False),
+    Column("held_usu", BigInteger, nullable=False),
+    Column("charge_usu", BigInteger),
+    Column("created_at", UtcTime, nullable=False),
+    Column("due_at", UtcTime, nullable=False),
+)

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 from rich.box import SIMPLE_HEAD
@@ -25,18 +27,37 @@ MAX_TOKENS = 48
 DATA_BYTES = 5_000_000_000
 
 
-def run(federation: Federation, console: Console, run_dir: Path) -> None:
-    """Ask through each way in, stop the first site abruptly, ask again, show the statement."""
+def run(
+    federation: Federation,
+    console: Console,
+    run_dir: Path,
+    *,
+    kill: Callable[[str], object] | None = None,
+    more_ways: Mapping[str, Callable[[], str]] = MappingProxyType({}),
+) -> None:
+    """Ask through each way in, stop the first site abruptly, ask again, show the statement.
+
+    Args:
+        federation: What runs.
+        console: Where it is shown.
+        run_dir: For the Parsl program's files.
+        kill: Stops a site abruptly; by default its agent's whole process group is killed.
+        more_ways: More ways in by title; each returns what was answered.
+    """
     first, *others = federation.sites
+    kill = kill or (lambda site: processes.kill(federation.sites[site]))
     with Fabric(federation.base_url, federation.api_key) as fabric:
-        _title(console, "Four ways in", "the same question, one federation")
+        number = ("Four", "Five")[len(more_ways)]
+        _title(console, f"{number} ways in", "the same question, one federation")
         _show(console, "HTTP, as any OpenAI client or curl", ask_by_http(federation))
         _show(console, "SDK", ask_by_sdk(fabric, first))
         _show(console, "Parsl app", ask_by_parsl(federation, run_dir))
         _show(console, "Command line", ask_by_command(federation))
+        for way, ask in more_ways.items():
+            console.print(Panel(ask().strip(), title=way, title_align="left", border_style="dim"))
         if others:
-            _title(console, f"{first} dies", "its whole process group is killed; nobody is told")
-            _fail_over(federation, fabric, first, console)
+            _title(console, f"{first} dies", "all of its processes are killed; nobody is told")
+            _fail_over(fabric, first, console, lambda: kill(first))
         _title(console, "The bill", "every charge, and what is left")
         _statement(fabric, console)
 
@@ -111,7 +132,7 @@ def ask_by_command(federation: Federation) -> Completion:
     return Completion.from_reply(json.loads(done.stdout))
 
 
-def _fail_over(federation: Federation, fabric: Fabric, site: str, console: Console) -> None:
+def _fail_over(fabric: Fabric, site: str, console: Console, kill: Callable[[], object]) -> None:
     with fabric.stream_chat(
         "Tell me a long story about a star.",
         max_tokens=96,
@@ -121,7 +142,7 @@ def _fail_over(federation: Federation, fabric: Fabric, site: str, console: Conso
     ) as stream:
         pieces = iter(stream)
         next(pieces)
-        processes.kill(federation.sites[site])
+        kill()
         for piece in pieces:
             if piece.because:
                 console.print(f"  [yellow]The stream moved:[/] {piece.because}")

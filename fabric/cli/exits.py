@@ -50,6 +50,7 @@ Exit codes:
 _CODES: tuple[tuple[type[errors.FabricError], Exit], ...] = (
     (errors.RequestCancelled, Exit.INTERRUPTED),
     (errors.NotFound, Exit.REFUSED),
+    (errors.AuthUnavailable, Exit.UNAVAILABLE),
     (errors.AuthError, Exit.AUTH),
     (errors.PlacementError, Exit.UNAVAILABLE),
     (errors.DispatchError, Exit.UNAVAILABLE),

@@ -15,15 +15,23 @@ import click
 import uvicorn
 from fastapi import FastAPI
 
-from fabric.auth import Keys
+from fabric.auth import Authenticator, GlobusTokens, Groups, Keys
 from fabric.broker import Broker, BrokerSettings
 from fabric.catalog import Catalog
 from fabric.cli.options import output_options
 from fabric.cli.output import Output
-from fabric.config import HubSettings, Settings, StateDir, load_settings
+from fabric.config import (
+    HubSettings,
+    Settings,
+    StateDir,
+    globus_scope_of,
+    load_settings,
+    load_store,
+)
 from fabric.errors import PortInUse, SettingInvalid
-from fabric.gateway import GatewaySettings, Metrics, create_app, get_server_config
+from fabric.gateway import GatewaySettings, Metrics, Outreach, create_app, get_server_config
 from fabric.ledger import Ledger
+from fabric.payloads import PayloadStore
 from fabric.sql import Database, Offload, migrate
 
 logger = logging.getLogger(__name__)
@@ -34,16 +42,19 @@ async def open_hub(settings: Settings) -> AsyncIterator[FastAPI]:
     """Open the database, bring its schema up to date, start the broker, and give the application.
 
     Raises:
-        SettingInvalid: The database cannot be opened, or the hub would be reachable from outside
-            before it has a key.
+        SettingInvalid: The database cannot be opened, the Globus credentials are half given, or
+            the hub would be reachable from outside before anyone can prove who they are.
     """
     hub = settings.hub
     with Database(settings.get_database_url()) as database:
         migrate(database)
         keys = Keys(database)
-        _refuse_open_door(hub, keys)
+        tokens = get_globus_tokens(hub, database)
+        if tokens is None:
+            _refuse_open_door(hub, keys)
         catalog, ledger, offload = Catalog(database), Ledger(database), Offload(database)
-        metrics = Metrics()
+        authenticator = Authenticator(keys, offload, tokens)
+        metrics, outreach = Metrics(), get_outreach(settings)
         broker = Broker(
             ledger=ledger,
             catalog=catalog,
@@ -60,13 +71,47 @@ async def open_hub(settings: Settings) -> AsyncIterator[FastAPI]:
                 ledger=ledger,
                 offload=offload,
                 metrics=metrics,
+                authenticator=authenticator,
+                outreach=outreach,
                 settings=GatewaySettings(
                     body_limit_bytes=hub.body_limit_bytes, heartbeat_s=hub.heartbeat_s
                 ),
             )
         finally:
+            await outreach.close()
             await broker.close()
+            authenticator.close()
             offload.close()
+
+
+def get_globus_tokens(hub: HubSettings, database: Database) -> GlobusTokens | None:
+    """Return what takes Globus logins, if the hub is registered with Globus Auth.
+
+    Raises:
+        SettingInvalid: The id comes without its secret, or the secret without its id.
+    """
+    client_id, secret = hub.globus_client_id, hub.globus_client_secret
+    if not client_id and not secret:
+        return None
+    if not client_id or not secret:
+        missing = "globus_client_secret" if client_id else "globus_client_id"
+        raise SettingInvalid(
+            setting=f"hub.{missing}",
+            value=None,
+            reason="to take Globus logins the hub needs both its client id and the client's secret",
+        )
+    scope = hub.globus_scope or globus_scope_of(client_id)
+    return GlobusTokens(Groups(database), client_id=client_id, client_secret=secret, scope=scope)
+
+
+def get_outreach(settings: Settings) -> Outreach:
+    """Return what reaches instances that cannot dial, with the store of large results if any.
+
+    Raises:
+        SettingInvalid: The state directory's ``store.json`` cannot be read.
+    """
+    store = load_store(settings.state_dir)
+    return Outreach(stores=() if store is None else (PayloadStore(store),))
 
 
 def get_broker_settings(hub: HubSettings) -> BrokerSettings:

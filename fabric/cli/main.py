@@ -15,6 +15,9 @@ _USER_TABLE = {
     "up": (f"{_COMMANDS}.up", "Start a hub and local sites on this machine."),
     "down": (f"{_COMMANDS}.down", "End what `fabric up` started."),
     "demo": (f"{_COMMANDS}.demo", "Watch a federation answer, lose a site, and answer again."),
+    "login": (f"{_COMMANDS}.login", "Log in to the hub with Globus."),
+    "logout": (f"{_COMMANDS}.logout", "Forget and revoke the Globus login."),
+    "whoami": (f"{_COMMANDS}.whoami", "Show who you are to the hub."),
     "status": (f"{_COMMANDS}.status", "Show the hub, who you are to it, and its sites."),
     "query": (f"{_COMMANDS}.query", "Ask one question."),
     "chat": (f"{_COMMANDS}.chat", "Talk with a model."),
@@ -23,13 +26,16 @@ _USER_TABLE = {
     "explain": (f"{_COMMANDS}.explain", "Show where a request would run, and why."),
     "runs": (f"{_COMMANDS}.runs", "List your runs, or show one."),
     "usage": (f"{_COMMANDS}.usage", "Show allocations and charges."),
+    "ticket": (f"{_COMMANDS}.ticket", "Get a ticket for raw Globus Compute calls at a site."),
     "config": (f"{_COMMANDS}.config", "Show settings and where they come from."),
 }
 
 _ADMIN_TABLE = {
     "hub": ("fabric.cli.hub", "Serve a hub in the foreground."),
     "site": (f"{_ADMIN}.site", "Places where models run."),
+    "endpoint": (f"{_ADMIN}.endpoint", "The Globus Compute endpoint of a site."),
     "model": (f"{_ADMIN}.model", "Versions of models that may be asked."),
+    "function": (f"{_ADMIN}.function", "Functions registered with Globus Compute."),
     "project": (f"{_ADMIN}.project", "Who is charged."),
     "key": (f"{_ADMIN}.key", "API keys of a project."),
     "alloc": (f"{_ADMIN}.alloc", "What a project may spend at a site."),

@@ -51,7 +51,7 @@ def output_options(function: Command) -> Command:
 
 
 def client_options(function: Command) -> Command:
-    """Add ``--base-url`` and ``--api-key`` to those of ``output_options``.
+    """Add ``--base-url``, ``--api-key`` and ``--project`` to those of ``output_options``.
 
     The function gets ``fabric``, a client that is closed after it, and ``output``.
     """
@@ -61,11 +61,14 @@ def client_options(function: Command) -> Command:
     @click.option(
         "--api-key", metavar="KEY", help="The API key; better in FABRIC_API_KEY or a file."
     )
+    @click.option("--project", metavar="NAME", help="For which of your projects to act.")
     @functools.wraps(function)
-    def wrapper(*args: Any, base_url: str | None, api_key: str | None, **kwargs: Any) -> Any:
+    def wrapper(
+        *args: Any, base_url: str | None, api_key: str | None, project: str | None, **kwargs: Any
+    ) -> Any:
         from fabric.sdk import Fabric
 
-        with Fabric(base_url, api_key) as fabric:
+        with Fabric(base_url, api_key, project=project) as fabric:
             return function(*args, fabric=fabric, **kwargs)
 
     return wrapper  # type: ignore[return-value]

@@ -25,6 +25,8 @@ class HubSettings(_Section):
     """What a hub runs with.
 
     ``database_url`` is an SQLAlchemy URL; ``None`` means a SQLite file in the state directory.
+    With the client id and secret of its registration at Globus Auth, a hub takes Globus logins
+    whose tokens have ``globus_scope``; ``None`` means the registration's scope ``all``.
     """
 
     host: str = "127.0.0.1"
@@ -35,15 +37,28 @@ class HubSettings(_Section):
     lease_s: float = Field(default=60.0, gt=0)
     first_token_timeout_s: float = Field(default=60.0, gt=0)
     patience_s: float = Field(default=10.0, ge=0)
+    globus_client_id: str | None = None
+    globus_client_secret: str | None = None
+    globus_scope: str | None = None
 
 
 class ClientSettings(_Section):
-    """What a client talks to."""
+    """What a client talks to, and as whom.
+
+    Without an API key it is the Globus login for the hub that ``globus_hub_client_id`` names (its
+    scope as for ``HubSettings``): a person's, through the application ``globus_client_id``, or that
+    application's own where it has a secret. ``project`` chooses among several.
+    """
 
     base_url: str = "http://127.0.0.1:8642"
     api_key: str | None = None
+    project: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     model: str | None = None
     timeout_s: float = Field(default=300.0, gt=0)
+    globus_hub_client_id: str | None = None
+    globus_scope: str | None = None
+    globus_client_id: str | None = None
+    globus_client_secret: str | None = None
 
 
 class Settings(_Section):
@@ -70,9 +85,14 @@ class Origin:
 Settings.model_rebuild()
 
 _SECTIONS: dict[str, type[_Section]] = {"hub": HubSettings, "client": ClientSettings}
-_SECRETS = frozenset({"client.api_key"})
+_SECRETS = frozenset({"client.api_key", "client.globus_client_secret", "hub.globus_client_secret"})
 
 Layer = tuple[str, Mapping[str, object]]
+
+
+def globus_scope_of(client_id: str) -> str:
+    """Return the scope ``all`` of a service that is registered with Globus Auth."""
+    return f"https://auth.globus.org/scopes/{client_id}/all"
 
 
 def user_config_path() -> Path:
@@ -195,5 +215,6 @@ def _flatten(data: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 
 
 def _mask(secret: object) -> str:
+    """Return an API key's beginning, which names it; nothing of other secrets."""
     text = str(secret)
-    return f"{text[:8]}…" if len(text) > 16 else "***"
+    return f"{text[:8]}…" if text.startswith("fab_") and len(text) > 16 else "***"

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
+from uuid import UUID
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
+from fabric.config.endpoint import EndpointSpec
+from fabric.config.settings import user_config_path
+from fabric.config.stores import StoreConfig
+from fabric.config.system import System, check_endpoint_fits
 from fabric.errors import SettingInvalid
 from fabric.messages import EngineOptions
 
@@ -34,6 +41,27 @@ class LocalExecutor(_Frozen):
     worker_init: str = ""
 
 
+class ComputeExecutor(_Frozen):
+    """Blocks behind a Globus Compute endpoint, started by the registered functions.
+
+    ``channel`` says how requests reach the site's instances: ``session`` when its nodes can dial
+    the hub, ``compute`` when all they can reach is Globus Compute.
+    """
+
+    kind: Literal["globus-compute"]
+    endpoint_id: UUID
+    config: dict[str, JsonValue] = {}
+    channel: Literal["session", "compute"] = "session"
+    functions: dict[str, UUID] = {}
+    run_dir: str = Field(default="~/.fabric", min_length=1)
+
+
+_TAGS = ("local", "globus-compute")
+"""Pydantic names the member of a union in an error's location; the file has no such level."""
+
+Executor = Annotated[LocalExecutor | ComputeExecutor, Field(discriminator="kind")]
+
+
 class Prices(_Frozen):
     """Charges per token in micro-SU."""
 
@@ -43,13 +71,45 @@ class Prices(_Frozen):
 
 
 class SiteSpec(_Frozen):
-    """A site: a name, what it runs and where."""
+    """A site: a name, what it runs and where.
+
+    ``endpoint`` describes the Globus Compute endpoint an administrator runs there, and ``store``
+    where results too large for the service are kept; ``fabric-admin endpoint`` installs both, and
+    nothing else reads them. ``system`` is what is known of the machine.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     title: str = ""
-    executor: LocalExecutor = LocalExecutor()
+    system: System | None = None
+    executor: Executor = LocalExecutor()
+    endpoint: EndpointSpec | None = None
+    store: StoreConfig | None = None
     models: tuple[SiteModel, ...] = ()
     prices: Prices = Prices()
+
+    @model_validator(mode="after")
+    def _fits_system(self) -> Self:
+        if self.system and self.endpoint:
+            check_endpoint_fits(self.system, self.endpoint)
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What is wrong in a file: the field, its value, and why it cannot be used."""
+
+    field: str
+    value: object
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteFile:
+    """A site's file that is found by name: one that ships, or the user's own."""
+
+    name: str
+    path: Path
+    is_own: bool
 
 
 def load_site(path: Path) -> SiteSpec:
@@ -58,24 +118,66 @@ def load_site(path: Path) -> SiteSpec:
     Raises:
         SettingInvalid: The file is missing, is not YAML, or does not follow the schema.
     """
+    spec, problems = inspect_site(path)
+    if spec is not None:
+        return spec
+    first, source = problems[0], "" if problems[0].field == "site file" else str(path)
+    raise SettingInvalid(setting=first.field, value=first.value, reason=first.reason, source=source)
+
+
+def inspect_site(path: Path) -> tuple[SiteSpec | None, tuple[Problem, ...]]:
+    """Return what a file says, or everything that is wrong in it."""
     try:
-        return SiteSpec.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return SiteSpec.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))), ()
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingInvalid(
-            setting="site file", value=path, reason=f"it cannot be read as YAML: {error}"
-        ) from error
+        reason = f"it cannot be read as YAML: {error}"
+        return None, (Problem(field="site file", value=path, reason=reason),)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise SettingInvalid(
-            setting=".".join(map(str, first["loc"])) or "site file",
-            value=first["input"],
-            reason=first["msg"],
-            source=str(path),
-        ) from error
+        return None, tuple(map(_to_problem, error.errors(include_url=False)))
+
+
+def _to_problem(error: ErrorDetails) -> Problem:
+    where = [part for part in error["loc"] if part not in _TAGS]
+    value, field = error["input"], error.get("ctx", {}).get("field")
+    for part in field.split(".") if field else ():
+        where.append(part)
+        value = value.get(part) if isinstance(value, dict) else value
+    named = ".".join(map(str, where)) or "site file"
+    return Problem(field=named, value=value, reason=error["msg"])
+
+
+def find_site(name: str) -> Path:
+    """Return the file of a site: the user's own, or else the one that ships.
+
+    Raises:
+        SettingInvalid: There is neither.
+    """
+    files = get_site_files()
+    if name not in files:
+        reason = (
+            f"there is no such file; the shipped sites are {', '.join(shipped_sites())}, and yours"
+            f" would be in {user_sites_path()}"
+        )
+        raise SettingInvalid(setting="site", value=name, reason=reason)
+    return files[name].path
+
+
+def get_site_files() -> dict[str, SiteFile]:
+    """Return the files that are found by name, in its order; the user's own stand before shipped."""
+    own = {file.stem: file for file in user_sites_path().glob("*.yaml") if file.is_file()}
+    return {
+        name: SiteFile(name=name, path=path, is_own=name in own)
+        for name, path in sorted({**shipped_sites(), **own}.items())
+    }
+
+
+def user_sites_path() -> Path:
+    """Return the folder of the user's own site files, beside their settings."""
+    return user_config_path().parent / "sites"
 
 
 def shipped_sites() -> dict[str, Path]:
     """Return the site files that ship with the package, by name."""
     folder = resources.files("fabric.site_configs")
     with resources.as_file(folder) as path:
-        return {file.stem: file for file in sorted(path.glob("*.yaml"))}
+        return {file.stem: file for file in sorted(path.glob("*.yaml"), key=lambda file: file.stem)}

@@ -52,6 +52,11 @@ class StateDir:
         """The record of what runs."""
         return self.path / "federation.json"
 
+    @property
+    def login_path(self) -> Path:
+        """Where Globus logins are kept."""
+        return self.path / "login.db"
+
     def log_path(self, name: str) -> Path:
         """Return the log file of a process."""
         return self.path / "logs" / f"{name}.log"

@@ -56,5 +56,5 @@ class Channel(Protocol):
     async def drain(self, reason: str) -> None:
         """Ask the instance to finish its tasks and leave."""
 
-    async def close(self) -> None:
+    async def close(self, reason: str = "closed by the hub") -> None:
         """End the channel; running tasks end with ``SessionLost``. Calling it twice is harmless."""

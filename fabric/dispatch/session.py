@@ -17,15 +17,21 @@ from fabric.messages import (
     Event,
     Failed,
     Finished,
+    FromHub,
     FromInstance,
     Goodbye,
     Heartbeat,
     Hello,
     InstanceState,
     Load,
+    Metered,
     PromptScored,
+    Redeem,
+    Redeemed,
+    Settled,
     Task,
     Token,
+    Usage,
     Welcome,
     new_id,
     parse_from_instance,
@@ -66,6 +72,16 @@ class Connection(Protocol):
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """End the connection; calling it twice is harmless."""
+
+
+class Till(Protocol):
+    """Where an instance has tickets redeemed and says what their tasks consumed."""
+
+    async def redeem(self, frame: Redeem) -> Redeemed:
+        """Admit a task that a ticket pays for, or return why not."""
+
+    async def settle(self, frame: Metered) -> Settled | None:
+        """Close the books on a task; ``None`` if that must be asked again."""
 
 
 class _Inbox:
@@ -114,7 +130,8 @@ class SessionChannel:
     """A ``Channel`` over one connection to an instance.
 
     ``open`` reads what the instance says of itself; ``welcome`` accepts it and starts the session.
-    In between the caller may look at ``hello`` and refuse it with ``close(code, reason)``.
+    In between the caller may look at ``hello`` and refuse it with ``close(code, reason)``, or set
+    the ``till`` for raw calls; a channel without one takes none.
     """
 
     streams = True
@@ -126,6 +143,7 @@ class SessionChannel:
         self.load: Load = hello.load
         self.draining = False
         self.session_id = session_id
+        self.till: Till | None = None
         self.num_stray_events = 0
         """Events of tasks that had ended here: late, or sent twice."""
         self._connection = connection
@@ -138,6 +156,7 @@ class SessionChannel:
         self._ended = asyncio.Event()
         self._close_code = 1000
         self._serving: asyncio.Task[None] | None = None
+        self._tolls: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def open(
@@ -231,7 +250,7 @@ class SessionChannel:
         """Ask the instance to finish its tasks and leave."""
         self._post(Drain(reason=reason))
 
-    async def close(self, code: int = 1000, reason: str = "closed by the hub") -> None:
+    async def close(self, reason: str = "closed by the hub", *, code: int = 1000) -> None:
         """End the session with a WebSocket close code; running tasks end with ``SessionLost``."""
         self._end(reason, code)
         if self._serving is None:
@@ -280,8 +299,31 @@ class SessionChannel:
                 self._end(reason)
             case Hello():
                 raise self._violation("a second hello")
+            case Redeem() | Metered():
+                self._charge(frame)
             case _:
                 self._route(frame)
+
+    def _charge(self, frame: Redeem | Metered) -> None:
+        if self.till is None:
+            raise self._violation(f"a {frame.type} where nobody is charged")
+        till = self.till
+        job = self._redeem(till, frame) if isinstance(frame, Redeem) else self._settle(till, frame)
+        # Not a job of the session: what it has begun in the books it also ends.
+        toll = asyncio.create_task(job)
+        self._tolls.add(toll)
+        toll.add_done_callback(self._tolls.discard)
+
+    async def _redeem(self, till: Till, frame: Redeem) -> None:
+        redeemed = await till.redeem(frame)
+        if self._reason is None:
+            self._post(redeemed)
+        elif redeemed.failure is None:
+            await till.settle(_unheard(frame))
+
+    async def _settle(self, till: Till, frame: Metered) -> None:
+        if (settled := await till.settle(frame)) is not None:
+            self._post(settled)
 
     def _route(self, event: Event) -> None:
         key = (event.task_id, event.attempt)
@@ -318,7 +360,7 @@ class SessionChannel:
             self._heard = False
         self._end(f"nothing was heard of it for {missed * self._heartbeat_s:g} s", 1001)
 
-    def _post(self, frame: Welcome | Task | Cancel | Credit | Drain) -> None:
+    def _post(self, frame: FromHub) -> None:
         if self._reason is None:
             self._outgoing.append(frame.model_dump_json())
             self._has_outgoing.set()
@@ -336,6 +378,16 @@ class SessionChannel:
 
     def _violation(self, reason: str) -> ProtocolViolation:
         return ProtocolViolation(peer=f"The instance {self.hello.instance!r}", reason=reason)
+
+
+def _unheard(frame: Redeem) -> Metered:
+    """Return the end of a task whose instance went away before it was told that it may run."""
+    return Metered(
+        task_id=frame.task_id,
+        attempt=frame.attempt,
+        usage=Usage(),
+        failure_code=SessionLost.code,
+    )
 
 
 def _close_reason(text: str) -> str:

@@ -3,19 +3,28 @@
 Every error that crosses a room, a process or the wire is one of these::
 
     FabricError
-    ├── ConfigError          SettingInvalid, PortInUse, AlreadyRunning, NotRunning
-    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotFound
+    ├── ConfigError          SettingInvalid, PortInUse, AlreadyRunning, NotRunning,
+    │                        PackageMissing, EndpointInvalid, FilesForeign
+    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotFound,
+    │                        TicketError (TicketMissing, TicketInvalid, TicketExpired,
+    │                        TicketForeign, TicketSpent), CredentialsRefused,
+    │                        TokenExpired, TokenInvalid, NotAMember, ProjectNotChosen,
+    │                        ProjectForeign, AuthUnavailable, LoginRequired, LoginFailed
     ├── AdmissionError       RequestInvalid (UnknownParameter, UnsupportedParameter), BodyInvalid,
     │                        UnknownModel, UnknownSite, ContextExceeded, BodyTooLarge,
     │                        TooManyRequests, Duplicate
     ├── PlacementError       NoReplica, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
-    │                        RequestCancelled, ProtocolViolation, HubUnreachable
-    ├── LaunchError          BlockFailed, CanaryFailed
+    │                        RequestCancelled, ProtocolViolation, HubUnreachable,
+    │                        HubNotConnected, ServiceUnreachable, ServiceBusy, ServiceRefused,
+    │                        TaskLost, TaskTimedOut, TaskFailed
+    ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed
     ├── EngineError          ModelNotLoadable, RowFailed, CacheExhausted, EngineStopped
     ├── ProgramError
-    ├── PayloadError
-    ├── VersionError         DigestMismatch
+    ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
+    │                        UnknownStore, StoreUnreachable
+    ├── VersionError         DigestMismatch, FunctionDrifted, ManifestInvalid, ReplicationFailed,
+    │                        DiskTooSmall
     └── LedgerError          InsufficientBalance, UnknownAccount, AllocationClosed, HoldNotOpen,
                              ChargeExceedsHold, RateMissing, LedgerInconsistent, StorageFull,
                              StorageBusy
@@ -51,6 +60,7 @@ from fabric.errors.base import (
     FabricError,
 )
 from fabric.errors.compute import (
+    AlreadyStarted,
     BlockFailed,
     CacheExhausted,
     CanaryFailed,
@@ -59,18 +69,25 @@ from fabric.errors.compute import (
     LaunchError,
     ModelNotLoadable,
     RowFailed,
+    SchedulerFailed,
 )
 from fabric.errors.config import (
     AlreadyRunning,
     ConfigError,
+    EndpointInvalid,
+    FilesForeign,
     NotRunning,
+    PackageMissing,
     PortInUse,
     SettingInvalid,
 )
 from fabric.errors.data import (
     DigestMismatch,
-    PayloadError,
+    DiskTooSmall,
+    FunctionDrifted,
+    ManifestInvalid,
     ProgramError,
+    ReplicationFailed,
     VersionError,
 )
 from fabric.errors.ledger import (
@@ -85,6 +102,25 @@ from fabric.errors.ledger import (
     StorageFull,
     UnknownAccount,
 )
+from fabric.errors.login import (
+    AuthUnavailable,
+    LoginFailed,
+    LoginRequired,
+    NotAMember,
+    ProjectForeign,
+    ProjectNotChosen,
+    TokenExpired,
+    TokenInvalid,
+)
+from fabric.errors.payload import (
+    PayloadDamaged,
+    PayloadError,
+    PayloadInvalid,
+    PayloadMissing,
+    PayloadTooLarge,
+    StoreUnreachable,
+    UnknownStore,
+)
 from fabric.errors.routing import (
     DeadlineExceeded,
     DispatchError,
@@ -98,12 +134,32 @@ from fabric.errors.routing import (
     SessionRefused,
     StreamBroken,
 )
+from fabric.errors.service import (
+    CredentialsRefused,
+    ServiceBusy,
+    ServiceRefused,
+    ServiceUnreachable,
+    TaskFailed,
+    TaskLost,
+    TaskTimedOut,
+)
+from fabric.errors.tickets import (
+    HubNotConnected,
+    TicketError,
+    TicketExpired,
+    TicketForeign,
+    TicketInvalid,
+    TicketMissing,
+    TicketSpent,
+)
 
 __all__ = [
     "AdmissionError",
     "AllocationClosed",
     "AlreadyRunning",
+    "AlreadyStarted",
     "AuthError",
+    "AuthUnavailable",
     "BlockFailed",
     "BodyInvalid",
     "BodyTooLarge",
@@ -112,15 +168,21 @@ __all__ = [
     "ChargeExceedsHold",
     "ConfigError",
     "ContextExceeded",
+    "CredentialsRefused",
     "DeadlineExceeded",
     "DigestMismatch",
+    "DiskTooSmall",
     "DispatchError",
     "Duplicate",
+    "EndpointInvalid",
     "EngineError",
     "EngineStopped",
     "FabricError",
+    "FilesForeign",
     "FirstTokenTimeout",
+    "FunctionDrifted",
     "HoldNotOpen",
+    "HubNotConnected",
     "HubUnreachable",
     "InsufficientBalance",
     "KeyExpired",
@@ -129,31 +191,60 @@ __all__ = [
     "LaunchError",
     "LedgerError",
     "LedgerInconsistent",
+    "LoginFailed",
+    "LoginRequired",
+    "ManifestInvalid",
     "ModelNotLoadable",
     "NoReplica",
+    "NotAMember",
     "NotFound",
     "NotRunning",
+    "PackageMissing",
+    "PayloadDamaged",
     "PayloadError",
+    "PayloadInvalid",
+    "PayloadMissing",
+    "PayloadTooLarge",
     "PermissionDenied",
     "PlacementError",
     "PortInUse",
     "ProgramError",
+    "ProjectForeign",
+    "ProjectNotChosen",
     "ProtocolViolation",
     "RateMissing",
+    "ReplicationFailed",
     "RequestCancelled",
     "RequestInvalid",
     "RowFailed",
+    "SchedulerFailed",
+    "ServiceBusy",
+    "ServiceRefused",
+    "ServiceUnreachable",
     "SessionLost",
     "SessionRefused",
     "SettingInvalid",
     "StorageBusy",
     "StorageFull",
+    "StoreUnreachable",
     "StreamBroken",
+    "TaskFailed",
+    "TaskLost",
+    "TaskTimedOut",
+    "TicketError",
+    "TicketExpired",
+    "TicketForeign",
+    "TicketInvalid",
+    "TicketMissing",
+    "TicketSpent",
+    "TokenExpired",
+    "TokenInvalid",
     "TooManyRequests",
     "UnknownAccount",
     "UnknownModel",
     "UnknownParameter",
     "UnknownSite",
+    "UnknownStore",
     "UnsupportedParameter",
     "VersionError",
 ]

@@ -20,7 +20,8 @@ class KeyMissing(AuthError):
     def __init__(self) -> None:
         super().__init__(
             "No API key was given; send it as 'Authorization: Bearer <key>'. An administrator"
-            " makes one with `fabric-admin key add`."
+            " makes one with `fabric-admin key add`. Where the hub takes Globus logins, log in with"
+            " `fabric login`."
         )
 
 

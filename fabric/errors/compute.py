@@ -41,6 +41,35 @@ class CanaryFailed(LaunchError):
         )
 
 
+class AlreadyStarted(LaunchError):
+    """An instance of this id was started at this site before."""
+
+    code = "already_started"
+    http_status = 409
+
+    def __init__(self, *, instance: str, log_path: str) -> None:
+        super().__init__(
+            f"The instance {instance!r} was started at this site before, and an instance is started"
+            f" once (its log is {log_path}); ask the hub for another launch.",
+            instance=instance,
+            log_path=log_path,
+        )
+
+
+class SchedulerFailed(LaunchError):
+    """A site's scheduler did not say when a job would start."""
+
+    code = "scheduler_failed"
+
+    def __init__(self, *, command: str, reason: str) -> None:
+        super().__init__(
+            f"`{command}` gave no estimate: {reason}. Run it by hand on the site's login node, and"
+            " check the partition, the account and the limits that the site's file names.",
+            command=command,
+            reason=reason,
+        )
+
+
 class EngineError(FabricError):
     """The model engine could not do its part."""
 

@@ -67,3 +67,45 @@ class NotRunning(ConfigError):
             f"No federation is up (state directory {state_dir}); start one with `fabric up`.",
             state_dir=state_dir,
         )
+
+
+class PackageMissing(ConfigError):
+    """The command needs a package that this installation lacks."""
+
+    code = "package_missing"
+
+    def __init__(self, *, package: str, extra: str) -> None:
+        super().__init__(
+            f"The package {package!r} is not installed; install `fabric-inference[{extra}]`.",
+            package=package,
+            extra=extra,
+        )
+
+
+class EndpointInvalid(ConfigError):
+    """A Globus Compute endpoint rendered from a site's file would not work."""
+
+    code = "endpoint_invalid"
+
+    def __init__(self, *, site: str, findings: dict[str, str]) -> None:
+        listed = "; ".join(f"{check}: {reason}" for check, reason in findings.items())
+        super().__init__(
+            f"The endpoint of {site!r} would not work as its file describes it ({listed}); change"
+            " the file and check again.",
+            site=site,
+            findings=findings,
+        )
+
+
+class FilesForeign(ConfigError):
+    """Files that would be replaced have been changed by somebody else."""
+
+    code = "files_foreign"
+
+    def __init__(self, *, directory: str, files: list[str]) -> None:
+        super().__init__(
+            f"{', '.join(files)} in {directory} was written or changed by somebody else; look at"
+            " the difference with --dry-run, and replace it with --force (a copy is kept).",
+            directory=directory,
+            files=files,
+        )

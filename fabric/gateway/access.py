@@ -19,6 +19,10 @@ CLOSE_BAD_TOKEN = 4401
 """The WebSocket close code for a session whose launch token is not accepted."""
 
 
+PROJECT_HEADER = "fabric-project"
+"""How a caller in several projects says for which one it acts."""
+
+
 class Access:
     """The base of all declarations: what ``undeclared`` looks for."""
 
@@ -31,7 +35,7 @@ class Public(Access):
 
 
 class Needs(Access):
-    """A key is needed, with ``scope`` unless that is ``None``."""
+    """An API key or a Globus login is needed, with ``scope`` unless that is ``None``."""
 
     def __init__(self, scope: str | None) -> None:
         if scope is not None and scope not in SCOPES:
@@ -42,7 +46,7 @@ class Needs(Access):
         """Note the caller in ``connection.state``.
 
         Raises:
-            AuthError: There is no valid key, or it has not the scope.
+            AuthError: There is no valid credential, or it has not the scope.
         """
         caller = await _identify(connection)
         if self.scope is not None:
@@ -57,7 +61,7 @@ class LocalOrNeeds(Needs):
         """Let local callers through, others with the scope.
 
         Raises:
-            AuthError: The caller is elsewhere and has no valid key, or not the scope.
+            AuthError: The caller is elsewhere and has no valid credential, or not the scope.
         """
         if not _is_local(connection):
             await super().__call__(connection)
@@ -92,11 +96,8 @@ def _is_local(connection: HTTPConnection) -> bool:
 
 
 async def _identify(connection: HTTPConnection) -> Identity:
-    hub, bearer = hub_of(connection), _bearer(connection)
-    known = hub.keys.recall(bearer) if bearer else None
-    if known is not None:
-        return known
-    return await hub.offload(hub.keys.authenticate, bearer)
+    project = connection.headers.get(PROJECT_HEADER)
+    return await hub_of(connection).authenticator.identify(_bearer(connection), project)
 
 
 def _bearer(connection: HTTPConnection) -> str | None:

@@ -8,24 +8,27 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from fabric import __version__
-from fabric.auth import Keys
+from fabric.auth import Authenticator, Keys
 from fabric.broker import Broker
 from fabric.catalog import Catalog
 from fabric.errors import FabricError
 from fabric.gateway import (
     chat,
     completions,
+    compute_routes,
     fabric_routes,
     launch_routes,
     model_routes,
     operations,
     refusals,
     session_route,
+    ticket_routes,
 )
 from fabric.gateway.access import undeclared
 from fabric.gateway.bodies import BodyLimit
 from fabric.gateway.hub import GatewaySettings, Hub
 from fabric.gateway.metrics import Metrics
+from fabric.gateway.outreach import Outreach
 from fabric.gateway.request_ids import RequestIds
 from fabric.ledger import Ledger
 from fabric.sql import Offload
@@ -36,7 +39,9 @@ ROUTERS = (
     chat.router,
     fabric_routes.router,
     fabric_routes.anyone,
+    ticket_routes.router,
     launch_routes.router,
+    compute_routes.router,
     session_route.router,
     operations.router,
 )
@@ -50,17 +55,21 @@ def create_app(
     ledger: Ledger,
     offload: Offload,
     metrics: Metrics,
+    authenticator: Authenticator | None = None,
+    outreach: Outreach | None = None,
     settings: GatewaySettings = GatewaySettings(),  # noqa: B008
 ) -> FastAPI:
-    """Return the application. The caller starts and closes the broker.
+    """Return the application. The caller starts and closes what it is given.
 
     Args:
         broker: Runs the requests; ``metrics`` is its observer.
         catalog: Sites, models, launches and runs.
-        keys: Who calls.
+        keys: API keys.
         ledger: What callers have.
         offload: Runs what asks the database.
         metrics: What ``/metrics`` shows.
+        authenticator: Who calls; by API keys alone if not given.
+        outreach: Reaches instances that cannot dial; one without stores if not given.
         settings: Caps and intervals.
     """
     app = FastAPI(
@@ -86,10 +95,12 @@ def create_app(
         broker=broker,
         catalog=catalog,
         keys=keys,
+        authenticator=authenticator or Authenticator(keys, offload),
         ledger=ledger,
         offload=offload,
         metrics=metrics,
         settings=settings,
+        outreach=outreach or Outreach(),
     )
     metrics.watch_replicas(broker.replicas)
     return app

@@ -42,13 +42,17 @@ class Listing(Generic[ItemT]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """A caller as the hub knows it."""
+    """A caller as the hub knows it; ``user`` and ``projects`` are a Globus login's."""
 
     key: str
     project: str
     scopes: Sequence[str]
     site: str | None
     max_concurrent: int
+    auth: Literal["api-key", "globus"]
+    user: str | None
+    projects: Sequence[str]
+    expires_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +109,10 @@ async def read_caller(request: Request) -> Caller:
         scopes=sorted(caller.scopes),
         site=caller.site,
         max_concurrent=caller.max_concurrent,
+        auth="api-key" if caller.user is None else "globus",
+        user=caller.user,
+        projects=caller.projects or [caller.project],
+        expires_at=caller.expires_at,
     )
 
 

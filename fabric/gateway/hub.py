@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from starlette.requests import HTTPConnection
 
-from fabric.auth import Identity, Keys
+from fabric.auth import Authenticator, Identity, Keys
 from fabric.broker import Broker
 from fabric.catalog import Catalog
-from fabric.dispatch.session import SessionChannel
+from fabric.dispatch.protocol import Channel
 from fabric.gateway.metrics import Metrics
 from fabric.ledger import Ledger
 from fabric.messages import InstanceState
 from fabric.sql import Offload
+
+if TYPE_CHECKING:
+    from fabric.gateway.outreach import Outreach
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,17 +44,19 @@ class SiteReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hub:
-    """The rooms behind the routes, and what is only known in memory: reports and open sessions."""
+    """The rooms behind the routes, and what is only known in memory: reports and open channels."""
 
     broker: Broker
     catalog: Catalog
     keys: Keys
+    authenticator: Authenticator
     ledger: Ledger
     offload: Offload
     metrics: Metrics
     settings: GatewaySettings
+    outreach: Outreach
     reports: dict[str, SiteReport] = field(default_factory=dict)
-    sessions: dict[str, SessionChannel] = field(default_factory=dict)
+    channels: dict[str, Channel] = field(default_factory=dict)
 
 
 def hub_of(connection: HTTPConnection) -> Hub:

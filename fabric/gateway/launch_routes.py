@@ -62,8 +62,8 @@ async def end_launch(request: Request, instance: str) -> Response:
     body = await read_body(request, EndBody)
     hub, site = hub_of(request), caller_of(request).site
     await hub.offload(hub.catalog.end_launch, instance, body.reason, failed=body.failed, site=site)
-    if (session := hub.sessions.get(instance)) is not None:
-        await session.close(reason="its launch was ended")
+    if (channel := hub.channels.get(instance)) is not None:
+        await channel.close("its launch was ended")
     return Response(status_code=204)
 
 

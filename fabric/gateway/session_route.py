@@ -11,10 +11,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from fabric.catalog import LaunchRecord
 from fabric.dispatch.session import ConnectionLost, SessionChannel
-from fabric.errors import DispatchError, FabricError, NotFound, ProtocolViolation, SessionRefused
+from fabric.errors import DispatchError, FabricError, ProtocolViolation
+from fabric.gateway import joining
 from fabric.gateway.access import NeedsLaunch
-from fabric.gateway.hub import Hub, SiteReport, hub_of
-from fabric.messages import Hello, InstanceState
+from fabric.gateway.hub import Hub, hub_of
+from fabric.gateway.raw_calls import SessionTill
 
 CLOSE_REFUSED = 4409
 """The close code for an instance that is not what its launch permits; it does not dial again."""
@@ -71,54 +72,10 @@ async def serve_session(websocket: WebSocket) -> None:
         logger.warning("session not opened", extra={"instance": launch.instance, "why": error.code})
         return
     try:
-        await _check(hub, launch, channel.hello)
+        await joining.check(hub, launch, channel.hello)
     except FabricError as error:
         logger.warning("session refused", extra={"instance": launch.instance, "why": error.code})
-        await channel.close(CLOSE_REFUSED, error.message)
+        await channel.close(error.message, code=CLOSE_REFUSED)
         return
-    await _serve(hub, channel)
-
-
-async def _check(hub: Hub, launch: LaunchRecord, hello: Hello) -> None:
-    """Refuse an instance that is not the one its launch permits.
-
-    Raises:
-        SessionRefused: It says it is another instance, site or model.
-        DigestMismatch: Its tensors are not the version's.
-        UnknownModel: The version was forgotten meanwhile.
-    """
-    for what, said, permitted in (
-        ("instance", hello.instance, launch.instance),
-        ("site", hello.site, launch.site),
-        ("model", hello.model, launch.model),
-    ):
-        if said != permitted:
-            raise SessionRefused(reason=f"its launch permits the {what} {permitted}, not {said}")
-    await hub.offload(hub.catalog.register_digest, launch.model, hello.digest)
-
-
-async def _serve(hub: Hub, channel: SessionChannel) -> None:
-    instance = channel.hello.instance
-    if (former := hub.sessions.get(instance)) is not None:
-        # The instance dials again only when it has lost a session: this one cannot be alive.
-        await former.close(reason="the instance dialled again")
-    hub.sessions[instance] = channel
-    try:
-        await channel.welcome()
-        hub.broker.attach(channel)
-        hub.reports[channel.hello.site] = SiteReport(state=InstanceState.READY, detail="")
-        await _note(hub, instance, InstanceState.READY)
-        await channel.wait_closed()
-    finally:
-        if hub.sessions.get(instance) is channel:
-            del hub.sessions[instance]
-        await channel.close()
-        state = InstanceState.STOPPED if channel.draining else InstanceState.LOST
-        hub.reports[channel.hello.site] = SiteReport(state=state, detail="")
-        await _note(hub, instance, state)
-
-
-async def _note(hub: Hub, instance: str, state: InstanceState) -> None:
-    # A site that was deleted has taken its launches with it.
-    with suppress(NotFound):
-        await hub.offload(hub.catalog.set_launch_state, instance, state)
+    channel.till = SessionTill(hub, channel.hello)
+    await joining.serve(hub, channel, channel.welcome)

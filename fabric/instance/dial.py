@@ -54,7 +54,8 @@ async def dial(
             delay_s = FIRST_DELAY_S
         with suppress(TimeoutError):
             # Jittered, because after a hub's restart all instances come at once.
-            await asyncio.wait_for(drain.wait(), random.uniform(0.5, 1.0) * delay_s)  # noqa: S311
+            async with asyncio.timeout(random.uniform(0.5, 1.0) * delay_s):  # noqa: S311
+                await drain.wait()
         delay_s = min(2 * delay_s, MAX_DELAY_S)
 
 

@@ -10,35 +10,50 @@ from http import HTTPStatus
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.http11 import Request, Response
 
+from fabric.instance.serve import Peer
 from fabric.messages.session import MAX_FRAME_BYTES
+
+Handle = Callable[[ServerConnection, Peer], Awaitable[None]]
 
 
 @asynccontextmanager
 async def direct_route(
-    handle: Callable[[ServerConnection], Awaitable[None]],
+    handle: Handle,
     *,
     token: str,
+    guest_token: str | None = None,
     host: str = "127.0.0.1",
     port: int = 0,
 ) -> AsyncIterator[str]:
     """Serve the direct route and yield its URL; open connections are closed at the end.
 
     Args:
-        handle: Serves one accepted connection until it ends.
-        token: What clients send as ``Authorization: Bearer <token>``; any other is answered 401.
+        handle: Serves one accepted connection until it ends, by who is at its other end.
+        token: What the hub's channels send as ``Authorization: Bearer <token>``.
+        guest_token: What guests send; ``None`` lets none in. Any other is answered 401.
         host: The address to listen on.
         port: The port; 0 takes a free one.
     """
-    expected = f"Bearer {token}".encode()
+    peers: dict[bytes, Peer] = {f"Bearer {token}".encode(): "client"}
+    if guest_token is not None:
+        peers[f"Bearer {guest_token}".encode()] = "guest"
+
+    def find_peer(request: Request | None) -> Peer | None:
+        given = request.headers.get("Authorization", "").encode() if request else b""
+        found = [peer for known, peer in peers.items() if hmac.compare_digest(given, known)]
+        return found[0] if found else None
 
     def authorize(connection: ServerConnection, request: Request) -> Response | None:
-        given = request.headers.get("Authorization", "").encode()
-        if hmac.compare_digest(given, expected):
+        if find_peer(request) is not None:
             return None
         return connection.respond(HTTPStatus.UNAUTHORIZED, "A valid bearer token is needed.\n")
 
+    async def serve_one(connection: ServerConnection) -> None:
+        if (peer := find_peer(connection.request)) is not None:
+            await handle(connection, peer)
+
     async with serve(
-        handle,
+        serve_one,
         host,
         port,
         process_request=authorize,

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -25,7 +26,8 @@ from fabric.errors import DigestMismatch, FabricError
 from fabric.instance.canary import sing
 from fabric.instance.dial import dial
 from fabric.instance.direct import direct_route
-from fabric.instance.serve import serve_session
+from fabric.instance.meter import Meter
+from fabric.instance.serve import Peer, serve_session
 from fabric.messages import Hello, InstanceSpec, InstanceState, InstanceStatus
 
 EngineFactory = Callable[[InstanceSpec], Engine]
@@ -65,6 +67,7 @@ class Instance:
         self._get_engine = get_engine
         self._started_at = time.monotonic()
         self._drain = asyncio.Event()
+        self._meter = Meter(spec.launch.instance)
         self._direct_url: str | None = None
         self._num_sessions = 0
         self._idle = asyncio.Event()
@@ -83,7 +86,10 @@ class Instance:
         try:
             self.report(InstanceState.LOADING, "generating a canary")
             await sing(self._engine, self._launch.model)
-            async with direct_route(self._serve, token=self._spec.direct_token) as url:
+            route = direct_route(
+                self._serve, token=self._spec.direct_token, guest_token=self._spec.guest_token
+            )
+            async with route as url:
                 self._direct_url = url
                 self.report(InstanceState.READY)
                 await self._stay()
@@ -94,10 +100,12 @@ class Instance:
         """Write the status file: whole or not at all, and for its owner alone."""
         status = InstanceStatus(
             instance=self._launch.instance,
+            model=self._launch.model,
             state=state,
             pid=os.getpid(),
             detail=detail,
             direct_url=self._direct_url,
+            guest_token=self._spec.guest_token,
         )
         path = Path(self._spec.status_path)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -142,17 +150,20 @@ class Instance:
         """Serve until drained and the last session has ended."""
         url = self._spec.session_url
         if url is not None:
-            await dial(url, self._launch.token, self._serve, self._drain)
+            serve = partial(self._serve, peer="hub")
+            await dial(url, self._launch.token, serve, self._drain)
         await self._drain.wait()
         self.report(InstanceState.DRAINING)
         while self._num_sessions:
             self._idle.clear()
             await self._idle.wait()
 
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, connection: Connection, peer: Peer) -> None:
         self._num_sessions += 1
         try:
-            await serve_session(connection, self._engine, self._hello(), self._drain)
+            await serve_session(
+                connection, self._engine, self._hello(), self._drain, peer=peer, meter=self._meter
+            )
         finally:
             self._num_sessions -= 1
             self._idle.set()

@@ -13,13 +13,23 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from typing import Literal
 
 from websockets.asyncio.connection import Connection
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError
 
 from fabric.engine.interface import Engine
-from fabric.errors import DigestMismatch, EngineStopped, FabricError, PayloadError
+from fabric.errors import (
+    DigestMismatch,
+    EngineStopped,
+    FabricError,
+    PayloadError,
+    RequestCancelled,
+    RequestInvalid,
+    TicketMissing,
+)
 from fabric.errors import ProtocolViolation as Violation
+from fabric.instance.meter import Meter
 from fabric.messages import (
     Cancel,
     Credit,
@@ -33,6 +43,10 @@ from fabric.messages import (
     Heartbeat,
     Hello,
     InstanceState,
+    Metered,
+    Redeem,
+    Redeemed,
+    Settled,
     Task,
     Token,
     Welcome,
@@ -44,11 +58,19 @@ WELCOME_TIMEOUT_S = 10.0
 MESSAGE_CHARS = 64 * 2**10
 """Frames are joined to one message up to this size; a longer frame travels alone."""
 
+Peer = Literal["hub", "client", "guest"]
+
 logger = logging.getLogger(__name__)
 
 
 async def serve_session(
-    connection: Connection, engine: Engine, hello: Hello, drain: asyncio.Event
+    connection: Connection,
+    engine: Engine,
+    hello: Hello,
+    drain: asyncio.Event,
+    *,
+    peer: Peer = "hub",
+    meter: Meter | None = None,
 ) -> None:
     """Serve the peer of ``connection`` until it goes away or the instance has drained.
 
@@ -61,8 +83,13 @@ async def serve_session(
         hello: What the instance says of itself; ``load`` is filled in.
         drain: Once set (by the process, or here by a ``Drain`` frame): running tasks finish, new
             ones are refused, and the session ends with ``Goodbye``.
+        peer: Who is at the other end. The session with the ``hub`` is where the meter asks and
+            reports; a ``client`` on the direct route speaks for the hub; a ``guest`` may only send
+            tasks with tickets, and cancel its own.
+        meter: Shared by the sessions of an instance; without one no ticket can be redeemed.
     """
-    session = _Session(connection, engine, hello, drain)
+    meter = meter or Meter(hello.instance)
+    session = _Session(connection, engine, hello, drain, peer, meter)
     try:
         await session.run()
     except ConnectionClosed:
@@ -82,7 +109,7 @@ async def _close(connection: Connection, code: int, reason: str) -> None:
 class _Outbox:
     """The events of one task that have not been sent, and how many more may be."""
 
-    __slots__ = ("credit", "ended", "muted", "pending", "task")
+    __slots__ = ("credit", "ended", "muted", "pending", "redeeming", "submitted", "task")
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -92,6 +119,9 @@ class _Outbox:
         """Cancelled: no more tokens."""
         self.ended = False
         """Its last event was sent."""
+        self.submitted = False
+        """The engine has it."""
+        self.redeeming: asyncio.Task[None] | None = None
 
     def sendable(self) -> Iterator[Event]:
         """Yield the pending events in order, until a token has no credit."""
@@ -105,12 +135,20 @@ class _Outbox:
 
 class _Session:
     def __init__(
-        self, connection: Connection, engine: Engine, hello: Hello, drain: asyncio.Event
+        self,
+        connection: Connection,
+        engine: Engine,
+        hello: Hello,
+        drain: asyncio.Event,
+        peer: Peer,
+        meter: Meter,
     ) -> None:
         self._connection = connection
         self._engine = engine
         self._hello = hello
         self._drain = drain
+        self._peer = peer
+        self._meter = meter
         self._loop = asyncio.get_running_loop()
         self._outboxes: dict[tuple[str, int], _Outbox] = {}
         self._arrived: deque[tuple[_Outbox, Event]] = deque()
@@ -130,13 +168,17 @@ class _Session:
             raise Violation(peer="The hub", reason="its first frame is not a welcome")
         parts = (self._read(frames), self._write(), self._pulse(welcome.heartbeat_s))
         jobs = [asyncio.create_task(part) for part in parts]
+        post = self._post  # one object, by which the meter knows this session again
+        if self._peer == "hub":
+            self._meter.connect(post)
         try:
             # The reader ends with the connection; the others do not by themselves.
             await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._woken = True  # from here on the engine's thread leaves the loop alone
-            for key in self._outboxes:
-                self._engine.cancel(*key)
+            self._meter.disconnect(post)
+            for outbox in list(self._outboxes.values()):
+                self._stop(outbox)
             for job in jobs:
                 job.cancel()
             ended = await asyncio.gather(*jobs, return_exceptions=True)
@@ -168,15 +210,21 @@ class _Session:
                     outbox.muted = True
                     outbox.pending = deque(e for e in outbox.pending if not isinstance(e, Token))
                     self._flush(outbox)
-                # Also a task of another session: a Parsl worker cancels what another one runs.
-                self._engine.cancel(task_id, attempt)
+                    self._stop(outbox)
+                elif self._peer != "guest":
+                    # A task of another session: a Parsl worker cancels what another one runs.
+                    self._engine.cancel(task_id, attempt)
             case Credit(task_id=task_id, attempt=attempt, num_events=num_events):
                 outbox = self._outboxes.get((task_id, attempt))
                 if outbox is not None:
                     outbox.credit += num_events
                     self._flush(outbox)
-            case Drain():
+            case Redeemed() | Settled() if self._peer == "hub":
+                self._meter.take(frame)
+            case Drain() if self._peer != "guest":
                 self._drain.set()
+            case Drain() | Redeemed() | Settled():
+                raise Violation(peer=f"A {self._peer}", reason=f"a {frame.type}, which it may not")
             case Welcome():
                 raise Violation(peer="The hub", reason="a second welcome")
 
@@ -195,8 +243,35 @@ class _Session:
                     name=self._hello.model, expected=task.digest, actual=self._hello.digest
                 ),
             )
-        else:
+        elif task.ticket is None and self._peer != "guest":
             self._engine.submit(task, partial(self._on_event, outbox))
+            outbox.submitted = True
+        elif (error := _check_raw(task)) is not None:
+            self._refuse(outbox, error)
+        else:
+            outbox.redeeming = asyncio.create_task(self._redeem(outbox))
+
+    async def _redeem(self, outbox: _Outbox) -> None:
+        """Run a raw call once the hub has admitted it."""
+        task = outbox.task
+        try:
+            await self._meter.redeem(task)
+        except FabricError as error:
+            self._refuse(outbox, error)
+            return
+        task = task.model_copy(
+            update={"ticket": None, "deadline_s": min(task.deadline_s, task.request.deadline_s)}
+        )
+        sink = self._meter.metered(task, partial(self._on_event, outbox))
+        self._engine.submit(task, sink)
+        outbox.submitted = True
+
+    def _stop(self, outbox: _Outbox) -> None:
+        """End a task wherever it is; nothing happens to one that has ended."""
+        if outbox.submitted:
+            self._engine.cancel(outbox.task.id, outbox.task.attempt)
+        elif outbox.redeeming is not None and outbox.redeeming.cancel():
+            self._refuse(outbox, RequestCancelled())
 
     def _refuse(self, outbox: _Outbox, error: FabricError) -> None:
         task = outbox.task
@@ -231,7 +306,7 @@ class _Session:
         for event in outbox.sendable():
             line = event.model_dump_json()
             if len(line) > MAX_FRAME_BYTES // 4 and len(line.encode()) > MAX_FRAME_BYTES:
-                self._engine.cancel(outbox.task.id, outbox.task.attempt)
+                self._stop(outbox)
                 self._refuse(outbox, PayloadError("The answer does not fit one frame; ask less."))
                 return
             self._lines.append(line)
@@ -277,18 +352,48 @@ class _Session:
         """Send heartbeats; once draining and idle, say goodbye."""
         while not self._drain.is_set():
             self._beat(InstanceState.READY)
+            # Not wait_for, which (in 3.11) swallows a cancellation that comes with the result: the
+            # session would never end.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._drain.wait(), heartbeat_s)
-        while self._outboxes:
+                async with asyncio.timeout(heartbeat_s):
+                    await self._drain.wait()
+        while not self._is_done():
             self._beat(InstanceState.DRAINING)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), heartbeat_s)
+                async with asyncio.timeout(heartbeat_s):
+                    await self._wait_done()
         self._beat(InstanceState.DRAINING)
         self._lines.append(Goodbye(reason="drained").model_dump_json())
         self._leaving = True
         self._wake.set()
         await self._loop.create_future()  # the writer closes the connection, and the reader ends
 
+    def _is_done(self) -> bool:
+        """Say whether nothing is left to be said: on the hub's session also of raw calls."""
+        return not self._outboxes and (self._peer != "hub" or self._meter.idle.is_set())
+
+    async def _wait_done(self) -> None:
+        await self._idle.wait()
+        if self._peer == "hub":
+            await self._meter.idle.wait()
+
+    def _post(self, frame: Redeem | Metered) -> None:
+        self._lines.append(frame.model_dump_json())
+        self._wake.set()
+
     def _beat(self, state: InstanceState) -> None:
+        if self._peer == "hub":
+            self._meter.remind()
         self._lines.append(Heartbeat(state=state, load=self._engine.load()).model_dump_json())
         self._wake.set()
+
+
+def _check_raw(task: Task) -> FabricError | None:
+    """Return why a task cannot be a raw call: it is one whole request, and it is paid for."""
+    if task.ticket is None:
+        return TicketMissing()
+    if task.id != task.request.id:
+        return RequestInvalid(param="id", value=task.id, reason="it is its request's")
+    if task.attempt != 1 or task.prefix:
+        return RequestInvalid(param="attempt", value=task.attempt, reason="a raw call has only one")
+    return None

@@ -10,17 +10,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import httpx
 from pydantic import BaseModel, ConfigDict
 
-from fabric.config import SiteModel, SiteSpec
-from fabric.errors import BlockFailed
-from fabric.launch.block import Block, LaunchedInstance
-from fabric.messages import InstanceSpec, InstanceState, Launch
-
-POLL_S = 0.1
-REPORT_S = 5.0
-"""A report is repeated so often: a hub that was restarted has forgotten the last one."""
+from fabric.config import ComputeExecutor, LocalExecutor, SiteModel, SiteSpec
+from fabric.errors import BlockFailed, LaunchError
+from fabric.launch.hub import REPORT_S, SiteHub
+from fabric.launch.starter import Launched, Starter, why_ended
+from fabric.messages import InstanceSpec, InstanceState, InstanceStatus, Launch, Reach
 
 MAX_FAILURES = 3
 STEADY_S = 60.0
@@ -57,52 +53,68 @@ class SiteAgent:
     def __init__(self, spec: AgentSpec) -> None:
         self._spec = spec
         self._site = spec.site.name
-        self._block = Block(
-            site=self._site,
-            run_dir=spec.state_dir,
-            num_workers=len(spec.site.models),
-            worker_init=spec.site.executor.worker_init,
-            instance_module=spec.instance_module,
-        )
-        self._hub = httpx.AsyncClient(
-            base_url=spec.hub_url,
-            headers={"Authorization": f"Bearer {spec.token}"},
-            timeout=5.0,
-        )
+        self._hub = SiteHub(spec.hub_url, spec.token, self._site)
         self._stopping = asyncio.Event()
-        self._report = (InstanceState.PENDING, "")
-        self._reported = asyncio.Event()
+        self._starter: Starter | None = None
 
     async def run(self) -> None:
-        """Start the block, keep the site's models up, and end all on SIGTERM or SIGINT.
+        """Start what starts instances, keep the models up, and end all on SIGTERM or SIGINT.
 
         Raises:
-            BlockFailed: The block did not start, or a model failed three times in a row.
+            LaunchError: Nothing can be started here, or a model failed three times in a row.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stopping.set)
-        reporting = asyncio.create_task(self._keep_reporting())
+        reporting = asyncio.create_task(self._hub.keep_reporting())
         try:
-            self._say(InstanceState.STARTING, "starting a block")
-            await asyncio.to_thread(self._block.start)
-            models = [self._keep(model) for model in self._spec.site.models]
-            ends = await asyncio.gather(*models, return_exceptions=True)
-            for end in ends:
-                if isinstance(end, BaseException):
-                    raise end
-            self._say(InstanceState.STOPPED, "asked to end")
-        except BlockFailed as error:
-            self._say(InstanceState.FAILED, error.message)
+            await self._keep_all()
+            self._hub.say(InstanceState.STOPPED, "asked to end")
+        except LaunchError as error:
+            self._hub.say(InstanceState.FAILED, error.message)
             raise
         finally:
-            await asyncio.to_thread(self._block.stop)
+            if self._starter is not None:
+                await asyncio.to_thread(self._starter.stop)
             reporting.cancel()
-            await self._post_report()
-            await self._hub.aclose()
+            await self._hub.close()
+
+    async def _keep_all(self) -> None:
+        self._starter = starter = await self._get_starter()
+        if starter is None:
+            return
+        self._hub.say(InstanceState.STARTING, "getting ready to launch")
+        await asyncio.to_thread(starter.start)
+        models = [self._keep(model, starter) for model in self._spec.site.models]
+        for end in await asyncio.gather(*models, return_exceptions=True):
+            if isinstance(end, BaseException):
+                raise end
+
+    async def _get_starter(self) -> Starter | None:
+        """Return what the site's file says starts instances; ``None`` if asked to end meanwhile."""
+        site = self._spec.site
+        match site.executor:
+            case LocalExecutor(worker_init=worker_init):
+                from fabric.launch.block import Block
+
+                return Block(
+                    site=site.name,
+                    run_dir=self._spec.state_dir,
+                    num_workers=len(site.models),
+                    worker_init=worker_init,
+                    instance_module=self._spec.instance_module,
+                    drain_s=self._spec.drain_s,
+                )
+            case ComputeExecutor() as executor:
+                from fabric.launch.compute import ComputeStarter
+
+                functions = executor.functions or await self._hub.functions(self._stopping)
+                if functions is None:
+                    return None
+                return ComputeStarter(site=site.name, executor=executor, functions=functions)
 
     # ---- instances ---------------------------------------------------------------------------
 
-    async def _keep(self, model: SiteModel) -> None:
+    async def _keep(self, model: SiteModel, starter: Starter) -> None:
         """Launch a model, and again whenever its instance ends.
 
         Raises:
@@ -110,14 +122,14 @@ class SiteAgent:
         """
         failures = 0
         while not self._stopping.is_set():
-            launch = await self._ask_launch(model)
+            launch = await self._hub.add_launch(f"{model.name}@{model.revision}", self._stopping)
             if launch is None:
                 return
-            await asyncio.to_thread(self._block.revive)
-            launched = self._block.launch(self._get_spec(launch, model))
-            ready_s = await self._watch(launched)
-            reason = _why_ended(launched)
-            await self._post(f"/v1/fabric/launches/{launch.instance}/end", reason=reason)
+            await asyncio.to_thread(starter.revive)
+            launched = starter.launch(self._get_spec(launch, model))
+            ready_s = await self._watch(launched, starter)
+            reason = await asyncio.to_thread(why_ended, launched)
+            await self._hub.end_launch(launch.instance, reason)
             if self._stopping.is_set():
                 return
             failures = 1 if ready_s >= STEADY_S else failures + 1
@@ -128,105 +140,64 @@ class SiteAgent:
                     reason=f"{failures} instances of {model.name!r} ended in a row; {reason}",
                     log_path=str(launched.log_path),
                 )
-            self._say(InstanceState.STARTING, f"starting again after: {reason}")
+            self._hub.say(InstanceState.STARTING, f"starting again after: {reason}")
             await self._pause(min(2.0**failures / 2, MAX_DELAY_S))
 
-    async def _watch(self, launched: LaunchedInstance) -> float:
+    async def _watch(self, launched: Launched, starter: Starter) -> float:
         """Report what an instance says of itself until it ends; return how long it was ready."""
         ready_at = None
+        reached_at = -REPORT_S
         while not launched.ended.done():
-            status = launched.status()
+            status = await asyncio.to_thread(launched.status)
             if status is not None:
-                self._say(InstanceState(status.state), status.detail)
-                if status.state == InstanceState.READY and ready_at is None:
-                    ready_at = time.monotonic()
-            await self._pause(POLL_S)
+                self._hub.say(InstanceState(status.state), status.detail)
+                if status.state == InstanceState.READY:
+                    ready_at = ready_at or time.monotonic()
+                    if time.monotonic() - reached_at >= REPORT_S:
+                        reached_at = time.monotonic()
+                        await self._tell_reach(launched, status)
+            await self._pause(starter.poll_s)
             if self._stopping.is_set():
-                await self._drain(launched)
+                await self._drain(launched, starter)
                 break
         return 0.0 if ready_at is None else time.monotonic() - ready_at
 
-    async def _drain(self, launched: LaunchedInstance) -> None:
-        self._say(InstanceState.DRAINING, "asked to end")
-        if not launched.stop():
+    async def _tell_reach(self, launched: Launched, status: InstanceStatus) -> None:
+        """Tell the hub the way to an instance that does not dial it, again and again."""
+        executor = self._spec.site.executor
+        if isinstance(executor, ComputeExecutor) and executor.channel == "compute":
+            reach = Reach(
+                endpoint_id=executor.endpoint_id,
+                config=executor.config,
+                functions=executor.functions,
+                run_dir=executor.run_dir,
+                direct_token=launched.spec.direct_token,
+            )
+            await self._hub.reach(status.instance, reach)
+
+    async def _drain(self, launched: Launched, starter: Starter) -> None:
+        self._hub.say(InstanceState.DRAINING, "asked to end")
+        if not await asyncio.to_thread(launched.stop):
             return
         ended = asyncio.shield(asyncio.wrap_future(launched.ended))
         with suppress(Exception):
-            await asyncio.wait_for(ended, self._spec.drain_s)
+            async with asyncio.timeout(starter.drain_s):
+                await ended
 
     def _get_spec(self, launch: Launch, model: SiteModel) -> InstanceSpec:
         # http://… becomes ws://…, and https://… wss://….
         hub_url = self._spec.hub_url.rstrip("/").replace("http", "ws", 1)
+        executor = self._spec.site.executor
+        dials = isinstance(executor, LocalExecutor) or executor.channel == "session"
         return InstanceSpec(
             launch=launch,
-            session_url=hub_url + launch.session_path,
+            session_url=hub_url + launch.session_path if dials else None,
             direct_token=secrets.token_urlsafe(32),
             options=model.options,
             status_path=str(self._spec.state_dir.absolute() / f"{launch.instance}.json"),
         )
 
-    # ---- the hub -----------------------------------------------------------------------------
-
-    async def _ask_launch(self, model: SiteModel) -> Launch | None:
-        """Return a launch, trying until the hub is up; ``None`` if asked to end meanwhile.
-
-        Raises:
-            BlockFailed: The hub refuses the launch.
-        """
-        body = {"site": self._site, "model": f"{model.name}@{model.revision}"}
-        delay_s = 0.1
-        while not self._stopping.is_set():
-            try:
-                reply = await self._hub.post("/v1/fabric/launches", json=body)
-                if reply.is_success:
-                    return Launch.model_validate_json(reply.content)
-                reason = f"the hub answered {reply.status_code}: {reply.text[:500]}"
-                if reply.is_client_error and reply.status_code != httpx.codes.TOO_MANY_REQUESTS:
-                    raise BlockFailed(site=self._site, reason=reason)
-            except httpx.TransportError as error:
-                reason = f"the hub cannot be reached ({error})"
-            self._say(InstanceState.PENDING, reason)
-            await self._pause(delay_s)
-            delay_s = min(2 * delay_s, 2.0)
-        return None
-
-    def _say(self, state: InstanceState, detail: str) -> None:
-        if self._report != (state, detail):
-            self._report = (state, detail)
-            self._reported.set()
-            logger.info("%s is %s%s", self._site, state, f": {detail}" if detail else "")
-
-    async def _keep_reporting(self) -> None:
-        while True:
-            self._reported.clear()
-            await self._post_report()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._reported.wait(), REPORT_S)
-
-    async def _post_report(self) -> None:
-        state, detail = self._report
-        await self._post(f"/v1/fabric/sites/{self._site}/status", state=state, detail=detail)
-
-    async def _post(self, path: str, **body: str) -> None:
-        """Tell the hub something it can do without: it also sees sessions come and go."""
-        try:
-            (await self._hub.post(path, json=body)).raise_for_status()
-        except httpx.HTTPError as error:
-            logger.info("not told to the hub: %s", error)
-
     async def _pause(self, delay_s: float) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), delay_s)
-
-
-def _why_ended(launched: LaunchedInstance) -> str:
-    """Return why an instance ended, in its own words if it had any."""
-    if not launched.ended.done():
-        return "it was stopped before its requests were done"
-    error = launched.ended.exception()
-    if error is not None:
-        return f"its worker was lost ({error})"
-    status = launched.status()
-    if status is not None and InstanceState(status.state).final and status.detail:
-        return status.detail.rstrip(".")
-    return f"its process ended with code {launched.ended.result()}"
+            async with asyncio.timeout(delay_s):
+                await self._stopping.wait()

@@ -71,7 +71,10 @@ class Block:
         num_workers: Instances and relays at once.
         worker_init: Shell lines run before the workers start, from the site's file.
         instance_module: What ``launch`` runs, by ``python -m``.
+        drain_s: How long an instance that was asked to leave may take.
     """
+
+    poll_s = POLL_S
 
     def __init__(
         self,
@@ -81,7 +84,9 @@ class Block:
         num_workers: int = 1,
         worker_init: str = "",
         instance_module: str = "fabric.instance",
+        drain_s: float = 8.0,
     ) -> None:
+        self.drain_s = drain_s
         if not re.fullmatch(r"[\w./+~-]+", str(run_dir)):
             raise SettingInvalid(
                 setting="state_dir",

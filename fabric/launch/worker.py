@@ -45,19 +45,21 @@ def describe(direct_url: str, direct_token: str) -> list[str]:
     from fabric.launch.relay import open_session
 
     with open_session(direct_url, direct_token) as session:
-        return [session.hello, session.receive(timeout_s=10.0)]
+        return session.describe()
 
 
-def relay(direct_url: str, direct_token: str, task_json: str) -> list[str]:
-    """Run one task on an instance's direct route and return its events, as JSON.
+def relay(direct_url: str, direct_token: str, tasks_json: list[str]) -> list[list[str]]:
+    """Run tasks at once on an instance's direct route and return the events of each, as JSON.
 
     Raises:
-        ConnectionError: The instance went away, or outlasted the task's deadline.
+        ConnectionError: The instance cannot be reached.
     """
     from fabric.launch.relay import open_session
+    from fabric.messages import Task
 
+    tasks = [Task.model_validate_json(task_json) for task_json in tasks_json]
     with open_session(direct_url, direct_token) as session:
-        return session.run(task_json)
+        return session.run(tasks)
 
 
 def send(direct_url: str, direct_token: str, frame_json: str) -> None:

@@ -17,7 +17,7 @@ from fabric.messages.events import (
     TopLogprob,
     Usage,
 )
-from fabric.messages.launch import EngineOptions, InstanceSpec, InstanceStatus, Launch
+from fabric.messages.launch import EngineOptions, InstanceSpec, InstanceStatus, Launch, Reach
 from fabric.messages.lifecycle import InstanceState, RunState
 from fabric.messages.request import (
     ChatInput,
@@ -41,6 +41,10 @@ from fabric.messages.session import (
     Hello,
     Limits,
     Load,
+    Metered,
+    Redeem,
+    Redeemed,
+    Settled,
     Welcome,
     parse_from_hub,
     parse_from_instance,
@@ -71,10 +75,14 @@ __all__ = [
     "Launch",
     "Limits",
     "Load",
+    "Metered",
     "ModelRef",
     "Placed",
     "Placement",
     "PromptScored",
+    "Reach",
+    "Redeem",
+    "Redeemed",
     "Request",
     "RunCompleted",
     "RunEvent",
@@ -82,6 +90,7 @@ __all__ = [
     "RunState",
     "Sampling",
     "ScoredToken",
+    "Settled",
     "Task",
     "TextInput",
     "Token",

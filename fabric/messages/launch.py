@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+from uuid import UUID
+
 from pydantic import Field
 
 from fabric.messages.request import ModelRef, SiteName
@@ -39,24 +42,46 @@ class InstanceSpec(Wire):
     """Everything an instance process needs, given on its standard input and never in arguments.
 
     ``session_url`` is the hub's WebSocket address, or ``None`` for an instance that is reached by
-    its direct route alone; ``direct_token`` is asked of direct clients. The process writes its
-    ``InstanceStatus`` to ``status_path``.
+    its direct route alone. Whoever shows ``direct_token`` on the direct route is the hub;
+    ``guest_token`` admits users of the site, each of whose tasks carries a ticket. The process
+    writes its ``InstanceStatus`` to ``status_path``.
     """
 
     launch: Launch
     session_url: str | None
     direct_token: str
+    guest_token: str | None = None
     options: EngineOptions = EngineOptions()
     status_path: str
     deadline_s: float | None = None
     heartbeat_s: float = 2.0
 
 
+class Reach(Wire):
+    """How the hub reaches an instance that does not dial it: through an endpoint's workers.
+
+    ``config`` is the user endpoint's, ``functions`` the registered functions by name if the site
+    has its own, ``run_dir`` where they find the instance on site, ``direct_token`` what opens its
+    direct route there.
+    """
+
+    endpoint_id: UUID
+    config: dict[str, Any] = {}
+    functions: dict[str, UUID] = {}
+    run_dir: str = Field(max_length=1024)
+    direct_token: str = Field(max_length=256)
+
+
 class InstanceStatus(Wire):
-    """What an instance last wrote about itself, for whoever started it."""
+    """What an instance last wrote about itself, for whoever started it.
+
+    ``guest_token`` opens the direct route to raw calls; the file is its owner's alone.
+    """
 
     instance: str
+    model: str = ""
     state: str
     pid: int
     detail: str = ""
     direct_url: str | None = None
+    guest_token: str | None = Field(default=None, repr=False)

@@ -3,6 +3,9 @@
 An instance says ``Hello``, is answered ``Welcome``, and then gets ``Task``, ``Cancel``, ``Credit``
 and ``Drain``; it sends ``Heartbeat``, events, and ``Goodbye`` before it leaves. On the direct route
 the client connects and the instance still speaks first, so both sides need only one implementation.
+Of a task that came with a ticket (a raw call) the instance asks the hub first (``Redeem``, answered
+``Redeemed``) and reports at its end what it consumed (``Metered``, answered ``Settled``).
+
 A WebSocket message is text and carries one frame or several, a frame a line.
 """
 
@@ -13,13 +16,21 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fabric.errors import ProtocolViolation
-from fabric.messages.events import Accepted, Failed, Finished, PromptScored, Token
+from fabric.messages.events import (
+    Accepted,
+    Failed,
+    Failure,
+    Finished,
+    PromptScored,
+    Token,
+    Usage,
+)
 from fabric.messages.lifecycle import InstanceState
-from fabric.messages.request import ModelRef, SiteName
+from fabric.messages.request import ModelRef, Request, SiteName
 from fabric.messages.task import Task
 from fabric.messages.wire import Wire
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The version of this protocol; a peer with another one is refused."""
 
 MAX_FRAME_BYTES = 16 * 2**20
@@ -80,6 +91,32 @@ class Goodbye(Wire):
     reason: str
 
 
+class Redeem(Wire):
+    """A ticket came with a task: may it run, and is its largest charge held?"""
+
+    type: Literal["redeem"] = "redeem"
+    task_id: str
+    attempt: int
+    ticket: str = Field(repr=False)
+    request: Request
+
+
+class Metered(Wire):
+    """What a redeemed task consumed, however it ended; sent until it is ``Settled``.
+
+    ``failure_code`` is ``None`` for a task that was answered. Times count from when the task came
+    in.
+    """
+
+    type: Literal["metered"] = "metered"
+    task_id: str
+    attempt: int
+    usage: Usage
+    failure_code: str | None = None
+    first_token_s: float | None = None
+    total_s: float = Field(default=0.0, ge=0.0)
+
+
 class Welcome(Wire):
     """The hub accepts the session."""
 
@@ -105,6 +142,23 @@ class Credit(Wire):
     num_events: int = Field(ge=1)
 
 
+class Redeemed(Wire):
+    """The answer to ``Redeem``: the task may run unless there is a ``failure``."""
+
+    type: Literal["redeemed"] = "redeemed"
+    task_id: str
+    attempt: int
+    failure: Failure | None = None
+
+
+class Settled(Wire):
+    """The answer to ``Metered``: the books are closed on this task."""
+
+    type: Literal["settled"] = "settled"
+    task_id: str
+    attempt: int
+
+
 class Drain(Wire):
     """Take no new tasks, finish the running ones, say goodbye."""
 
@@ -113,10 +167,21 @@ class Drain(Wire):
 
 
 FromInstance = Annotated[
-    Hello | Heartbeat | Goodbye | Accepted | PromptScored | Token | Finished | Failed,
+    Hello
+    | Heartbeat
+    | Goodbye
+    | Accepted
+    | PromptScored
+    | Token
+    | Finished
+    | Failed
+    | Redeem
+    | Metered,
     Field(discriminator="type"),
 ]
-FromHub = Annotated[Welcome | Task | Cancel | Credit | Drain, Field(discriminator="type")]
+FromHub = Annotated[
+    Welcome | Task | Cancel | Credit | Redeemed | Settled | Drain, Field(discriminator="type")
+]
 
 _from_instance: TypeAdapter[FromInstance] = TypeAdapter(FromInstance)
 _from_hub: TypeAdapter[FromHub] = TypeAdapter(FromHub)

@@ -17,7 +17,9 @@ class Task(Wire):
     from 1. ``prefix`` holds the token ids an earlier attempt already delivered (single-choice,
     reproducible requests only): the instance continues after them and emits only new tokens, with
     positions going on from ``len(prefix)``. ``window`` is how many token events the instance may
-    send before it gets ``Credit``. ``deadline_s`` counts from receipt.
+    send before it gets ``Credit``. ``deadline_s`` counts from receipt. ``ticket`` pays for a
+    task that did not come from the hub (a raw call): the instance redeems it there before it runs
+    the task.
     """
 
     type: Literal["task"] = "task"
@@ -28,3 +30,4 @@ class Task(Wire):
     prefix: tuple[int, ...] = ()
     deadline_s: float = Field(gt=0.0)
     window: int = Field(default=256, ge=1)
+    ticket: str | None = Field(default=None, repr=False)

@@ -23,6 +23,7 @@ from fabric.sdk.records import (
     Site,
     Statement,
     StatementLine,
+    Ticket,
     WhoAmI,
 )
 from fabric.sdk.results import Choice, Chunk, Completion, Usage
@@ -46,6 +47,7 @@ __all__ = [
     "Statement",
     "StatementLine",
     "Stream",
+    "Ticket",
     "Usage",
     "WhoAmI",
 ]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from fabric.errors import RequestInvalid
 from fabric.sdk.options import Options, Prompt, as_conversation, build_body
-from fabric.sdk.records import Model, Run, Site, Statement, WhoAmI
+from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
 from fabric.sdk.results import Completion
 from fabric.sdk.stream import AsyncStream
 
 if TYPE_CHECKING:
-    from fabric.config import ClientSettings
+    import httpx
+
+    from fabric.config import Settings
     from fabric.messages import Placement
+    from fabric.sdk.login import Login
     from fabric.sdk.transport import Transport
 
 
@@ -25,7 +29,8 @@ class AsyncFabric:
 
     Args:
         base_url: The hub's address.
-        api_key: The credential.
+        api_key: The credential; without one it is the login of ``fabric login``.
+        project: For which project to act, where a login has several.
         timeout_s: How long the hub may say nothing before a request fails.
         num_retries: How often to send a request again that the hub could not take; never after
             the first token.
@@ -36,21 +41,24 @@ class AsyncFabric:
         base_url: str | None = None,
         api_key: str | None = None,
         *,
+        project: str | None = None,
         timeout_s: float | None = None,
         num_retries: int = 1,
     ) -> None:
         self._flags = {
             "client.base_url": base_url,
             "client.api_key": api_key,
+            "client.project": project,
             "client.timeout_s": timeout_s,
         }
         self._num_retries = num_retries
         self._only_model: str | None = None
+        self._login: Login | None = None
 
     @property
     def base_url(self) -> str:
         """The hub's address."""
-        return self._settings.base_url
+        return self._settings.client.base_url
 
     async def complete(self, prompt: str, **options: Unpack[Options]) -> Completion:
         """Continue a text.
@@ -143,6 +151,36 @@ class AsyncFabric:
         """
         return Run.from_reply(await self._transport.get(f"/v1/fabric/runs/{run_id}"))
 
+    async def ticket(
+        self, site: str, *, ttl_s: float | None = None, max_usu: int | None = None
+    ) -> Ticket:
+        """Return a new ticket for raw Globus Compute calls at a site.
+
+        Args:
+            site: Where it is taken.
+            ttl_s: Seconds it is good for: an hour by default, at most a day.
+            max_usu: The most that all its calls together may cost, in micro-SU.
+
+        Raises:
+            UnknownSite: There is no such site.
+        """
+        given = {"site": site, "ttl_s": ttl_s, "max_usu": max_usu}
+        body = {name: value for name, value in given.items() if value is not None}
+        return Ticket.from_reply(await self._transport.post("/v1/fabric/tickets", body))
+
+    async def tickets(self) -> tuple[Ticket, ...]:
+        """Return the project's tickets that can still be used."""
+        reply = await self._transport.get("/v1/fabric/tickets")
+        return tuple(Ticket.from_reply(item) for item in reply["data"])
+
+    async def revoke_ticket(self, ticket_id: str) -> Ticket:
+        """Void a ticket; calls it has paid for go on.
+
+        Raises:
+            NotFound: There is no such ticket, or it is somebody else's.
+        """
+        return Ticket.from_reply(await self._transport.delete(f"/v1/fabric/tickets/{ticket_id}"))
+
     async def whoami(self) -> WhoAmI:
         """Return who the hub takes the caller for."""
         return WhoAmI.from_reply(await self._transport.get("/v1/fabric/whoami"))
@@ -151,6 +189,8 @@ class AsyncFabric:
         """Close all connections."""
         if "_transport" in self.__dict__:
             await self._transport.aclose()
+        if self._login is not None:
+            await asyncio.to_thread(self._login.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -159,27 +199,43 @@ class AsyncFabric:
         await self.aclose()
 
     @cached_property
-    def _settings(self) -> ClientSettings:
+    def _settings(self) -> Settings:
         from fabric.config import load_settings
 
-        return load_settings(self._flags).client
+        return load_settings(self._flags)
 
     @cached_property
     def _transport(self) -> Transport:
         # httpx takes a quarter of a second to import: that is for the first request to wait for.
         from fabric.sdk.transport import Transport
 
+        client = self._settings.client
         return Transport(
-            base_url=self._settings.base_url,
-            api_key=self._settings.api_key,
-            timeout_s=self._settings.timeout_s,
+            base_url=client.base_url,
+            auth=self._get_auth(),
+            timeout_s=client.timeout_s,
             num_retries=self._num_retries,
+            project=client.project,
         )
+
+    def _get_auth(self) -> httpx.Auth | None:
+        """Return the key if there is one, else the login if the client knows where to log in."""
+        client = self._settings.client
+        if client.api_key:
+            from fabric.sdk.transport import KeyAuth
+
+            return KeyAuth(client.api_key)
+        if not client.globus_hub_client_id:
+            return None
+        from fabric.sdk.login import Login, LoginAuth
+
+        self._login = Login(client, self._settings.state_dir)
+        return LoginAuth(self._login)
 
     async def _build(self, prompt: Prompt, options: Options) -> tuple[str, dict[str, object]]:
         path, body = build_body(prompt, options)
         if "model" not in body:
-            body["model"] = self._settings.model or await self._find_only_model()
+            body["model"] = self._settings.client.model or await self._find_only_model()
         return path, body
 
     async def _find_only_model(self) -> str:

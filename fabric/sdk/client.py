@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
 from fabric.sdk.aio import AsyncFabric
 from fabric.sdk.background import BackgroundLoop
 from fabric.sdk.options import Options, Prompt
-from fabric.sdk.records import Model, Run, Site, Statement, WhoAmI
+from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
 from fabric.sdk.results import Completion
 from fabric.sdk.stream import Stream
 
@@ -31,7 +31,8 @@ class Fabric:
 
     Args:
         base_url: The hub's address.
-        api_key: The credential.
+        api_key: The credential; without one it is the login of ``fabric login``.
+        project: For which project to act, where a login has several.
         timeout_s: How long the hub may say nothing before a request fails.
         num_retries: How often to send a request again that the hub could not take; never after
             the first token.
@@ -43,11 +44,14 @@ class Fabric:
         base_url: str | None = None,
         api_key: str | None = None,
         *,
+        project: str | None = None,
         timeout_s: float | None = None,
         num_retries: int = 1,
         num_parallel: int = 16,
     ) -> None:
-        self._fabric = AsyncFabric(base_url, api_key, timeout_s=timeout_s, num_retries=num_retries)
+        self._fabric = AsyncFabric(
+            base_url, api_key, project=project, timeout_s=timeout_s, num_retries=num_retries
+        )
         self._background = BackgroundLoop(on_close=self._fabric.aclose)
         self._num_parallel = num_parallel
         self._slots = asyncio.Semaphore(num_parallel)
@@ -155,6 +159,33 @@ class Fabric:
             NotFound: There is no such run, or it is somebody else's.
         """
         return self._background.run(self._fabric.run(run_id))
+
+    def ticket(
+        self, site: str, *, ttl_s: float | None = None, max_usu: int | None = None
+    ) -> Ticket:
+        """Return a new ticket for raw Globus Compute calls at a site.
+
+        Args:
+            site: Where it is taken.
+            ttl_s: Seconds it is good for: an hour by default, at most a day.
+            max_usu: The most that all its calls together may cost, in micro-SU.
+
+        Raises:
+            UnknownSite: There is no such site.
+        """
+        return self._background.run(self._fabric.ticket(site, ttl_s=ttl_s, max_usu=max_usu))
+
+    def tickets(self) -> tuple[Ticket, ...]:
+        """Return the project's tickets that can still be used."""
+        return self._background.run(self._fabric.tickets())
+
+    def revoke_ticket(self, ticket_id: str) -> Ticket:
+        """Void a ticket; calls it has paid for go on.
+
+        Raises:
+            NotFound: There is no such ticket, or it is somebody else's.
+        """
+        return self._background.run(self._fabric.revoke_ticket(ticket_id))
 
     def whoami(self) -> WhoAmI:
         """Return who the hub takes the caller for."""

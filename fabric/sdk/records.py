@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from fabric.sdk.results import Json
@@ -35,15 +35,23 @@ def _each(cls: type[Record]) -> Callable[[Any], Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WhoAmI(Record):
-    """The caller as the hub knows it: a key's id, and the site an agent's key is bound to."""
+    """The caller as the hub knows it: a key's id, and the site an agent's key is bound to.
 
-    nested = {"scopes": tuple}
+    ``auth`` is ``api-key`` or ``globus``; ``user`` is the Globus username, ``projects`` are all
+    that a Globus user may choose from, and ``expires_at`` is the end of the key or token.
+    """
+
+    nested = {"scopes": tuple, "projects": tuple}
 
     key: str
     project: str
     scopes: tuple[str, ...]
     max_concurrent: int
     site: str | None
+    auth: str
+    user: str | None
+    projects: tuple[str, ...]
+    expires_at: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +100,21 @@ class Site(Record):
     state: str
     detail: str
     replicas: tuple[Replica, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket(Record):
+    """What pays for raw calls at one site, by this project; ``max_usu`` for all of them together.
+
+    ``ticket`` itself is known only where it was just issued.
+    """
+
+    id: str
+    site: str
+    project: str
+    max_usu: int | None
+    expires_at: str
+    ticket: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,18 @@ MAX_RETRY_DELAY_S = 15.0
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
+class KeyAuth(httpx.Auth):
+    """Sends an API key."""
+
+    def __init__(self, api_key: str) -> None:
+        self._header = f"Bearer {api_key}"
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Yield the request with the key."""
+        request.headers["authorization"] = self._header
+        yield request
+
+
 class Transport:
     """Sends requests and returns what the hub answered.
 
@@ -28,21 +40,28 @@ class Transport:
 
     Args:
         base_url: The hub's address, with or without ``/v1``.
-        api_key: The credential, or ``None`` to send none.
+        auth: Adds the credential to each request; ``None`` sends none.
+        project: For which of the caller's projects it acts.
         timeout_s: How long the hub may say nothing.
         num_retries: How often to send again.
     """
 
     def __init__(
-        self, *, base_url: str, api_key: str | None, timeout_s: float, num_retries: int
+        self,
+        *,
+        base_url: str,
+        auth: httpx.Auth | None,
+        timeout_s: float,
+        num_retries: int,
+        project: str | None = None,
     ) -> None:
         self._base_url = base_url.rstrip("/").removesuffix("/v1")
         self._timeout_s = timeout_s
         self._num_retries = num_retries
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.AsyncClient(
             base_url=self._check_url(self._base_url),
-            headers=headers,
+            auth=auth,
+            headers={"Fabric-Project": project} if project else {},
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S), pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             # A cluster's web proxy cannot reach this machine's own loopback.
@@ -69,6 +88,14 @@ class Transport:
             FabricError: The hub refused, or cannot be reached.
         """
         return (await self._send("POST", path, json=body, deadline_s=deadline_s)).json()
+
+    async def delete(self, path: str) -> Any:
+        """Delete what is at ``path`` and return the JSON that comes back.
+
+        Raises:
+            FabricError: The hub refused, or cannot be reached.
+        """
+        return (await self._send("DELETE", path)).json()
 
     async def open_stream(
         self, path: str, body: object, *, deadline_s: float | None = None

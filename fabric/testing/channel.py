@@ -93,9 +93,9 @@ class FakeChannel:
         if not self._running:
             self.lose(reason)
 
-    async def close(self) -> None:
+    async def close(self, reason: str = "closed by the hub") -> None:
         """End the channel."""
-        self.lose("closed by the hub")
+        self.lose(reason)
 
     def lose(self, reason: str) -> None:
         """End the channel as if the connection had broken."""

@@ -18,7 +18,7 @@ import uvicorn
 import uvloop
 from websockets.asyncio.client import ClientConnection
 
-from fabric.auth import Keys
+from fabric.auth import Authenticator, GlobusTokens, Keys
 from fabric.broker import Broker, BrokerSettings
 from fabric.catalog import Catalog
 from fabric.gateway import GatewaySettings, Metrics, create_app, get_server_config
@@ -127,6 +127,7 @@ class HubOptions(TypedDict, total=False):
         grant_usu: The project's allocation; a prompt token costs 1 micro-SU, an output token 2.
         broker: The broker's settings.
         gateway: The gateway's settings.
+        tokens: Makes what takes Globus logins, over the hub's database; none by default.
     """
 
     sites: Sequence[str]
@@ -134,6 +135,7 @@ class HubOptions(TypedDict, total=False):
     grant_usu: int
     broker: BrokerSettings
     gateway: GatewaySettings
+    tokens: Callable[[Database], GlobusTokens]
 
 
 @asynccontextmanager
@@ -151,6 +153,8 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
         keys, catalog, ledger = Keys(database), Catalog(database), Ledger(database)
         api_key = _seed(keys, catalog, ledger, sites, options.get("grant_usu", 10**12))
         offload, metrics = Offload(database), Metrics()
+        get_tokens = options.get("tokens")
+        authenticator = Authenticator(keys, offload, get_tokens(database) if get_tokens else None)
         broker = Broker(
             ledger=ledger,
             catalog=catalog,
@@ -165,6 +169,7 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
             ledger=ledger,
             offload=offload,
             metrics=metrics,
+            authenticator=authenticator,
             settings=options.get("gateway", GatewaySettings()),
         )
         await broker.start()
@@ -186,6 +191,7 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
                 for site in hub.sites.values():
                     await site.kill()
         await broker.close()
+        authenticator.close()
         offload.close()
 
 

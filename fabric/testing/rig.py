@@ -65,6 +65,7 @@ def get_spec(
         launch=launch,
         session_url=session_url,
         direct_token=secrets.token_urlsafe(16),
+        guest_token=secrets.token_urlsafe(16),
         options=EngineOptions(max_rows=max_rows),
         status_path=str(directory / f"{instance}.json"),
     )
@@ -140,7 +141,7 @@ class HubEnd:
         connection = WebSocketConnection(websocket)
         channel = await SessionChannel.open(connection, heartbeat_s=heartbeat_s)
         if self.refuse_with is not None:
-            await channel.close(self.refuse_with, "told to refuse")
+            await channel.close("told to refuse", code=self.refuse_with)
             return
         await channel.welcome()
         self.connections.append(websocket)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,8 +17,8 @@ import pytest
 from fabric.testing.engine import FixedDelayEngine, word
 from fabric.testing.hub import RunningHub, running_hub, wait_until
 from fabric.testing.scripted_hub import chat_events, scripted_hub
+from fabric.testing.terminal import Terminal
 
-NEVER = "(?!)"
 FABRIC = [sys.executable, "-m", "fabric.cli"]
 
 
@@ -56,47 +52,6 @@ def run(
     return subprocess.CompletedProcess(
         args, done.returncode, done.stdout.decode(), done.stderr.decode()
     )
-
-
-class Terminal:
-    """A command on a terminal of its own."""
-
-    def __init__(self, environ: dict[str, str], *args: str) -> None:
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [*FABRIC, *args],
-            env=environ,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-        )
-        os.close(slave)
-        self.seen = ""
-        self.arrivals: list[float] = []
-
-    def read_until(self, pattern: str, timeout_s: float = 30.0) -> str:
-        until = time.monotonic() + timeout_s
-        while not re.search(pattern, self.seen):
-            ready, _, _ = select.select([self.master], [], [], max(0.0, until - time.monotonic()))
-            if not ready:
-                raise TimeoutError(f"no {pattern!r} in {self.seen!r}")
-            with suppress(OSError):
-                if data := os.read(self.master, 4096):
-                    self.seen += data.decode()
-                    self.arrivals.append(time.monotonic())
-                    continue
-            raise EOFError(self.seen)
-        return self.seen
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def finish(self) -> int:
-        with suppress(EOFError):
-            self.read_until(NEVER)
-        os.close(self.master)
-        return self.process.wait(30)
 
 
 def test_a_question_is_answered_on_stdout_and_explained_on_stderr(
@@ -227,14 +182,14 @@ def test_a_broken_stream_ends_with_5_after_what_had_come(environ: dict[str, str]
     with scripted_hub() as scripted:
         scripted.play(chat_events("Ju", "pi", done=False))
         address = ["--base-url", scripted.url, "--model", "toy"]
-        terminal = Terminal(environ, "query", "Which?", *address)
+        terminal = Terminal(environ, *FABRIC, "query", "Which?", *address)
         code = terminal.finish()
     assert code == 5
     assert re.search(r"Jupi\r\n.*Error: .*broke after 2 chunk", terminal.seen, re.S)
 
 
 def test_on_a_terminal_tokens_appear_as_they_come(environ: dict[str, str]) -> None:
-    terminal = Terminal(environ, "query", "tell me", "--max-tokens", "25")
+    terminal = Terminal(environ, *FABRIC, "query", "tell me", "--max-tokens", "25")
     terminal.read_until("word24")
     spread_s = terminal.arrivals[-1] - terminal.arrivals[0]
     assert terminal.finish() == 0
@@ -245,7 +200,7 @@ def test_on_a_terminal_tokens_appear_as_they_come(environ: dict[str, str]) -> No
 def test_ctrl_c_ends_an_answer_with_130_and_frees_its_row(
     hub: RunningHub, environ: dict[str, str]
 ) -> None:
-    terminal = Terminal(environ, "query", "tell me", "--max-tokens", "2000")
+    terminal = Terminal(environ, *FABRIC, "query", "tell me", "--max-tokens", "2000")
     terminal.read_until("word3")
     os.killpg(terminal.process.pid, signal.SIGINT)
     assert terminal.finish() == 130
@@ -255,7 +210,7 @@ def test_ctrl_c_ends_an_answer_with_130_and_frees_its_row(
 
 
 def test_ctrl_c_in_a_chat_ends_the_answer_and_not_the_chat(environ: dict[str, str]) -> None:
-    terminal = Terminal(environ, "chat", "--max-tokens", "2000")
+    terminal = Terminal(environ, *FABRIC, "chat", "--max-tokens", "2000")
     terminal.read_until("> ")
     terminal.type("hello\n")
     terminal.read_until("word3")

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 INSIDE = (
     "fabric/py.typed",
     "fabric/endpoints/__init__.py",
+    "fabric/endpoints/templates/base/config.yaml",
     "fabric/site_configs/local.yaml",
     "fabric/workflows/screen.py",
     "fabric/sql/migrations/env.py",
@@ -69,4 +70,4 @@ def test_installed_wheel_asks_a_hub(built: Path, tmp_path: Path) -> None:
         )
     assert answer.strip() == "word0 word1 word2"
     sites = "from fabric.config import shipped_sites; print(*shipped_sites())"
-    assert run(python, "-c", sites, cwd=tmp_path).split() == ["local"]
+    assert run(python, "-c", sites, cwd=tmp_path).split() == ["local", "local-globus"]

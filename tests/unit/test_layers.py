@@ -70,7 +70,7 @@ def test_arrows_run_down_the_table(path: Path) -> None:
     assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which {room!r} may not"
 
 
-HEAVY = ("torch", "transformers", "parsl", "sqlalchemy", "fastapi", "numpy")
+HEAVY = ("torch", "transformers", "parsl", "sqlalchemy", "fastapi", "numpy", "globus_sdk")
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,7 @@ HEAVY = ("torch", "transformers", "parsl", "sqlalchemy", "fastapi", "numpy")
         ("fabric.cli.main", HEAVY),
         ("fabric.engine.interface", HEAVY),
         ("fabric.instance", ("torch", "transformers", "parsl", "sqlalchemy", "fastapi")),
+        ("fabric.payloads", (*HEAVY, "proxystore", "redis")),
         ("fabric.gateway", ("torch", "transformers", "parsl")),
         ("fabric.broker", ("torch", "transformers", "parsl")),
     ],

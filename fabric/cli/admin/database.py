@@ -15,7 +15,7 @@ from fabric.cli.exits import Exit
 from fabric.cli.options import output_options
 
 if TYPE_CHECKING:
-    from fabric.auth import Keys
+    from fabric.auth import Groups, Keys
     from fabric.catalog import Catalog
     from fabric.ledger import Ledger
     from fabric.sql import Database
@@ -29,6 +29,7 @@ class Books:
 
     database: Database
     keys: Keys
+    groups: Groups
     catalog: Catalog
     ledger: Ledger
 
@@ -40,7 +41,7 @@ def database_options(function: Command) -> Command:
     @click.option("--database", "database_url", metavar="URL", help="The hub's database.")
     @functools.wraps(function)
     def wrapper(*args: Any, database_url: str | None, **kwargs: Any) -> Any:
-        from fabric.auth import Keys
+        from fabric.auth import Groups, Keys
         from fabric.catalog import Catalog
         from fabric.config import StateDir, load_settings
         from fabric.ledger import Ledger
@@ -54,6 +55,7 @@ def database_options(function: Command) -> Command:
             books = Books(
                 database=database,
                 keys=Keys(database),
+                groups=Groups(database),
                 catalog=Catalog(database),
                 ledger=Ledger(database),
             )

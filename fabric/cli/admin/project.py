@@ -5,12 +5,16 @@ from __future__ import annotations
 import click
 
 from fabric.cli.admin.database import Books, confirm, database_options, day, yes_option
+from fabric.cli.admin.project_group import group
 from fabric.cli.output import Output, note
 
 
 @click.group()
 def project() -> None:
     """Who is charged."""
+
+
+project.add_command(group)
 
 
 @project.command()

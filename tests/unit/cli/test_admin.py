@@ -192,3 +192,26 @@ def test_without_a_database_the_state_directorys_is_made(
     done = CliRunner().invoke(fabric_admin, ["project", "add", "astro"])
     assert done.exit_code == 0, done.stderr
     assert (tmp_path / "state/fabric.db").stat().st_mode & 0o077 == 0
+
+
+def test_groups_of_a_project_are_kept(admin: Admin, project: str) -> None:
+    group = "6c91e6eb-085c-11e6-a7a5-22000bf2d559"
+    added = admin.json("project", "group", "add", project, group, "--max-concurrent", "2")
+    assert (added["group_id"], added["project"], added["scopes"]) == (group, project, ["query"])
+    assert admin.json("project", "group", "show", project) == [added]
+    shown = admin.ok("project", "group", "show").stdout
+    assert group in shown
+    assert admin.run("project", "group", "add", project, group).exit_code == 3
+    assert admin.run("project", "group", "add", project, "physicists").exit_code == 3
+    assert admin.run("project", "group", "add", "absent", group).exit_code == 3
+    assert admin.run("project", "group", "add", project, group, "--scope", "site").exit_code == 2
+    assert admin.run("project", "group", "delete", project, group).exit_code == 3
+    admin.ok("project", "group", "delete", project, group, "-y")
+    assert admin.json("project", "group", "show") == []
+    assert admin.run("project", "group", "delete", project, group, "-y").exit_code == 3
+
+
+def test_deleted_project_takes_its_groups_along(admin: Admin, project: str) -> None:
+    admin.ok("project", "group", "add", project, "6c91e6eb-085c-11e6-a7a5-22000bf2d559")
+    admin.ok("project", "delete", project, "-y")
+    assert admin.json("project", "group", "show") == []

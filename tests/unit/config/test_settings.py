@@ -104,3 +104,11 @@ def test_site_file_errors_name_field_and_file(tmp_path: Path) -> None:
         load_site(path)
     with pytest.raises(SettingInvalid, match="missing"):
         load_site(tmp_path / "missing.yaml")
+
+
+def test_secrets_of_globus_registrations_are_masked_whole(tmp_path: Path) -> None:
+    secret = "G10bus" + "s" * 40
+    names = ("FABRIC_GLOBUS_CLIENT_SECRET", "FABRIC_HUB_GLOBUS_CLIENT_SECRET")
+    origins = resolve(tmp_path, **dict.fromkeys(names, secret)).origins
+    for name in ("client.globus_client_secret", "hub.globus_client_secret"):
+        assert origins[name].value == "***"

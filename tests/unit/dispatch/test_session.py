@@ -7,12 +7,13 @@ import pytest
 
 from fabric.dispatch import session as session_module
 from fabric.dispatch.session import ConnectionLost, SessionChannel
-from fabric.errors import ProtocolViolation, SessionLost
+from fabric.errors import ProtocolViolation, SessionLost, TicketInvalid
 from fabric.messages import (
     Accepted,
     Cancel,
     Credit,
     Event,
+    Failure,
     Finished,
     FromHub,
     Goodbye,
@@ -21,8 +22,12 @@ from fabric.messages import (
     InstanceState,
     Limits,
     Load,
+    Metered,
+    Redeem,
+    Redeemed,
     Request,
     Sampling,
+    Settled,
     Task,
     TextInput,
     Token,
@@ -141,7 +146,7 @@ async def test_hello_is_known_before_the_session_is_accepted(peer) -> None:
     channel = await SessionChannel.open(peer)
     assert channel.hello == HELLO
     assert peer._heard.empty(), "nothing is said before the caller has looked at the hello"
-    await channel.close(4409, "another digest")
+    await channel.close("another digest", code=4409)
     assert peer.closed_with == (4409, "another digest")
 
 
@@ -278,3 +283,58 @@ async def test_one_attempt_is_not_sent_twice_at_once(peer, channel) -> None:
         await collect(channel.run(task))
     peer.say(accepted(task), finished(task))
     assert len(await run) == 2, "the first run goes on"
+
+
+class HeldTill:
+    """A till that admits when it is told to."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+        self.settled: list[Metered] = []
+        self.refuse = False
+
+    async def redeem(self, frame: Redeem) -> Redeemed:
+        await self.open.wait()
+        failure = Failure.of(TicketInvalid()) if self.refuse else None
+        return Redeemed(task_id=frame.task_id, attempt=frame.attempt, failure=failure)
+
+    async def settle(self, frame: Metered) -> Settled | None:
+        self.settled.append(frame)
+        return None
+
+
+def redeem() -> Redeem:
+    task = make_task()
+    return Redeem(task_id=task.id, attempt=1, ticket="fabt_x", request=task.request)
+
+
+async def test_a_ticket_where_nobody_is_charged_is_a_violation(peer, channel) -> None:
+    peer.say(redeem())
+    assert "nobody is charged" in await asyncio.wait_for(channel.wait_closed(), 5)
+
+
+async def test_tokens_go_on_while_a_ticket_is_redeemed(peer, channel) -> None:
+    channel.till = till = HeldTill()
+    task = make_task(2)
+    run = await start(peer, channel, task)
+    peer.say(redeem(), accepted(task), token(task, 0), finished(task))
+    assert len(await run) == 3
+    till.open.set()
+    assert await peer.hear() == Redeemed(task_id="run_1", attempt=1)
+    assert till.settled == []
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+async def test_what_is_admitted_for_an_instance_that_left_is_given_back(
+    peer, channel, refuse
+) -> None:
+    channel.till = till = HeldTill()
+    till.refuse = refuse
+    peer.say(redeem())
+    peer.hang_up()
+    await asyncio.wait_for(channel.wait_closed(), 5)
+    till.open.set()
+    async with asyncio.timeout(5):
+        while channel._tolls:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert [(one.task_id, one.usage) for one in till.settled] == [("run_1", Usage())] * (not refuse)

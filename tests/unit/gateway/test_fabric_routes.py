@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -203,3 +205,30 @@ def test_the_schema_describes_the_bodies(hub: RunningHub) -> None:
     schema = httpx.get(f"{hub.base_url}/openapi.json").json()
     body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]
     assert "messages" in body["content"]["application/json"]["schema"]["properties"]
+
+
+def test_whoami_tells_how_long_a_key_lasts_and_whose_it_is(hub: RunningHub) -> None:
+    ends = datetime.now(UTC) + timedelta(hours=1)
+    record, key = hub.keys.add_key("physics", expires_at=ends)
+    reply = httpx.get(
+        f"{hub.base_url}/v1/fabric/whoami", headers={"authorization": f"Bearer {key}"}
+    ).json()
+    assert datetime.fromisoformat(reply.pop("expires_at")) == ends
+    assert reply == {
+        "key": record.id,
+        "project": "physics",
+        "projects": ["physics"],
+        "scopes": ["query"],
+        "site": None,
+        "max_concurrent": 64,
+        "auth": "api-key",
+        "user": None,
+    }
+
+
+def test_key_is_refused_with_the_name_of_another_project(
+    hub: RunningHub, client: httpx.Client
+) -> None:
+    assert client.get("/v1/models", headers={"Fabric-Project": "physics"}).status_code == 200
+    reply = client.get("/v1/models", headers={"Fabric-Project": "chemistry"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (403, "foreign_project")

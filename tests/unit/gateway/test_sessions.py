@@ -12,7 +12,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from fabric.messages import Hello, InstanceState, Limits
-from fabric.messages.session import MAX_FRAME_BYTES
+from fabric.messages.session import MAX_FRAME_BYTES, PROTOCOL
 from fabric.testing.hub import MODEL, RunningHub, wait_until
 
 DIGEST = "sha256:" + "0" * 64
@@ -139,7 +139,7 @@ def test_what_is_not_a_hello_ends_the_session(hub: RunningHub, first: str | byte
 def test_another_protocol_version_is_refused(hub: RunningHub) -> None:
     launch, token = hub.catalog.add_launch("alpha", MODEL)
     with dialled(hub, token) as socket:
-        socket.send(hello(launch.instance, protocol=2))
+        socket.send(hello(launch.instance, protocol=PROTOCOL + 1))
         code, reason = closing(socket)
     assert code == 1002
     assert "follow the session protocol" in str(reason)

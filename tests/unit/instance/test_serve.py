@@ -96,7 +96,8 @@ async def instance() -> AsyncIterator[Instance]:
     )
     drain = asyncio.Event()
     async with direct_route(
-        lambda websocket: serve_session(websocket, engine, hello, drain), token="secret"
+        lambda websocket, peer: serve_session(websocket, engine, hello, drain, peer=peer),
+        token="secret",
     ) as url:
         yield Instance(url, engine, drain)
     engine.close()

@@ -7,7 +7,7 @@ import sys
 
 
 def test_importing_the_client_imports_nothing_heavy() -> None:
-    heavy = "torch transformers parsl sqlalchemy fastapi numpy httpx click"
+    heavy = "torch transformers parsl sqlalchemy fastapi numpy httpx click globus_sdk"
     code = (
         "import sys, fabric.sdk, fabric.sdk.parsl;"
         f"print([name for name in {heavy.split()!r} if name in sys.modules]);"

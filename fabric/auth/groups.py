@@ -1,0 +1,151 @@
+"""Which Globus groups belong to which projects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping, delete, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from fabric.auth.records import GroupRecord
+from fabric.auth.tables import project_groups, projects
+from fabric.errors import Duplicate, NotFound, RequestInvalid
+from fabric.sql import Database, utc_now
+
+GROUP_SCOPES = frozenset({"query", "admin"})
+"""What a group may do. A site's agent is one process with one key, never a group."""
+
+DEFAULT_MAX_CONCURRENT = 64
+
+
+class Groups:
+    """The Globus groups of all projects over one database. Thread-safe.
+
+    A group may belong to several projects and a project have several groups. A running hub notices
+    a change within ``CACHE_S``.
+
+    Args:
+        database: An open, migrated database.
+        clock: The wall clock.
+    """
+
+    def __init__(self, database: Database, *, clock: Callable[[], datetime] = utc_now) -> None:
+        self._database = database
+        self._clock = clock
+
+    def add(
+        self,
+        group_id: str,
+        project: str,
+        *,
+        scopes: Iterable[str] = ("query",),
+        max_concurrent: int = DEFAULT_MAX_CONCURRENT,
+    ) -> GroupRecord:
+        """Let the members of a group act for a project.
+
+        Args:
+            group_id: The UUID that Globus Groups gave it.
+            project: Who is charged.
+            scopes: Some of ``GROUP_SCOPES``.
+            max_concurrent: Requests in flight at once, for each member.
+
+        Raises:
+            Duplicate: The group belongs to the project already.
+            NotFound: There is no such project.
+            RequestInvalid: The id is not a UUID, a scope is not a group's, or
+                ``max_concurrent`` is not positive.
+        """
+        record = GroupRecord(
+            group_id=_parse(group_id),
+            project=project,
+            scopes=frozenset(scopes),
+            max_concurrent=max_concurrent,
+            created_at=self._clock(),
+        )
+        if unknown := record.scopes - GROUP_SCOPES:
+            raise RequestInvalid(
+                param="scopes",
+                value=sorted(unknown),
+                reason=f"a group may have {' and '.join(sorted(GROUP_SCOPES, reverse=True))}",
+            )
+        if max_concurrent < 1:
+            raise RequestInvalid(
+                param="max_concurrent", value=max_concurrent, reason="it is at least 1"
+            )
+        try:
+            with self._database.transaction() as connection:
+                _check_project(connection, project)
+                connection.execute(insert(project_groups), _to_row(record))
+        except IntegrityError as error:
+            raise Duplicate(kind="group", name=f"{record.group_id} of {project}") from error
+        return record
+
+    def groups(self, project: str | None = None) -> list[GroupRecord]:
+        """Return the groups of a project, or of all, in the order they were added."""
+        query = select(project_groups).order_by(
+            project_groups.c.created_at, project_groups.c.group_id
+        )
+        if project is not None:
+            query = query.where(project_groups.c.project == project)
+        with self._database.read() as connection:
+            return [_to_record(row._mapping) for row in connection.execute(query)]
+
+    def delete(self, group_id: str, project: str) -> GroupRecord:
+        """End what a group's members may do in a project; return what it was.
+
+        Raises:
+            NotFound: The group does not belong to the project.
+            RequestInvalid: The id is not a UUID.
+        """
+        group_id = _parse(group_id)
+        chosen = (project_groups.c.group_id == group_id, project_groups.c.project == project)
+        with self._database.transaction() as connection:
+            row = connection.execute(select(project_groups).where(*chosen)).first()
+            if row is None:
+                raise NotFound(kind="group of the project", name=f"{group_id} of {project}")
+            connection.execute(delete(project_groups).where(*chosen))
+        return _to_record(row._mapping)
+
+    def granted(self, group_ids: Collection[str]) -> dict[str, GroupRecord]:
+        """Return what the members of all these groups together may do in each project.
+
+        Scopes add up, and the largest of the limits holds.
+        """
+        query = select(project_groups).where(project_groups.c.group_id.in_(sorted(group_ids)))
+        granted: dict[str, GroupRecord] = {}
+        with self._database.read() as connection:
+            for row in connection.execute(query.order_by(project_groups.c.group_id)):
+                new = _to_record(row._mapping)
+                old = granted.get(new.project, new)
+                granted[new.project] = replace(
+                    old,
+                    scopes=old.scopes | new.scopes,
+                    max_concurrent=max(old.max_concurrent, new.max_concurrent),
+                )
+        return granted
+
+
+def _parse(group_id: str) -> str:
+    try:
+        return str(UUID(group_id))
+    except ValueError as error:
+        raise RequestInvalid(
+            param="group", value=group_id, reason="it is not the UUID of a Globus group"
+        ) from error
+
+
+def _check_project(connection: Connection, name: str) -> None:
+    if connection.execute(select(projects.c.name).where(projects.c.name == name)).first() is None:
+        raise NotFound(kind="project", name=name)
+
+
+def _to_row(group: GroupRecord) -> dict[str, object]:
+    row: dict[str, object] = {c.name: getattr(group, c.name) for c in project_groups.c}
+    return row | {"scopes": " ".join(sorted(group.scopes))}
+
+
+def _to_record(row: RowMapping) -> GroupRecord:
+    return GroupRecord(**{**row, "scopes": frozenset(str(row["scopes"]).split())})
