@@ -55,6 +55,7 @@ def test_one_life_behind_endpoints(federation: GlobusFederation, globus: Globus)
         _service_is_away_for_20_s(fabric, globus)
         _user_endpoint_is_killed_under_tasks(fabric, federation)
         _hub_is_killed_and_reaches_both_again(fabric, federation)
+        _endpoint_goes_offline(fabric, federation)
     with Database(federation.state.database_url) as database:
         Ledger(database).verify()
     assert globus.violations() == []
@@ -67,7 +68,7 @@ def ask(fabric: Fabric, site: str, *, max_tokens: int = 8, **options: object) ->
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in processes.poll(COMES_BACK_S, interval_s=0.5):
+    for _ in processes.poll(COMES_BACK_S, interval_s=0.2):
         if condition():
             return
     raise AssertionError(f"not within {COMES_BACK_S:g} s")
@@ -144,7 +145,7 @@ def _user_endpoint_is_killed_under_tasks(fabric: Fabric, federation: GlobusFeder
             )
             for _ in range(4)
         ]
-        wait_until(lambda: fabric.sites()[1].replicas[0].num_in_flight == 4)
+        wait_until(lambda: num_in_flight(fabric, "beta") == 4)
         orphans = beta.kill_user_endpoints()
         assert orphans, "an interchange and workers at least"
         answers = [future.result() for future in under_way]
@@ -166,3 +167,27 @@ def _hub_is_killed_and_reaches_both_again(fabric: Fabric, federation: GlobusFede
     wait_until(lambda: all_ready(fabric))
     for site in ("alpha", "beta"):
         assert ask(fabric, site).site == site
+
+
+def _endpoint_goes_offline(fabric: Fabric, federation: GlobusFederation) -> None:
+    """What was under way moves as soon as the hub knows, and nothing else is sent there."""
+    near_beta = {"data_site": "beta", "data_bytes": 10**11}
+    with ThreadPoolExecutor(1) as threads:
+        under_way = threads.submit(
+            fabric.complete, "a b c", max_tokens=400, temperature=0, deadline_s=300, **near_beta
+        )
+        wait_until(lambda: num_in_flight(fabric, "beta") == 1)
+        for process in federation.endpoints["beta"].processes():
+            process.kill()
+        wait_until(lambda: not all_ready(fabric))
+        known_at = time.monotonic()
+        wait_until(lambda: num_in_flight(fabric, "alpha") == 1)
+        assert time.monotonic() - known_at < 2
+        answer = fabric.complete("a b c", max_tokens=4, temperature=0, **near_beta)
+        assert (answer.site, answer.attempts) == ("alpha", 1)
+        assert under_way.result().site == "alpha"
+
+
+def num_in_flight(fabric: Fabric, name: str) -> int:
+    (site,) = [site for site in fabric.sites() if site.name == name]
+    return sum(replica.num_in_flight for replica in site.replicas)
