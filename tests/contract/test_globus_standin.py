@@ -42,7 +42,7 @@ class Calls:
     @cached_property
     def ran(self) -> tuple[str, UUID, UUID]:
         """A task, its group and the user endpoint it ran on."""
-        with Executor(self.endpoint.id, client=self.client) as executor:
+        with Executor(self.endpoint.id, client=self.client, task_group_id=uuid4()) as executor:
             future = executor.submit_to_registered_function(self.function, (21,))
             assert future.result(120) == 42
             assert future.task_id is not None

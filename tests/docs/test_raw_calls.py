@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -86,6 +86,7 @@ def site(
         Executor(
             endpoint.id,
             client=globus.client(USER),
+            task_group_id=uuid4(),
             user_endpoint_config={"engine": "processes", "workers": 3},
         ) as executor,
     ):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from globus_compute_sdk import Executor
@@ -209,7 +209,8 @@ def test_unknown_endpoint_is_refused(pool) -> None:
 def test_executors_of_others_in_this_process_are_left_alone(globus, pool, target, functions):
     assert pool.submit(target, functions["echo"], (1,)).result(RESULT_S) == 1
     client = globus.client("hub")
-    with Executor(target.endpoint_id, client, user_endpoint_config=dict(target.config)) as other:
+    config = dict(target.config)
+    with Executor(target.endpoint_id, client, uuid4(), user_endpoint_config=config) as other:
         # Its results come as the SDK writes them by default, which our client would not read.
         theirs = other.submit_to_registered_function(str(functions["echo"]), (2,))
         assert pool.submit(target, functions["echo"], (3,)).result(RESULT_S) == 3

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import globus_sdk
 import pytest
@@ -153,7 +153,9 @@ def endpoint(
 
 
 def submit(endpoint: Endpoint, client: Client, function: UUID, config: dict[str, Any]) -> object:
-    with Executor(endpoint.id, client=client, user_endpoint_config=config) as executor:
+    with Executor(
+        endpoint.id, client=client, user_endpoint_config=config, task_group_id=uuid4()
+    ) as executor:
         executor.serializer = ComputeSerializer(strategy_data=JSONData())
         return executor.submit_to_registered_function(str(function), (21,)).result(RESULT_S)
 
@@ -185,7 +187,7 @@ def test_pickled_arguments_are_not_opened(
     endpoint: Endpoint, globus: Globus, allowed: UUID
 ) -> None:
     with (
-        Executor(endpoint.id, client=globus.client("site-a")) as executor,
+        Executor(endpoint.id, client=globus.client("site-a"), task_group_id=uuid4()) as executor,
         pytest.raises(TaskExecutionFailed, match="DillDataBase64"),
     ):
         executor.submit_to_registered_function(str(allowed), (21,)).result(RESULT_S)
