@@ -6,6 +6,7 @@ Importing this module imports the SDK (a second); others import it only when the
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,8 @@ from fabric.errors import (
 
 RESULT_SERIALIZERS = ("globus_compute_sdk.serialize.concretes.JSONData",)
 """What endpoints are asked to write results with."""
+
+MAX_REFUSALS = 30
 
 RETRY_AFTER_S = 10.0
 """How long to send nothing after a 429 that does not say."""
@@ -69,6 +72,20 @@ class ServiceClient(globus_compute_sdk.Client):
         batch = super().create_batch(*args, **kwargs)
         batch.user_runtime = get_pinned_runtime()
         return batch
+
+    def get_result_amqp_url(self) -> Any:
+        """Return where results are read; the SDK's result thread asks, and may not be refused.
+
+        It ends, and with it every open task, when it was refused five times.
+        """
+        for _ in range(MAX_REFUSALS):
+            try:
+                return super().get_result_amqp_url()
+            except globus_sdk.GlobusAPIError as error:
+                if error.http_status != 429:
+                    raise
+                time.sleep(_get_retry_after_s(error))
+        return super().get_result_amqp_url()
 
 
 class _BudgetedAuthorizer(GlobusAuthorizer):
