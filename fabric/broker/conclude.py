@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from fabric.broker.signals import Settle, Void
 from fabric.catalog import Catalog, RunRecord
@@ -19,6 +20,10 @@ MAX_BATCH = 8
 RETRY_S = 0.5
 
 End = Settle | Void
+
+Also = Callable[[], bool]
+"""Writes on the database's thread, and returns whether the runs are to be charged."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +50,22 @@ class Conclusion:
         self._num_open += 1
         self._all_written.clear()
         self._queue(end)
+
+    async def together(self, ends: Sequence[End], also: Also) -> None:
+        """Write ends in one transaction with what ``also`` writes, and return once that is done."""
+        self._num_open += 1
+        self._all_written.clear()
+        try:
+            while not await self._offload(self._try_together, ends, also):
+                if self._closing:
+                    run_ids = [end.run_id for end in ends]
+                    logger.error("runs are not charged", extra={"runs": run_ids})
+                    return
+                await asyncio.sleep(RETRY_S)
+        finally:
+            self._num_open -= 1
+            if not self._num_open:
+                self._all_written.set()
 
     async def close(self) -> None:
         """Wait until all is written; what cannot be written now is given up."""
@@ -99,6 +120,16 @@ class Conclusion:
             return False
         return True
 
+    def _try_together(self, ends: Sequence[End], also: Also) -> bool:
+        try:
+            with self._offload.database.transaction():
+                self.write(ends if also() else [_uncharged(end) for end in ends])
+        except Exception:
+            run_ids = [end.run_id for end in ends]
+            logger.exception("ends of runs are not written yet", extra={"runs": run_ids})
+            return False
+        return True
+
     def _close_hold(self, end: End) -> int:
         """Settle or void; return what was charged."""
         outcome = end.outcome
@@ -111,6 +142,10 @@ class Conclusion:
         except (HoldNotOpen, ChargeExceedsHold) as error:
             logger.error("run not charged", extra={"run": end.run_id, "code": error.code})
         return 0
+
+
+def _uncharged(end: End) -> Void:
+    return Void(run_id=end.run_id, outcome=replace(end.outcome, charge_usu=0))
 
 
 def _record(end: End, charge_usu: int) -> RunRecord:

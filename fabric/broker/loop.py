@@ -6,13 +6,13 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import cast
 
 from fabric.auth import Identity, TicketRecord
 from fabric.broker.admit import Admission
-from fabric.broker.conclude import Conclusion
+from fabric.broker.conclude import Also, Conclusion, End
 from fabric.broker.metering import Metering
 from fabric.broker.observe import Observer, Silent
 from fabric.broker.replicas import ReplicaView
@@ -114,6 +114,7 @@ class Broker:
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()
         self._runs: dict[str, Run] = {}
+        self._deferred: dict[str, End | None] = {}
         self._pumps: dict[tuple[str, int], tuple[asyncio.Task[None], Channel]] = {}
         self._events: deque[StateEvent] = deque()
         self._handling = False
@@ -130,6 +131,7 @@ class Broker:
         """Cancel all runs, settle them, and close the channels. Calling it twice is harmless."""
         self._closing = True
         await asyncio.gather(*(run.cancel() for run in list(self._runs.values())))
+        await self.conclude(list(self._deferred), lambda: False)
         await self._conclusion.close()
         channels, self._channels = list(self._channels.values()), {}
         await asyncio.gather(*(channel.close() for channel in channels))
@@ -172,8 +174,13 @@ class Broker:
 
     # ---- requests -------------------------------------------------------------------------------
 
-    async def submit(self, identity: Identity, request: Request) -> Run:
+    async def submit(self, identity: Identity, request: Request, *, deferred: bool = False) -> Run:
         """Admit a request and return its run, which is on its way.
+
+        Args:
+            identity: Who asks.
+            request: What is asked.
+            deferred: Whether its end waits for ``conclude`` before it is written.
 
         Raises:
             TooManyRequests: The key has as many requests in flight as it may have.
@@ -207,9 +214,24 @@ class Broker:
             max_backlog=self._settings.backlog_events,
             leave=lambda: self._feed(ClientGone(now=time.monotonic(), run_id=request.id)),
         )
+        if deferred:
+            self._deferred[request.id] = None
         self._observer.run_admitted(ticket.name, request)
         self._feed(Admitted(now=time.monotonic(), started_at=started_at, ticket=ticket))
         return run
+
+    async def conclude(self, run_ids: Sequence[str], also: Also) -> None:
+        """Write the ends of deferred runs in one transaction with what ``also`` writes.
+
+        Until then their holds stay open; a hub that is killed before has charged nothing.
+
+        Args:
+            run_ids: Deferred runs that have ended.
+            also: Writes on the database's thread; without its consent all that was held goes back.
+        """
+        popped = [self._deferred.pop(run_id, None) for run_id in run_ids]
+        if ends := [end for end in popped if end is not None]:
+            await self._conclusion.together(ends, also)
 
     async def explain(self, identity: Identity, request: Request) -> Placement:
         """Return where the request would go now and why, without holding or sending anything.
@@ -219,7 +241,8 @@ class Broker:
             FabricError: As ``submit`` does.
         """
         context = await self._admission.prospect(identity, request)
-        return select(request, self._state.fleet.snapshots(time.monotonic()), context)
+        replicas = self._state.fleet.snapshots(time.monotonic())
+        return select(request, replicas, context, whole=True)
 
     def _is_known(self, run_id: str) -> bool:
         return run_id in self._runs or run_id in self._admitting or run_id in self._metering
@@ -311,7 +334,10 @@ class Broker:
     def _conclude(self, instruction: Settle | Void) -> None:
         """Queue the settlement before the client hears of the end, so that its next request finds
         the balance settled; the client does not wait for it."""
-        self._conclusion.begin(instruction)
+        if instruction.run_id in self._deferred:
+            self._deferred[instruction.run_id] = instruction
+        else:
+            self._conclusion.begin(instruction)
         outcome = instruction.outcome
         self._admission.leave(outcome.ticket.key_id)
         self._observer.run_ended(
@@ -393,7 +419,7 @@ class Broker:
 
     async def _keep_holds(self) -> None:
         """Renew the leases of what runs here; release those that nobody renewed."""
-        if live := [*self._runs, *self._metering.held_for(self._channels)]:
+        if live := [*{*self._runs, *self._deferred}, *self._metering.held_for(self._channels)]:
             renewed = await self._offload(self._ledger.renew, live, self._settings.lease_s)
             for run_id in self._runs.keys() & (set(live) - set(renewed)):
                 logger.error("the hold of a live run is not open", extra={"run": run_id})

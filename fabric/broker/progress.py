@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from fabric.broker.cost import times_s
+from fabric.broker.facts import ReplicaSnapshot
 from fabric.broker.signals import Ticket
 from fabric.errors import FabricError
 from fabric.ledger import charge_usu
@@ -18,7 +20,7 @@ class Progress:
     ``instance`` is set while, and only while, an attempt is live there; ``moving_to`` while the
     hold is being moved for a placement; ``waiting_since`` is when the run last began to wait for a
     replica; ``served_site`` is the last that delivered something; ``held_back`` means that a slow
-    client, not the replica, set the pace.
+    client, not the replica, set the pace; ``predicted`` is the replica as it was at ``sent_at``.
     """
 
     ticket: Ticket
@@ -41,6 +43,7 @@ class Progress:
     cancel_until: float | None = None
     silent_until: float | None = None
     sent_at: float = 0.0
+    predicted: ReplicaSnapshot | None = None
     attempt_first_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float = 0.0
@@ -148,3 +151,22 @@ class Progress:
         num_steps = max(self.counts) - self.num_before // len(self.counts) - 1
         seconds = self.last_token_at - (self.attempt_first_at or self.last_token_at)
         return num_steps / seconds if num_steps > 0 and seconds > 0 else 0.0
+
+    def first_token_s(self) -> float:
+        """Return the seconds to this attempt's first token, or 0 if they say nothing of the
+        replica: data was on its way, or it was being started."""
+        if self.attempt_first_at is None or self.predicted is None or self.predicted.cold_p:
+            return 0.0
+        request = self.ticket.request
+        moved = request.data_bytes > 0 and request.data_site not in (None, self.predicted.site)
+        return 0.0 if moved else self.attempt_first_at - self.sent_at
+
+    def observed_over_predicted(self, now: float) -> float:
+        """Return how this attempt's seconds compare with what was predicted for as many tokens
+        without correction, or 0 if nothing can be said."""
+        if self.predicted is None or not self.first_token_s() or len(self.counts) > 1:
+            return 0.0
+        plain = replace(self.predicted, correction=1.0)
+        num_tokens = self.num_tokens - self.num_before
+        predicted_s = times_s(self.ticket.request, plain, num_tokens).total_s
+        return (now - self.sent_at) / predicted_s if predicted_s > 0 else 0.0

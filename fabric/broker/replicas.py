@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
-from fabric.broker.select import ReplicaSnapshot
+from fabric.broker.facts import ReplicaSnapshot
+from fabric.broker.pool import Pool
 from fabric.broker.settings import BrokerSettings
 from fabric.messages import Hello, InstanceState, Limits, Load
 
@@ -16,6 +19,12 @@ FRESH_S = 60.0
 """For how long observed rates count: an instance that once was slow gets another chance."""
 LONG_PROMPT_TOKENS = 256
 """From here on the first token's time says how fast prompts are read."""
+CORRECTIONS = (0.25, 4.0)
+"""Between these a replica's predictions are corrected."""
+DECAY_STEP_S = 1.0
+"""How exactly the decay of failures is followed."""
+FORGOTTEN = 0.01
+"""So few recent failures are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +69,12 @@ class Replica:
     overhead_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
+    correction: float = 1.0
+    cold_p: float = 0.0
+    start_wait_s: float = 0.0
+    load_s: float = 0.0
+    caches_prefixes: bool = False
+    due_at: float = math.inf
 
     def ejected(self, now: float) -> bool:
         """Whether it gets no requests; after its time out one run may try it."""
@@ -67,7 +82,19 @@ class Replica:
 
     def recent_failures(self, now: float) -> float:
         """Failures, each counting half after ``FAILURE_HALF_LIFE_S``."""
-        return float(self.failures * 0.5 ** ((now - self.failed_at) / FAILURE_HALF_LIFE_S))
+        left = self.failures * 0.5 ** ((now - self.failed_at) / FAILURE_HALF_LIFE_S)
+        return left if left > FORGOTTEN else 0.0
+
+    def changes_at(self, now: float) -> float:
+        """When the snapshot will be another one by time alone."""
+        times = [math.inf]
+        if self.failures:
+            times.append(now + DECAY_STEP_S if self.recent_failures(now) else math.inf)
+        if self.out_until is not None and now < self.out_until:
+            times.append(self.out_until)
+        if now - self.observed_at < FRESH_S:
+            times.append(self.observed_at + FRESH_S)
+        return min(times)
 
     def snapshot(self, now: float) -> ReplicaSnapshot:
         """Return what ``select`` reads of it."""
@@ -88,6 +115,11 @@ class Replica:
             decode_tokens_per_s=self.decode_tokens_per_s if fresh else 0.0,
             failures=self.recent_failures(now) if self.failures else 0.0,
             ends_in_s=None if self.ends_at is None else self.ends_at - now,
+            correction=self.correction if fresh else 1.0,
+            cold_p=self.cold_p,
+            start_wait_s=self.start_wait_s,
+            load_s=self.load_s,
+            caches_prefixes=self.caches_prefixes,
         )
 
     def view(self) -> ReplicaView:
@@ -117,6 +149,8 @@ class Fleet:
         self.version = 0
         self._settings = settings
         self._replicas: dict[str, Replica] = {}
+        self._pool = Pool()
+        self._due: list[tuple[float, str]] = []
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(self._replicas.values())
@@ -128,6 +162,28 @@ class Fleet:
     def snapshots(self, now: float) -> list[ReplicaSnapshot]:
         """Return all replicas as they are now."""
         return [replica.snapshot(now) for replica in self._replicas.values()]
+
+    def pool(self, now: float) -> Pool:
+        """Return all replicas as they are now, in columns that are kept up to date."""
+        self._advance(now)
+        while self._due and self._due[0][0] <= self._pool.now:
+            _, instance = heappop(self._due)
+            if (replica := self._replicas.get(instance)) is not None:
+                replica.due_at = math.inf
+                self._put(replica)
+        return self._pool
+
+    def _advance(self, now: float) -> None:
+        self._pool.now = max(now, self._pool.now)
+
+    def _put(self, replica: Replica) -> None:
+        """Note in the pool how a replica is, and when time alone will change that."""
+        now = self._pool.now
+        self._pool.put(replica.snapshot(now))
+        changes_at = replica.changes_at(now)
+        if changes_at < replica.due_at:
+            replica.due_at = changes_at
+            heappush(self._due, (changes_at, replica.hello.instance))
 
     def views(self) -> list[ReplicaView]:
         """Return the replicas that are there."""
@@ -142,6 +198,8 @@ class Fleet:
             ends_at=None if hello.deadline_s is None else now + hello.deadline_s,
             load=hello.load,
         )
+        self._advance(now)
+        self._put(self._replicas[hello.instance])
         self.version += 1
 
     def report(self, instance: str, load: Load, *, draining: bool) -> None:
@@ -149,10 +207,22 @@ class Fleet:
         replica = self._replicas.get(instance)
         if replica is None or replica.state is InstanceState.LOST:
             return
+        begins = draining and replica.state is InstanceState.READY
+        if not begins and load is replica.load:
+            return
         replica.load = load
-        if draining and replica.state is InstanceState.READY:
+        if begins:
             replica.state = InstanceState.DRAINING
             self.version += 1
+        self._put(replica)
+
+    def report_cold(
+        self, instance: str, probability: float, *, start_wait_s: float, load_s: float
+    ) -> None:
+        """Note that an instance may have to be started before it serves, and what that takes."""
+        if (replica := self._replicas.get(instance)) is not None:
+            replica.cold_p, replica.start_wait_s, replica.load_s = probability, start_wait_s, load_s
+            self._put(replica)
 
     def leave(self, now: float, instance: str, *, lost: bool) -> None:
         """Forget an instance, at once or, if it was lost, after a while."""
@@ -161,8 +231,9 @@ class Fleet:
             return
         if lost:
             replica.state, replica.lost_at = InstanceState.LOST, now
+            self._put(replica)
         else:
-            del self._replicas[instance]
+            self._forget(instance)
         self.version += 1
 
     def tick(self, now: float) -> None:
@@ -170,7 +241,7 @@ class Fleet:
         forget_s = self._settings.lost_memory_s
         for instance, one in list(self._replicas.items()):
             if one.state is InstanceState.LOST and now - one.lost_at > forget_s:
-                del self._replicas[instance]
+                self._forget(instance)
                 self.version += 1
             elif one.out_until is not None and now >= one.out_until and one.trial is None:
                 self.version += 1
@@ -181,6 +252,8 @@ class Fleet:
         replica.in_flight.add(run_id)
         if replica.out_until is not None and now >= replica.out_until:
             replica.trial = run_id
+        self._advance(now)
+        self._put(replica)
 
     def release(self, instance: str, run_id: str) -> None:
         """The attempt is over, whatever came of it."""
@@ -188,6 +261,7 @@ class Fleet:
             replica.in_flight.discard(run_id)
             if replica.trial == run_id:
                 replica.trial = None
+            self._put(replica)
 
     def succeeded(self, instance: str) -> None:
         """An attempt ended as it should."""
@@ -198,6 +272,7 @@ class Fleet:
         if replica.out_until is not None:
             replica.out_until = None
             self.version += 1
+            self._put(replica)
 
     def failed(self, now: float, instance: str) -> None:
         """An attempt failed by the replica's fault; after too many in a row it is out."""
@@ -212,6 +287,8 @@ class Fleet:
             replica.failures_in_row >= self._settings.eject_after and self._may_eject(replica)
         ):
             replica.out_until = now + self._settings.eject_s
+        self._advance(now)
+        self._put(replica)
 
     def observed(
         self,
@@ -221,8 +298,20 @@ class Fleet:
         prompt_tokens: int,
         first_token_s: float,
         decode_tokens_per_s: float,
+        ratio: float = 0.0,
+        cached_tokens: int = 0,
     ) -> None:
-        """Note how fast one attempt was; a rate of 0 says nothing."""
+        """Note how fast one attempt was; a rate of 0 says nothing.
+
+        Args:
+            now: When it ended.
+            instance: Who ran it.
+            prompt_tokens: Of the prompt.
+            first_token_s: Seconds until the first token came.
+            decode_tokens_per_s: From the first to the last.
+            ratio: Observed over predicted seconds, the prediction taken as it was uncorrected.
+            cached_tokens: Tokens of the prompt that it had from before.
+        """
         replica = self._replicas.get(instance)
         if replica is None:
             return
@@ -233,7 +322,17 @@ class Fleet:
         else:
             replica.overhead_s = _mean(replica.overhead_s, first_token_s)
         replica.decode_tokens_per_s = _mean(replica.decode_tokens_per_s, decode_tokens_per_s)
+        low, high = CORRECTIONS
+        if ratio:
+            replica.correction = _mean(replica.correction, min(high, max(low, ratio)))
+        replica.caches_prefixes |= cached_tokens > 0
         replica.observed_at = now
+        self._advance(now)
+        self._put(replica)
+
+    def _forget(self, instance: str) -> None:
+        del self._replicas[instance]
+        self._pool.drop(instance)
 
     def _may_eject(self, replica: Replica) -> bool:
         peers = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +32,17 @@ class BrokerSettings:
         backlog_events: Events that may wait for a slow client before its replica is held back.
         window_events: Token events a replica may send before it gets credit.
         bandwidth_bytes_per_s: Rate at which data moves between sites.
+        bandwidths_bytes_per_s: The same where it is known better, by (from, to).
         locality_penalty_s: Fixed price of running away from the data.
         seconds_per_su: What a service unit is worth in seconds of waiting.
         tie_s: Expected seconds that make no difference; the less busy replica gets the request.
+        prefix_tokens: Tokens at the beginning of a prompt by which it finds replicas that may have
+            computed them before; a shorter prompt looks for none.
+        prefix_replicas: How many replicas one beginning is sent to by preference.
+        prefix_hit: How likely one of them has it still.
+        explore: Share of the requests that try another replica than the best.
+        max_table: Replicas up to which a placement tells of each; of a larger fleet it tells the
+            best of each site, and how many the others are.
     """
 
     max_attempts: int = 3
@@ -53,6 +62,12 @@ class BrokerSettings:
     backlog_events: int = 256
     window_events: int = 256
     bandwidth_bytes_per_s: float = 100e6
+    bandwidths_bytes_per_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
     locality_penalty_s: float = 1.0
     seconds_per_su: float = 1_000.0
     tie_s: float = 0.05
+    prefix_tokens: int = 256
+    prefix_replicas: int = 2
+    prefix_hit: float = 0.5
+    explore: float = 0.01
+    max_table: int = 32

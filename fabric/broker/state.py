@@ -6,13 +6,15 @@ never has two live attempts, and its client sees every token once and in order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 
 from fabric.broker.budget import RetryBudget
+from fabric.broker.cost import times_s
+from fabric.broker.pool import Replicas
 from fabric.broker.progress import Progress
 from fabric.broker.replicas import Fleet
-from fabric.broker.select import Context, may_come, select
+from fabric.broker.select import Context, Decision, decide, may_come
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import (
     AbandonAttempt,
@@ -68,6 +70,9 @@ SILENCE_FACTOR = 4.0
 
 Instructions = Iterator[Instruction]
 
+Decide = Callable[[Request, Replicas, Context], Decision]
+"""A way to choose; raises ``NoReplica``."""
+
 
 class BrokerState:
     """All runs and replicas.
@@ -75,13 +80,17 @@ class BrokerState:
     Args:
         settings: Limits and weights.
         started_at: When the hub came up: for a while after it, replicas are still expected.
+        decide: Where a request goes; simulations compare others with ours.
     """
 
-    def __init__(self, settings: BrokerSettings, *, started_at: float) -> None:
+    def __init__(
+        self, settings: BrokerSettings, *, started_at: float, decide: Decide = decide
+    ) -> None:
         self.fleet = Fleet(settings)
         self.runs: dict[str, Progress] = {}
         self._settings = settings
         self._started_at = started_at
+        self._decide = decide
         self._budget = RetryBudget(settings)
 
     def handle(self, event: StateEvent) -> list[Instruction]:
@@ -96,11 +105,11 @@ class BrokerState:
         Raises:
             NoReplica: No wait could help.
         """
-        snapshots = self.fleet.snapshots(now)
+        replicas = self.fleet.pool(now)
         try:
-            return select(request, snapshots, context)
+            return self._decide(request, replicas, context).bare()
         except NoReplica:
-            if self._may_wait(now) or may_come(request, snapshots, context):
+            if self._may_wait(now) or may_come(request, replicas, context):
                 return None
             raise
 
@@ -166,30 +175,31 @@ class BrokerState:
         if not out_of_patience and (no_budget or run.seen_version == self.fleet.version):
             return
         request, context = run.ticket.request, self._context(run, now)
-        snapshots = self.fleet.snapshots(now)
+        replicas = self.fleet.pool(now)
         try:
-            placement = select(request, snapshots, context)
+            decision = self._decide(request, replicas, context)
         except NoReplica as error:
             run.seen_version = self.fleet.version
-            hopeless = not self._may_wait(now) and not may_come(request, snapshots, context)
+            hopeless = not self._may_wait(now) and not may_come(request, replicas, context)
             if hopeless or out_of_patience:
                 yield from self._end(run, now, run.last_error if run.num_tokens else error)
             return
-        paused = placement.instance in run.tried and now < run.retry_at
+        chosen = decision.chosen
+        paused = chosen.instance in run.tried and now < run.retry_at
         if no_budget or paused:
             if out_of_patience:
                 yield from self._end(run, now, run.last_error)
             return
-        offer = run.ticket.offers[placement.site]
+        offer = run.ticket.offers[chosen.site]
         if offer.allocation != run.held_allocation or offer.max_charge_usu > run.held_usu:
-            run.moving_to = placement
+            run.moving_to = decision.bare()
             yield MoveHold(
                 run_id=request.id,
                 allocation=str(offer.allocation),
                 amount_usu=offer.max_charge_usu,
             )
         else:
-            yield from self._send(run, placement, now)
+            yield from self._send(run, decision, now)
 
     def _on_hold_moved(self, run: Progress, now: float) -> Instructions:
         if (placement := run.moving_to) is None:
@@ -200,7 +210,8 @@ class BrokerState:
         # The fleet may have changed meanwhile, so the choice is made again, on the hold as it is.
         yield from self._place(run, now)
 
-    def _send(self, run: Progress, placement: Placement, now: float) -> Instructions:
+    def _send(self, run: Progress, decision: Decision, now: float) -> Instructions:
+        placement = decision.placement()
         if run.attempt:
             self._budget.withdraw()
         run.attempt += 1
@@ -208,7 +219,8 @@ class BrokerState:
         run.state = RunState.DISPATCHED
         run.sent_at, run.attempt_first_at = now, None
         run.num_before = run.num_tokens
-        run.silent_until = self._silent_until(placement, now)
+        run.predicted = decision.chosen
+        run.silent_until = self._silent_until(run, now)
         self.fleet.assign(now, placement.instance, run.ticket.request.id)
         yield Emit(
             run_id=run.ticket.request.id,
@@ -232,12 +244,11 @@ class BrokerState:
             ),
         )
 
-    def _silent_until(self, placement: Placement, now: float) -> float | None:
-        replica = self.fleet.get(placement.instance)
-        if replica is None or not replica.streams:
+    def _silent_until(self, run: Progress, now: float) -> float | None:
+        replica = self.fleet.get(run.instance or "")
+        if replica is None or not replica.streams or run.predicted is None:
             return None
-        chosen = next(one for one in placement.candidates if one.instance == placement.instance)
-        expected_s = chosen.cost_s["queue"] + chosen.cost_s["service"]
+        expected_s = times_s(run.ticket.request, run.predicted).total_s
         return now + max(self._settings.first_token_timeout_s, SILENCE_FACTOR * expected_s)
 
     def _may_wait(self, now: float) -> bool:
@@ -298,8 +309,10 @@ class BrokerState:
                 now,
                 instance,
                 prompt_tokens=run.prompt_tokens,
-                first_token_s=run.attempt_first_at - run.sent_at,
+                first_token_s=run.first_token_s(),
                 decode_tokens_per_s=run.decode_tokens_per_s(),
+                ratio=run.observed_over_predicted(now),
+                cached_tokens=finished.usage.cached_prompt_tokens,
             )
         run.finishes = list(finished.finish_reasons)
         if run.cancel_until is None:

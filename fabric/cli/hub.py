@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from fabric.auth import Authenticator, GlobusTokens, Groups, Keys
+from fabric.batches import Batches
 from fabric.broker import Broker, BrokerSettings
 from fabric.catalog import Catalog
 from fabric.cli.options import output_options
@@ -29,7 +30,14 @@ from fabric.config import (
     load_store,
 )
 from fabric.errors import PortInUse, SettingInvalid
-from fabric.gateway import GatewaySettings, Metrics, Outreach, create_app, get_server_config
+from fabric.gateway import (
+    GatewaySettings,
+    LineAnswerer,
+    Metrics,
+    Outreach,
+    create_app,
+    get_server_config,
+)
 from fabric.ledger import Ledger
 from fabric.payloads import PayloadStore
 from fabric.sql import Database, Offload, migrate
@@ -62,7 +70,15 @@ async def open_hub(settings: Settings) -> AsyncIterator[FastAPI]:
             settings=get_broker_settings(hub),
             observer=metrics,
         )
+        batches = Batches(
+            database=database,
+            offload=offload,
+            keys=keys,
+            answerer=LineAnswerer(broker=broker, catalog=catalog, offload=offload, metrics=metrics),
+            directory=StateDir(settings.state_dir).files_dir,
+        )
         await broker.start()
+        await batches.start()
         try:
             yield create_app(
                 broker=broker,
@@ -73,11 +89,13 @@ async def open_hub(settings: Settings) -> AsyncIterator[FastAPI]:
                 metrics=metrics,
                 authenticator=authenticator,
                 outreach=outreach,
+                batches=batches,
                 settings=GatewaySettings(
                     body_limit_bytes=hub.body_limit_bytes, heartbeat_s=hub.heartbeat_s
                 ),
             )
         finally:
+            await batches.close()
             await outreach.close()
             await broker.close()
             authenticator.close()

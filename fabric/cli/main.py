@@ -24,8 +24,10 @@ _USER_TABLE = {
     "models": (f"{_COMMANDS}.models", "List the models."),
     "sites": (f"{_COMMANDS}.sites", "List the sites and their replicas."),
     "explain": (f"{_COMMANDS}.explain", "Show where a request would run, and why."),
+    "plan": (f"{_COMMANDS}.plan", "Show what a model needs of devices, and how fast it could be."),
     "runs": (f"{_COMMANDS}.runs", "List your runs, or show one."),
     "usage": (f"{_COMMANDS}.usage", "Show allocations and charges."),
+    "batch": (f"{_COMMANDS}.batch", "Have many requests answered from one file."),
     "ticket": (f"{_COMMANDS}.ticket", "Get a ticket for raw Globus Compute calls at a site."),
     "config": (f"{_COMMANDS}.config", "Show settings and where they come from."),
 }

@@ -121,7 +121,7 @@ def load_site(path: Path) -> SiteSpec:
     spec, problems = inspect_site(path)
     if spec is not None:
         return spec
-    first, source = problems[0], "" if problems[0].field == "site file" else str(path)
+    first, source = problems[0], "" if problems[0].value is path else str(path)
     raise SettingInvalid(setting=first.field, value=first.value, reason=first.reason, source=source)
 
 
@@ -163,7 +163,7 @@ def find_site(name: str) -> Path:
 
 
 def get_site_files() -> dict[str, SiteFile]:
-    """Return the files that are found by name, in its order; the user's own stand before shipped."""
+    """Return the files that are found by name; the user's own hide shipped ones of their name."""
     own = {file.stem: file for file in user_sites_path().glob("*.yaml") if file.is_file()}
     return {
         name: SiteFile(name=name, path=path, is_own=name in own)

@@ -57,6 +57,11 @@ class StateDir:
         """Where Globus logins are kept."""
         return self.path / "login.db"
 
+    @property
+    def files_dir(self) -> Path:
+        """Where the files of batches are kept."""
+        return self.path / "files"
+
     def log_path(self, name: str) -> Path:
         """Return the log file of a process."""
         return self.path / "logs" / f"{name}.log"

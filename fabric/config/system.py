@@ -58,9 +58,9 @@ class Queue(_Frozen):
     """A queue, a partition or a quality of service, and what it allows.
 
     ``bins`` are the limits by the number of nodes where the walltime depends on it.
-    ``device_counts`` are the only numbers of devices that a job may ask for. ``units_per_node_hour``
-    is the charge of a node for an hour in the site's unit; ``charge_factor`` multiplies the charge
-    that the site's rule makes.
+    ``device_counts`` are the only numbers of devices that a job may ask for.
+    ``units_per_node_hour`` is the charge of a node for an hour in the site's unit;
+    ``charge_factor`` multiplies the charge that the site's rule makes.
     """
 
     kind: Literal["queue", "partition", "qos"] | None = None
@@ -89,9 +89,9 @@ class Queue(_Frozen):
     def _ordered(self) -> Self:
         if self.min_nodes and self.max_nodes and self.min_nodes > self.max_nodes:
             raise unfit("max_nodes", f"make it at least min_nodes, {self.min_nodes}")
-        if self.min_walltime and self.max_walltime:
-            if to_seconds(self.min_walltime) > to_seconds(self.max_walltime):
-                raise unfit("max_walltime", f"make it at least min_walltime, {self.min_walltime}")
+        shortest, longest = self.min_walltime, self.max_walltime
+        if shortest and longest and to_seconds(shortest) > to_seconds(longest):
+            raise unfit("max_walltime", f"make it at least min_walltime, {shortest}")
         reach = 0
         for place, each in enumerate(self.bins):
             if each.min_nodes <= reach:
@@ -115,7 +115,7 @@ class BalanceConfig(_Frozen):
     ``url`` is where the facility's API is, its version included.
     """
 
-    kind: Literal["slurm", "sbank", "accounts", "showusage", "iri"]
+    kind: Literal["slurm", "sbank", "accounts", "showusage", "taccinfo", "iri"]
     resource: Name | None = None
     url: _Url | None = None
 

@@ -4,7 +4,7 @@ Every error that crosses a room, a process or the wire is one of these::
 
     FabricError
     ├── ConfigError          SettingInvalid, PortInUse, AlreadyRunning, NotRunning,
-    │                        PackageMissing, EndpointInvalid, FilesForeign
+    │                        PackageMissing, EndpointInvalid, SiteInvalid, FilesForeign
     ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotFound,
     │                        TicketError (TicketMissing, TicketInvalid, TicketExpired,
     │                        TicketForeign, TicketSpent), CredentialsRefused,
@@ -12,13 +12,15 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        ProjectForeign, AuthUnavailable, LoginRequired, LoginFailed
     ├── AdmissionError       RequestInvalid (UnknownParameter, UnsupportedParameter), BodyInvalid,
     │                        UnknownModel, UnknownSite, ContextExceeded, BodyTooLarge,
-    │                        TooManyRequests, Duplicate
+    │                        TooManyRequests, Duplicate, FilesFull, FileInUse, BatchOver,
+    │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
     ├── PlacementError       NoReplica, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
     │                        RequestCancelled, ProtocolViolation, HubUnreachable,
     │                        HubNotConnected, ServiceUnreachable, ServiceBusy, ServiceRefused,
     │                        TaskLost, TaskTimedOut, TaskFailed
-    ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed
+    ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
+    │                        BalanceUnavailable
     ├── EngineError          ModelNotLoadable, RowFailed, CacheExhausted, EngineStopped
     ├── ProgramError
     ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
@@ -59,8 +61,14 @@ from fabric.errors.auth import (
 from fabric.errors.base import (
     FabricError,
 )
+from fabric.errors.batches import (
+    BatchOver,
+    FileInUse,
+    FilesFull,
+)
 from fabric.errors.compute import (
     AlreadyStarted,
+    BalanceUnavailable,
     BlockFailed,
     CacheExhausted,
     CanaryFailed,
@@ -80,6 +88,7 @@ from fabric.errors.config import (
     PackageMissing,
     PortInUse,
     SettingInvalid,
+    SiteInvalid,
 )
 from fabric.errors.data import (
     DigestMismatch,
@@ -121,6 +130,13 @@ from fabric.errors.payload import (
     StoreUnreachable,
     UnknownStore,
 )
+from fabric.errors.planning import (
+    PlanError,
+    PlanImpossible,
+    ShapeInvalid,
+    UnknownDevice,
+    UnknownShape,
+)
 from fabric.errors.routing import (
     DeadlineExceeded,
     DispatchError,
@@ -160,6 +176,8 @@ __all__ = [
     "AlreadyStarted",
     "AuthError",
     "AuthUnavailable",
+    "BalanceUnavailable",
+    "BatchOver",
     "BlockFailed",
     "BodyInvalid",
     "BodyTooLarge",
@@ -178,7 +196,9 @@ __all__ = [
     "EngineError",
     "EngineStopped",
     "FabricError",
+    "FileInUse",
     "FilesForeign",
+    "FilesFull",
     "FirstTokenTimeout",
     "FunctionDrifted",
     "HoldNotOpen",
@@ -207,6 +227,8 @@ __all__ = [
     "PayloadTooLarge",
     "PermissionDenied",
     "PlacementError",
+    "PlanError",
+    "PlanImpossible",
     "PortInUse",
     "ProgramError",
     "ProjectForeign",
@@ -224,6 +246,8 @@ __all__ = [
     "SessionLost",
     "SessionRefused",
     "SettingInvalid",
+    "ShapeInvalid",
+    "SiteInvalid",
     "StorageBusy",
     "StorageFull",
     "StoreUnreachable",
@@ -241,8 +265,10 @@ __all__ = [
     "TokenInvalid",
     "TooManyRequests",
     "UnknownAccount",
+    "UnknownDevice",
     "UnknownModel",
     "UnknownParameter",
+    "UnknownShape",
     "UnknownSite",
     "UnknownStore",
     "UnsupportedParameter",

@@ -70,6 +70,22 @@ class SchedulerFailed(LaunchError):
         )
 
 
+class BalanceUnavailable(LaunchError):
+    """A centre does not tell what a project has left."""
+
+    code = "balance_unavailable"
+    http_status = 503
+    retryable = True
+
+    def __init__(self, *, command: str, reason: str, remedy: str) -> None:
+        super().__init__(
+            f"The balance is not known: asked by {command!r}, {reason}; {remedy}.",
+            command=command,
+            reason=reason,
+            remedy=remedy,
+        )
+
+
 class EngineError(FabricError):
     """The model engine could not do its part."""
 

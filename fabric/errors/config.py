@@ -97,6 +97,19 @@ class EndpointInvalid(ConfigError):
         )
 
 
+class SiteInvalid(ConfigError):
+    """Site files do not follow the schema, or what comes from them would not work."""
+
+    code = "site_invalid"
+
+    def __init__(self, *, sites: list[str], num_checked: int) -> None:
+        super().__init__(
+            f"{len(sites)} of {num_checked} site files cannot be used ({', '.join(sites)}); change"
+            " the fields that are listed and validate again.",
+            sites=sites,
+        )
+
+
 class FilesForeign(ConfigError):
     """Files that would be replaced have been changed by somebody else."""
 

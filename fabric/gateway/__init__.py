@@ -4,9 +4,17 @@ OpenAI's routes, the fabric's own, and the sessions of instances, behind one che
 """
 
 from fabric.gateway.app import create_app
+from fabric.gateway.batch_lines import LineAnswerer
 from fabric.gateway.hub import GatewaySettings
 from fabric.gateway.metrics import Metrics
 from fabric.gateway.outreach import Outreach
 from fabric.gateway.server import get_server_config
 
-__all__ = ["GatewaySettings", "Metrics", "Outreach", "create_app", "get_server_config"]
+__all__ = [
+    "GatewaySettings",
+    "LineAnswerer",
+    "Metrics",
+    "Outreach",
+    "create_app",
+    "get_server_config",
+]

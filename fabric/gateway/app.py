@@ -9,10 +9,12 @@ from starlette.middleware import Middleware
 
 from fabric import __version__
 from fabric.auth import Authenticator, Keys
+from fabric.batches import Batches
 from fabric.broker import Broker
 from fabric.catalog import Catalog
 from fabric.errors import FabricError
 from fabric.gateway import (
+    batch_routes,
     chat,
     completions,
     compute_routes,
@@ -37,6 +39,7 @@ ROUTERS = (
     model_routes.router,
     completions.router,
     chat.router,
+    batch_routes.router,
     fabric_routes.router,
     fabric_routes.anyone,
     ticket_routes.router,
@@ -57,6 +60,7 @@ def create_app(
     metrics: Metrics,
     authenticator: Authenticator | None = None,
     outreach: Outreach | None = None,
+    batches: Batches | None = None,
     settings: GatewaySettings = GatewaySettings(),  # noqa: B008
 ) -> FastAPI:
     """Return the application. The caller starts and closes what it is given.
@@ -70,6 +74,7 @@ def create_app(
         metrics: What ``/metrics`` shows.
         authenticator: Who calls; by API keys alone if not given.
         outreach: Reaches instances that cannot dial; one without stores if not given.
+        batches: Files and batches; without them their routes answer 404.
         settings: Caps and intervals.
     """
     app = FastAPI(
@@ -80,7 +85,11 @@ def create_app(
         routes=[route for router in ROUTERS for route in router.routes],
         middleware=[
             Middleware(RequestIds),
-            Middleware(BodyLimit, limit_bytes=settings.body_limit_bytes),
+            Middleware(
+                BodyLimit,
+                limit_bytes=settings.body_limit_bytes,
+                at_path_bytes={} if batches is None else batch_routes.limits_of(batches),
+            ),
         ],
         exception_handlers={
             FabricError: refusals.on_fabric_error,
@@ -102,5 +111,6 @@ def create_app(
         settings=settings,
         outreach=outreach or Outreach(),
     )
+    app.state.batches = batches
     metrics.watch_replicas(broker.replicas)
     return app

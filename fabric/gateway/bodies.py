@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -20,11 +21,19 @@ class BodyLimit:
 
     A body that declares its size is refused before any of it is read, others when they pass the
     cap. Being raised where the body is read, the error comes after the check of the caller's key.
+
+    Args:
+        app: What is served.
+        limit_bytes: The cap.
+        at_path_bytes: Paths with a cap of their own.
     """
 
-    def __init__(self, app: ASGIApp, *, limit_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, limit_bytes: int, at_path_bytes: Mapping[str, int] | None = None
+    ) -> None:
         self._app = app
         self._limit_bytes = limit_bytes
+        self._at_path_bytes = at_path_bytes or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve with a counting ``receive``."""
@@ -32,16 +41,17 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "0")
+        limit_bytes = self._at_path_bytes.get(scope["path"], self._limit_bytes)
         num_bytes = 0
 
         async def receive_capped() -> Message:
             nonlocal num_bytes
-            if declared.isdecimal() and int(declared) > self._limit_bytes:
-                raise BodyTooLarge(limit_bytes=self._limit_bytes)
+            if declared.isdecimal() and int(declared) > limit_bytes:
+                raise BodyTooLarge(limit_bytes=limit_bytes)
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._limit_bytes:
-                raise BodyTooLarge(limit_bytes=self._limit_bytes)
+            if num_bytes > limit_bytes:
+                raise BodyTooLarge(limit_bytes=limit_bytes)
             return message
 
         await self._app(scope, receive_capped, send)

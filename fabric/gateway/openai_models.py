@@ -49,6 +49,7 @@ class FabricOptions(Body):
     sites: tuple[str, ...] | None = None
     deadline_s: float | None = None
     policy: str | None = None
+    weights: dict[str, float] | None = None
     tier: str | None = None
 
     @model_validator(mode="after")

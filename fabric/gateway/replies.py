@@ -71,6 +71,18 @@ async def whole_reply(exchange: Exchange, shape: Shape, *, model: str) -> Respon
     Raises:
         FabricError: A run failed; the others are cancelled.
     """
+    body, site = await whole_body(exchange, shape, model=model)
+    return Response(
+        json.dumps(body), headers={"x-fabric-site": site}, media_type="application/json"
+    )
+
+
+async def whole_body(exchange: Exchange, shape: Shape, *, model: str) -> tuple[Json, str]:
+    """Return the reply's body once all runs are done, and the site of the first.
+
+    Raises:
+        FabricError: A run failed; the others are cancelled.
+    """
     n = exchange.requests[0].sampling.n
     tokens: list[list[Token]] = [[] for _ in range(n * len(exchange.runs))]
     ends: list[RunCompleted] = []
@@ -99,9 +111,7 @@ async def whole_reply(exchange: Exchange, shape: Shape, *, model: str) -> Respon
         "usage": usage_object([end.usage for end in ends]),
         "fabric": _whole_object(ends),
     }
-    return Response(
-        json.dumps(body), headers={"x-fabric-site": ends[0].site}, media_type="application/json"
-    )
+    return body, ends[0].site
 
 
 class _Stream:

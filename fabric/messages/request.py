@@ -18,6 +18,12 @@ ModelRef = Annotated[
 ]
 """``name`` or ``name@revision``; a revision is a name or a digest."""
 
+CostPart = Literal["queue", "service", "data", "price", "risk"]
+"""A part of the expected cost of a choice, in seconds."""
+
+Weights = dict[CostPart, Annotated[float, Field(ge=0.0, le=100.0)]]
+"""What a second of each part counts."""
+
 SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
@@ -86,7 +92,7 @@ class Request(Wire):
 
     ``deadline_s`` counts seconds from admission. ``data_site`` names the site where the request's
     data lives and ``data_bytes`` its size: the broker weighs moving it. ``sites`` restricts where
-    it may run.
+    it may run. ``weights`` replace those of the ``policy``, part by part.
     """
 
     id: str = Field(default_factory=lambda: new_id("run"))
@@ -96,6 +102,7 @@ class Request(Wire):
     sampling: Sampling = Sampling()
     tier: Literal["interactive", "standard", "batch"] = "standard"
     policy: Literal["balanced", "fastest", "cheapest", "local-only"] = "balanced"
+    weights: Weights | None = None
     stream: bool = False
     deadline_s: float = Field(default=300.0, gt=0.0, le=86_400.0)
     data_site: SiteName | None = None

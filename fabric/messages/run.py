@@ -14,7 +14,10 @@ class Candidate(Wire):
     """One replica the broker considered.
 
     ``excluded`` says why a filter removed it; otherwise ``cost_s`` holds the expected seconds by
-    component (queue, service, data, price, risk) and ``total_s`` their sum.
+    component (queue, service, data, price, risk; cold where it must be started) and ``total_s``
+    their sum. ``correction`` is the running mean of observed over predicted seconds there, which
+    the expectation has in it. In the short table of a large fleet ``num_alike`` counts the
+    replicas of the site that the line stands for.
     """
 
     site: str
@@ -23,6 +26,8 @@ class Candidate(Wire):
     excluded: str | None = None
     cost_s: dict[str, float] = {}
     total_s: float | None = None
+    correction: float = 1.0
+    num_alike: int = Field(default=1, ge=1)
 
 
 class Placement(Wire):

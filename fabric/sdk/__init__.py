@@ -13,6 +13,7 @@ the hub's rooms, so that it costs nothing in a script that may not need it.
 """
 
 from fabric.sdk.aio import AsyncFabric
+from fabric.sdk.batches import Batch
 from fabric.sdk.client import Fabric, FabricFuture
 from fabric.sdk.options import Message, Options
 from fabric.sdk.records import (
@@ -33,6 +34,7 @@ __all__ = [
     "Allocation",
     "AsyncFabric",
     "AsyncStream",
+    "Batch",
     "Choice",
     "Chunk",
     "Completion",

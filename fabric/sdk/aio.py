@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from fabric.errors import RequestInvalid
+from fabric.sdk import batches
+from fabric.sdk.batches import Batch
 from fabric.sdk.options import Options, Prompt, as_conversation, build_body
 from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
-from fabric.sdk.results import Completion
+from fabric.sdk.results import Completion, Json
 from fabric.sdk.stream import AsyncStream
 
 if TYPE_CHECKING:
@@ -180,6 +184,42 @@ class AsyncFabric:
             NotFound: There is no such ticket, or it is somebody else's.
         """
         return Ticket.from_reply(await self._transport.delete(f"/v1/fabric/tickets/{ticket_id}"))
+
+    async def batch(
+        self,
+        file: str | Path,
+        *,
+        endpoint: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Batch:
+        """Upload a file with one request a line and begin to answer it; see ``Fabric.batch``."""
+        return await batches.submit(self._transport, Path(file), endpoint, metadata)
+
+    async def batches(self, *, limit: int = 20) -> tuple[Batch, ...]:
+        """Return the project's latest batches, newest first."""
+        reply = await self._transport.get("/v1/batches", {"limit": limit})
+        return tuple(Batch.from_reply(item) for item in reply["data"])
+
+    async def get_batch(self, batch_id: str) -> Batch:
+        """Return a batch as it is now.
+
+        Raises:
+            NotFound: There is no such batch, or it is somebody else's.
+        """
+        return Batch.from_reply(await self._transport.get(f"/v1/batches/{batch_id}"))
+
+    async def batch_results(self, batch_id: str) -> tuple[Json, ...]:
+        """Return the results of a batch that is over; see ``Fabric.batch_results``."""
+        return await batches.results(self._transport, await self.get_batch(batch_id))
+
+    async def cancel_batch(self, batch_id: str) -> Batch:
+        """End a batch early; what was answered stays.
+
+        Raises:
+            BatchOver: It has ended.
+            NotFound: There is no such batch, or it is somebody else's.
+        """
+        return Batch.from_reply(await self._transport.post(f"/v1/batches/{batch_id}/cancel", {}))
 
     async def whoami(self) -> WhoAmI:
         """Return who the hub takes the caller for."""

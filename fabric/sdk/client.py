@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
 
 from fabric.sdk.aio import AsyncFabric
 from fabric.sdk.background import BackgroundLoop
+from fabric.sdk.batches import Batch
 from fabric.sdk.options import Options, Prompt
 from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
-from fabric.sdk.results import Completion
+from fabric.sdk.results import Completion, Json
 from fabric.sdk.stream import Stream
 
 if TYPE_CHECKING:
@@ -186,6 +188,56 @@ class Fabric:
             NotFound: There is no such ticket, or it is somebody else's.
         """
         return self._background.run(self._fabric.revoke_ticket(ticket_id))
+
+    def batch(
+        self,
+        file: str | Path,
+        *,
+        endpoint: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Batch:
+        """Upload a file with one request a line and begin to answer it.
+
+        Args:
+            file: JSON lines, each ``{"custom_id": …, "method": "POST", "url": …, "body": …}``.
+            endpoint: The lines' ``url``; that of the first line by default.
+            metadata: Up to 16 notes that stay with the batch.
+
+        Raises:
+            FabricError: The file cannot be read, or the hub refused it.
+        """
+        return self._background.run(self._fabric.batch(file, endpoint=endpoint, metadata=metadata))
+
+    def batches(self, *, limit: int = 20) -> tuple[Batch, ...]:
+        """Return the project's latest batches, newest first."""
+        return self._background.run(self._fabric.batches(limit=limit))
+
+    def get_batch(self, batch_id: str) -> Batch:
+        """Return a batch as it is now.
+
+        Raises:
+            NotFound: There is no such batch, or it is somebody else's.
+        """
+        return self._background.run(self._fabric.get_batch(batch_id))
+
+    def batch_results(self, batch_id: str) -> tuple[Json, ...]:
+        """Return the results of a batch that is over: the answers, then the errors.
+
+        Each has the ``custom_id`` of its request, and a ``response`` or an ``error``.
+
+        Raises:
+            NotFound: There is no such batch, or it is somebody else's.
+        """
+        return self._background.run(self._fabric.batch_results(batch_id))
+
+    def cancel_batch(self, batch_id: str) -> Batch:
+        """End a batch early; what was answered stays.
+
+        Raises:
+            BatchOver: It has ended.
+            NotFound: There is no such batch, or it is somebody else's.
+        """
+        return self._background.run(self._fabric.cancel_batch(batch_id))
 
     def whoami(self) -> WhoAmI:
         """Return who the hub takes the caller for."""

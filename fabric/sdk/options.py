@@ -30,6 +30,8 @@ class Options(TypedDict, total=False):
         sites: The only sites that may serve it.
         deadline_s: Seconds from admission after which it is given up.
         policy: What the choice of a site should favour.
+        weights: What a second of each part of the expected cost counts (queue, service, data,
+            price, risk), in place of the policy's.
         tier: How urgent it is.
     """
 
@@ -47,10 +49,13 @@ class Options(TypedDict, total=False):
     sites: Sequence[str] | None
     deadline_s: float | None
     policy: Literal["balanced", "fastest", "cheapest", "local-only"] | None
+    weights: Mapping[str, float] | None
     tier: Literal["interactive", "standard", "batch"] | None
 
 
-_FABRIC_FIELDS = frozenset({"data_site", "data_bytes", "sites", "deadline_s", "policy", "tier"})
+_FABRIC_FIELDS = frozenset(
+    {"data_site", "data_bytes", "sites", "deadline_s", "policy", "weights", "tier"}
+)
 
 
 def build_body(prompt: Prompt, options: Options) -> tuple[str, dict[str, object]]:

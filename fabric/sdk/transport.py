@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Generator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -97,6 +97,23 @@ class Transport:
         """
         return (await self._send("DELETE", path)).json()
 
+    async def get_text(self, path: str) -> str:
+        """Return the text at ``path``.
+
+        Raises:
+            FabricError: The hub refused, or cannot be reached.
+        """
+        return (await self._send("GET", path)).text
+
+    async def upload(self, path: str, name: str, file: IO[bytes], form: Mapping[str, str]) -> Any:
+        """Post a form with a file and return the JSON that comes back.
+
+        Raises:
+            FabricError: The hub refused, or cannot be reached.
+        """
+        content = {"files": {"file": (name, file)}, "data": form}
+        return (await self._send("POST", path, content=content)).json()
+
     async def open_stream(
         self, path: str, body: object, *, deadline_s: float | None = None
     ) -> httpx.Response:
@@ -118,13 +135,16 @@ class Transport:
         *,
         params: Mapping[str, str | int] | None = None,
         json: object = None,
+        content: Mapping[str, Any] | None = None,
         deadline_s: float | None = None,
         stream: bool = False,
     ) -> httpx.Response:
         # The hub itself reports a passed deadline; give that report time to arrive.
         read_s = max(self._timeout_s, deadline_s + 5.0 if deadline_s else 0.0)
         max_delay_s = min(MAX_RETRY_DELAY_S, deadline_s or MAX_RETRY_DELAY_S)
-        request = self._client.build_request(method, path, params=params, json=json)
+        request = self._client.build_request(
+            method, path, params=params, json=json, **content or {}
+        )
         request.extensions["timeout"] = {**request.extensions["timeout"], "read": read_s}
         for retries_left in range(self._num_retries, -1, -1):
             try:

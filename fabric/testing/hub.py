@@ -19,9 +19,10 @@ import uvloop
 from websockets.asyncio.client import ClientConnection
 
 from fabric.auth import Authenticator, GlobusTokens, Keys
+from fabric.batches import Batches, BatchSettings
 from fabric.broker import Broker, BrokerSettings
 from fabric.catalog import Catalog
-from fabric.gateway import GatewaySettings, Metrics, create_app, get_server_config
+from fabric.gateway import GatewaySettings, LineAnswerer, Metrics, create_app, get_server_config
 from fabric.instance.dial import dial
 from fabric.instance.serve import serve_session
 from fabric.ledger import Ledger
@@ -70,6 +71,7 @@ class RunningHub:
     ledger: Ledger
     broker: Broker
     loop: asyncio.AbstractEventLoop
+    files_dir: Path
     sites: dict[str, RunningSite] = field(default_factory=dict)
 
     @property
@@ -127,6 +129,7 @@ class HubOptions(TypedDict, total=False):
         grant_usu: The project's allocation; a prompt token costs 1 micro-SU, an output token 2.
         broker: The broker's settings.
         gateway: The gateway's settings.
+        batches: The settings of batches.
         tokens: Makes what takes Globus logins, over the hub's database; none by default.
     """
 
@@ -135,6 +138,7 @@ class HubOptions(TypedDict, total=False):
     grant_usu: int
     broker: BrokerSettings
     gateway: GatewaySettings
+    batches: BatchSettings
     tokens: Callable[[Database], GlobusTokens]
 
 
@@ -143,7 +147,7 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
     """Yield a hub on this event loop, its sites ready.
 
     Args:
-        directory: Where its database is made.
+        directory: Where its database is made; a hub that was there before goes on.
         **options: See ``HubOptions``.
     """
     sites = options.get("sites", ("alpha", "beta"))
@@ -162,6 +166,14 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
             settings=options.get("broker", BrokerSettings()),
             observer=metrics,
         )
+        batches = Batches(
+            database=database,
+            offload=offload,
+            keys=keys,
+            answerer=LineAnswerer(broker=broker, catalog=catalog, offload=offload, metrics=metrics),
+            directory=directory / "files",
+            settings=options.get("batches", BatchSettings(poll_s=0.1)),
+        )
         app = create_app(
             broker=broker,
             catalog=catalog,
@@ -170,9 +182,11 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
             offload=offload,
             metrics=metrics,
             authenticator=authenticator,
+            batches=batches,
             settings=options.get("gateway", GatewaySettings()),
         )
         await broker.start()
+        await batches.start()
         async with _serving(get_server_config(app, host="127.0.0.1", port=0)) as base_url:
             hub = RunningHub(
                 base_url=base_url,
@@ -182,12 +196,14 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
                 ledger=ledger,
                 broker=broker,
                 loop=asyncio.get_running_loop(),
+                files_dir=directory / "files",
             )
             try:
                 for name in sites:
                     await hub.start_site(name, get_engine())
                 yield hub
             finally:
+                await batches.close()
                 for site in hub.sites.values():
                     await site.kill()
         await broker.close()
@@ -248,9 +264,13 @@ async def _serving(config: uvicorn.Config) -> AsyncIterator[str]:
 def _seed(
     keys: Keys, catalog: Catalog, ledger: Ledger, sites: Sequence[str], grant_usu: int
 ) -> str:
-    """Fill an empty database and return the key of the project."""
-    keys.add_project(PROJECT)
+    """Fill an empty database and return a key of the project."""
+    is_empty = not keys.projects()
+    if is_empty:
+        keys.add_project(PROJECT)
     _, api_key = keys.add_key(PROJECT)
+    if not is_empty:
+        return api_key
     catalog.add_model(MODEL, "1", context_tokens=2048, source="fixed-delay:")
     for name in sites:
         catalog.add_site(name)

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import click
 
+from fabric.cli.admin.balance import balance
 from fabric.cli.admin.database import (
     UTC_TIME,
     Books,
@@ -30,6 +31,9 @@ times = [
 @click.group()
 def alloc() -> None:
     """What a project may spend at a site, in SU."""
+
+
+alloc.add_command(balance)
 
 
 @alloc.command()

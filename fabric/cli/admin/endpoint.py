@@ -26,7 +26,8 @@ def endpoint() -> None:
       fabric-admin endpoint check FILE      would it work, and what may callers do?
       fabric-admin endpoint install FILE    write it under ~/.globus_compute
       globus-compute-endpoint start NAME    start it; it tells its id
-    FILE is a site's file, or the name of one that is shipped.
+    FILE is a site's file, or the name of one that `fabric-admin site list-shipped`
+    lists.
     """
 
 
@@ -50,19 +51,10 @@ def _site_options(function: Command) -> Command:
 
 
 def _load(file: str) -> SiteSpec:
-    from fabric.config import load_site, shipped_sites
-    from fabric.errors import SettingInvalid
+    from fabric.config import find_site, load_site
 
-    if (path := Path(file)).exists():
-        return load_site(path)
-    shipped = shipped_sites()
-    if file not in shipped:
-        raise SettingInvalid(
-            setting="FILE",
-            value=file,
-            reason=f"there is no such file; the shipped sites are {', '.join(shipped)}",
-        )
-    return load_site(shipped[file])
+    path = Path(file)
+    return load_site(path if path.exists() else find_site(file))
 
 
 @endpoint.command()

@@ -8,6 +8,7 @@ from typing import IO, Literal
 import click
 
 from fabric.cli.admin.database import Books, confirm, database_options, yes_option
+from fabric.cli.admin.site_files import list_shipped, validate
 from fabric.cli.options import output_options
 from fabric.cli.output import Output, note
 
@@ -15,6 +16,10 @@ from fabric.cli.output import Output, note
 @click.group()
 def site() -> None:
     """Places where models run."""
+
+
+site.add_command(validate)
+site.add_command(list_shipped)
 
 
 @site.command()

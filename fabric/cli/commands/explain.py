@@ -31,14 +31,16 @@ def explain(prompt: str | None, options: Options, fabric: Fabric, output: Output
         output.json(placement)
         return
     parts = list(dict.fromkeys(part for c in placement.candidates for part in c.cost_s))
+    corrected = any(c.correction != 1.0 for c in placement.candidates)
     output.table(
         [
             *("", "SITE", "INSTANCE"),
             *(Column(part.upper(), numeric=True) for part in parts),
+            *([Column("OBSERVED/PREDICTED", numeric=True)] if corrected else []),
             Column("TOTAL S", numeric=True),
             "EXCLUDED BECAUSE",
         ],
-        [_row(candidate, parts, placement) for candidate in _ranked(placement)],
+        [_row(candidate, parts, placement, corrected) for candidate in _ranked(placement)],
     )
     click.echo(why(placement.site, placement.reason))
 
@@ -50,12 +52,15 @@ def _ranked(placement: Placement) -> list[Candidate]:
     )
 
 
-def _row(candidate: Candidate, parts: list[str], placement: Placement) -> tuple[object, ...]:
+def _row(
+    candidate: Candidate, parts: list[str], placement: Placement, corrected: bool
+) -> tuple[object, ...]:
     return (
         "▸" if candidate.instance == placement.instance else "",
         candidate.site,
         short(candidate.instance),
         *(_seconds(candidate.cost_s.get(part)) for part in parts),
+        *([f"{candidate.correction:.2f}"] if corrected else []),
         _seconds(candidate.total_s),
         candidate.excluded,
     )

@@ -252,6 +252,37 @@ def test_a_run_completes_and_settles_once_before_its_client_hears_of_it() -> Non
     assert rig.state.fleet.views()[0].num_in_flight == 0
 
 
+def test_a_replica_slower_than_predicted_is_predicted_slower() -> None:
+    rig = Rig("alpha")
+    for number in range(30):
+        sent = admit(rig, run_id=f"run_{number}")
+        rig.now += 0.5
+        rig.token(sent, 0)
+        for position in range(1, 4):
+            rig.token(sent, position, "length" if position == 3 else None)
+        rig.now += 5.0
+        rig.finish(sent, 4)
+    placements = [one.placement.candidates[0] for one in rig.emitted(Placed)]
+    assert placements[0].correction == 1.0
+    assert placements[-1].correction > 2.0
+    first, last = placements[0].cost_s["service"], placements[-1].cost_s["service"]
+    assert last > 2.0 * first
+
+
+def test_a_start_or_a_transfer_says_nothing_of_a_replica() -> None:
+    rig = Rig("alpha")
+    rig.state.fleet.report_cold("alpha-1", 1.0, start_wait_s=5.0, load_s=5.0)
+    for number, data in enumerate([{}, {"data_site": "beta", "data_bytes": 10}]):
+        sent = admit(rig, run_id=f"run_{number}", **data)
+        rig.now += 20.0
+        for position in range(4):
+            rig.token(sent, position, "length" if position == 3 else None)
+        rig.finish(sent, 4)
+        rig.state.fleet.report_cold("alpha-1", 0.0, start_wait_s=0.0, load_s=0.0)
+    [after] = rig.state.fleet.snapshots(rig.now)
+    assert (after.overhead_s, after.correction) == (0.0, 1.0)
+
+
 def test_a_loss_before_the_first_token_goes_on_elsewhere() -> None:
     rig = Rig("alpha", "beta")
     sent = admit(rig, sampling=SEEDLESS)

@@ -61,7 +61,7 @@ def test_function_given_on_the_command_line_is_allowed(home: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["render", "nowhere"], 3, "shipped sites are local, local-globus"),
+        (["render", "nowhere"], 3, "shipped sites are alcf-aurora, alcf-polaris"),
         (["render", "local"], 3, "endpoint: {scheduler: local}"),
         (["install", "local-globus", "--name", "../up"], 3, "--name"),
         (["install", "local-globus", "--function", "all"], 2, "not a valid UUID"),

@@ -151,6 +151,7 @@ def test_the_fabric_object_arrives_in_the_request() -> None:
         (completions, {"fabric": {"sites": ["No!"]}}, "fabric.sites[0]"),
         (completions, {"fabric": {"deadline_s": 0}}, "fabric.deadline_s"),
         (completions, {"fabric": {"policy": "best"}}, "fabric.policy"),
+        (completions, {"fabric": {"weights": {"price": -1}}}, "fabric.weights.price"),
         (completions, {"fabric": {"policy": "local-only"}}, "fabric.data_site"),
         (completions, {"fabric": {"colour": 1}}, "fabric.colour"),
         (chat, {"messages": []}, "messages"),

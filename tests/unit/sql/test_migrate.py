@@ -12,6 +12,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import event, inspect, text
 
 import fabric.auth
+import fabric.batches
 import fabric.catalog
 import fabric.ledger  # noqa: F401 - the rooms declare their tables when they are imported
 from fabric.errors import SettingInvalid, StorageFull

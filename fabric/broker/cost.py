@@ -1,0 +1,200 @@
+"""What one replica would cost a request, in expected seconds, and what keeps it from serving.
+
+This is the formula in words and for one replica, as the table of a placement tells it;
+``fabric.broker.rank`` computes the same for all at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from fabric.broker.facts import Context, ReplicaSnapshot
+from fabric.broker.policies import get_weights
+from fabric.broker.pool import (
+    MIN_TOKENS_PER_S,
+    PRIOR_DECODE_TOKENS_PER_S,
+    PRIOR_PREFILL_TOKENS_PER_S,
+)
+from fabric.broker.settings import BrokerSettings
+from fabric.messages import ChatInput, InstanceState, Request, TextInput, TokensInput
+
+PRIOR_OUTPUT_TOKENS = 128
+BYTES_PER_TOKEN = 4
+FAILURE_S = 2.0
+TRIED_S = 30.0
+
+
+def expected_tokens(request: Request) -> tuple[int, int]:
+    """Return the likely number of prompt tokens and of output tokens of one choice."""
+    prompt = request.prompt_tokens_bound()
+    if not isinstance(request.input, TokensInput):
+        prompt = prompt // BYTES_PER_TOKEN + 1
+    wanted = request.sampling.max_tokens
+    return prompt, PRIOR_OUTPUT_TOKENS if wanted is None else min(wanted, PRIOR_OUTPUT_TOKENS)
+
+
+def known_length(request: Request) -> int | None:
+    """Return prompt and output in tokens; text is counted by the instance, which then says so."""
+    if not isinstance(request.input, TokensInput):
+        return None
+    return len(request.input.ids) + (request.sampling.max_tokens or 0)
+
+
+def prefix_key(request: Request, digest: str, num_tokens: int) -> bytes:
+    """Return what requests for the same version that begin with the same tokens share."""
+    match request.input:
+        case TokensInput(ids=ids):
+            begin = repr(ids[:num_tokens])
+        case TextInput(text=text):
+            begin = text[: num_tokens * BYTES_PER_TOKEN]
+        case ChatInput(messages=messages):
+            whole = "\0".join(f"{one.role}:{one.content}" for one in messages)
+            begin = whole[: num_tokens * BYTES_PER_TOKEN]
+    return blake2b(f"{digest}/{begin}".encode(), digest_size=16).digest()
+
+
+def lasting(request: Request, snapshot: ReplicaSnapshot, context: Context) -> str | None:
+    """Return what keeps the replica from ever serving the request, if anything does."""
+    if snapshot.digest != context.digest:
+        return "it serves another model version"
+    if (barred := barred_site(request, snapshot.site, context)) is not None:
+        return barred
+    if request.sampling.n > snapshot.max_rows:
+        return f"{request.sampling.n} choices are asked for and it runs {snapshot.max_rows} rows"
+    if (length := known_length(request)) is not None and length > snapshot.context_tokens:
+        return f"its context is {snapshot.context_tokens} tokens and {length} are needed"
+    return _too_late(request, snapshot, context)
+
+
+def passing(snapshot: ReplicaSnapshot) -> str | None:
+    """Return what keeps the replica from serving now, if anything does."""
+    if snapshot.state is InstanceState.LOST:
+        return "its session was lost and may come back"
+    if snapshot.state is not InstanceState.READY:
+        return f"it is {snapshot.state.value}"
+    if snapshot.ejected:
+        return "it is out after failures in a row"
+    return None
+
+
+def barred_site(request: Request, site: str, context: Context) -> str | None:
+    """Return what keeps all of a site from the request, if anything does."""
+    if request.sites is not None and site not in request.sites:
+        return f"the request may run only at {', '.join(request.sites)}"
+    if request.policy == "local-only" and site != request.data_site:
+        return f"its data may not leave {request.data_site}"
+    offer = context.offers.get(site)
+    if offer is None:
+        return f"{site} takes no requests: it is disabled, or no price is set there"
+    if offer.allocation is None:
+        return f"the project has no allocation for {site}"
+    held_usu = context.held_usu if offer.allocation == context.held_allocation else 0
+    available_usu = offer.available_usu + held_usu
+    if available_usu < offer.max_charge_usu:
+        return (
+            f"the allocation {offer.allocation!r} has {available_usu} micro-SU available and up to"
+            f" {offer.max_charge_usu} may be needed"
+        )
+    return None
+
+
+def data_s(request: Request, site: str, settings: BrokerSettings) -> float:
+    """Return the seconds to bring the request's data to a site."""
+    home = request.data_site
+    if home is None or home == site:
+        return 0.0
+    rate = settings.bandwidths_bytes_per_s.get((home, site), settings.bandwidth_bytes_per_s)
+    return settings.locality_penalty_s + request.data_bytes / rate
+
+
+def price_s(site: str, context: Context) -> float:
+    """Return the charge at a site in seconds: more where the balance is scarce."""
+    offer = context.offers[site]
+    return offer.expected_charge_usu / 1e6 * context.settings.seconds_per_su * offer.pressure
+
+
+def cost_s(
+    request: Request, snapshot: ReplicaSnapshot, context: Context, *, saved_s: float = 0.0
+) -> dict[str, float]:
+    """Return the weighted parts of the expected cost; ``saved_s`` of the prompt is there already.
+
+    ``cold`` is told only of a replica that may have to be started, and weighs as ``queue`` does.
+    """
+    times = times_s(request, snapshot)
+    weights = get_weights(request)
+    parts = {
+        "queue": times.queue_s,
+        "service": times.first_s + times.rest_s - saved_s,
+        "data": data_s(request, snapshot.site, context.settings),
+        "price": price_s(snapshot.site, context),
+        "risk": FAILURE_S * snapshot.failures
+        + (TRIED_S if snapshot.instance in context.tried else 0.0),
+    }
+    weighted = {name: round(weights[name] * seconds, 6) for name, seconds in parts.items()}
+    if snapshot.cold_s:
+        weighted["cold"] = round(weights["queue"] * snapshot.cold_s, 6)
+    return weighted
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Expected seconds: until it is started, waiting for a row, until the first token, and from it
+    to the last. ``share`` of the last two is lost to others."""
+
+    cold_s: float
+    wait_s: float
+    first_s: float
+    rest_s: float
+    share: float
+
+    @property
+    def queue_s(self) -> float:
+        """Waiting for a row and for the others that share the engine."""
+        return self.wait_s + self.share * (self.first_s + self.rest_s)
+
+    @property
+    def total_s(self) -> float:
+        """From now to the last token."""
+        return self.cold_s + self.queue_s + self.first_s + self.rest_s
+
+
+def times_s(request: Request, snapshot: ReplicaSnapshot, output_tokens: int | None = None) -> Times:
+    """Rows share the engine, so each busy one slows the others; beyond ``max_rows`` they wait."""
+    prompt_tokens, likely_tokens = expected_tokens(request)
+    if output_tokens is None:
+        output_tokens = likely_tokens
+    prefill_tokens_per_s = snapshot.prefill_tokens_per_s or PRIOR_PREFILL_TOKENS_PER_S
+    decode_tokens_per_s = snapshot.decode_tokens_per_s or PRIOR_DECODE_TOKENS_PER_S
+    first_s = snapshot.overhead_s + prompt_tokens / max(MIN_TOKENS_PER_S, prefill_tokens_per_s)
+    rest_s = output_tokens / max(MIN_TOKENS_PER_S, decode_tokens_per_s)
+    first_s, rest_s = first_s * snapshot.correction, rest_s * snapshot.correction
+    num_waiting = max(0, snapshot.num_busy + request.sampling.n - snapshot.max_rows)
+    return Times(
+        cold_s=snapshot.cold_s,
+        wait_s=(first_s + rest_s) * num_waiting / snapshot.max_rows,
+        first_s=first_s,
+        rest_s=rest_s,
+        share=min(snapshot.num_busy, snapshot.max_rows) / snapshot.max_rows,
+    )
+
+
+def saved_s(snapshot: ReplicaSnapshot, settings: BrokerSettings) -> float:
+    """Return the seconds that a replica which may have a prompt's beginning is expected to save."""
+    rate = snapshot.prefill_tokens_per_s or PRIOR_PREFILL_TOKENS_PER_S
+    tokens = settings.prefix_hit * settings.prefix_tokens
+    return tokens * snapshot.correction / max(MIN_TOKENS_PER_S, rate)
+
+
+def _too_late(request: Request, snapshot: ReplicaSnapshot, context: Context) -> str | None:
+    """Refuse what is hopeless: the length of the output is a guess, the first token is not."""
+    times = times_s(request, snapshot)
+    first_s = times.cold_s + times.wait_s + times.first_s
+    if first_s > context.remaining_s:
+        return (
+            f"its first token is expected in {first_s:.1f} s and the deadline is in"
+            f" {context.remaining_s:.1f} s"
+        )
+    if snapshot.ends_in_s is not None and times.total_s > snapshot.ends_in_s:
+        return f"its block ends in {snapshot.ends_in_s:.0f} s"
+    return None

@@ -1,0 +1,111 @@
+"""What a choice rests on: the replicas at one moment, what each site offers, and the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fabric.broker.settings import BrokerSettings
+from fabric.messages import InstanceState
+
+MAX_SCARCITY = 1_000.0
+MIN_SCARCITY = 0.1
+"""What is about to lapse unspent is cheap, and never free."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSnapshot:
+    """A replica at one moment.
+
+    Args:
+        instance: Its name.
+        site: Where it runs.
+        digest: The model version it serves.
+        state: ``READY``, ``DRAINING`` or ``LOST``.
+        ejected: Whether it is out after failures in a row.
+        context_tokens: The longest row it takes, prompt and output.
+        max_rows: Rows it computes at once.
+        num_busy: Rows it computes or has waiting, whoever sent them.
+        num_in_flight: Attempts this hub has there.
+        overhead_s: Observed seconds to the first token of a short prompt.
+        prefill_tokens_per_s: Observed; 0 if unknown.
+        decode_tokens_per_s: Observed for one row; 0 if unknown.
+        failures: Recent failures, decaying with time.
+        ends_in_s: Seconds until its block ends, if known.
+        correction: Running mean of observed over predicted seconds; predictions are multiplied by
+            it.
+        cold_p: Probability that it must be started first.
+        start_wait_s: Expected seconds in the scheduler's queue if it must.
+        load_s: Seconds until the model is loaded after that.
+        caches_prefixes: Whether it has been seen to reuse the beginning of a prompt.
+    """
+
+    instance: str
+    site: str
+    digest: str
+    state: InstanceState
+    ejected: bool
+    context_tokens: int
+    max_rows: int
+    num_busy: int
+    num_in_flight: int
+    overhead_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    failures: float = 0.0
+    ends_in_s: float | None = None
+    correction: float = 1.0
+    cold_p: float = 0.0
+    start_wait_s: float = 0.0
+    load_s: float = 0.0
+    caches_prefixes: bool = False
+
+    @property
+    def cold_s(self) -> float:
+        """Expected seconds until it has been started."""
+        return self.cold_p * (self.start_wait_s + self.load_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What the request would cost at a site, and the allocation that would pay (``None``: none).
+
+    ``available_usu`` is the allocation's free balance; ``scarcity`` compares it with all the
+    project may spend (1: as good as everything). Where the rate of spending and the end of the
+    period are known, they say it better: 1 means that the balance lasts just as long.
+    """
+
+    site: str
+    allocation: str | None
+    available_usu: int
+    max_charge_usu: int
+    expected_charge_usu: int
+    scarcity: float = 1.0
+    burn_usu_per_day: float | None = None
+    days_left: float | None = None
+
+    @property
+    def pressure(self) -> float:
+        """What a service unit counts here, relative to one that is neither scarce nor idle."""
+        if self.burn_usu_per_day is None or self.days_left is None:
+            return self.scarcity
+        needed_usu = self.burn_usu_per_day * self.days_left
+        return min(MAX_SCARCITY, max(MIN_SCARCITY, needed_usu / max(1, self.available_usu)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What ``select`` must know besides the request and the replicas.
+
+    ``held_usu`` is what the request already holds of ``held_allocation``; ``tried`` are instances
+    that failed it before.
+    """
+
+    model: str
+    digest: str
+    offers: Mapping[str, Offer]
+    remaining_s: float
+    settings: BrokerSettings
+    held_allocation: str | None = None
+    held_usu: int = 0
+    tried: frozenset[str] = frozenset()

@@ -1,0 +1,25 @@
+"""A federation in simulated time: the hub's own broker over sites that are made up.
+
+What decides is ``fabric.broker.state`` as the hub runs it, with its retries, ejections and
+deadlines; a baseline replaces the choice alone. ``simulate(world, trace, policy)`` returns what
+users and accounts would have noticed.
+"""
+
+from fabric.testing.simulation.baselines import BASELINES
+from fabric.testing.simulation.report import Report
+from fabric.testing.simulation.simulator import Simulator, simulate
+from fabric.testing.simulation.traces import ARRIVALS, Arrival, make_trace
+from fabric.testing.simulation.world import SiteSketch, World, make_world
+
+__all__ = [
+    "ARRIVALS",
+    "BASELINES",
+    "Arrival",
+    "Report",
+    "Simulator",
+    "SiteSketch",
+    "World",
+    "make_trace",
+    "make_world",
+    "simulate",
+]

@@ -1,0 +1,47 @@
+"""``fabric explain`` as it is printed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from fabric.cli.commands.explain import explain
+from fabric.messages import Candidate, Placement
+from fabric.sdk import Fabric
+
+
+@pytest.fixture
+def corrections(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    found: list[float] = []
+
+    def answer(*_: object, **__: Any) -> Placement:
+        lines = tuple(
+            Candidate(
+                site=f"s{number}",
+                instance=f"inst_{number}",
+                digest="sha256:aa",
+                cost_s={"queue": 0.5},
+                total_s=0.5,
+                correction=correction,
+            )
+            for number, correction in enumerate(found)
+        )
+        return Placement(
+            site="s0", instance="inst_0", digest="sha256:aa", reason="s0: why", candidates=lines
+        )
+
+    monkeypatch.setattr(Fabric, "explain", answer)
+    return found
+
+
+@pytest.mark.parametrize(("given", "is_told"), [([1.0, 1.7], True), ([1.0, 1.0], False)])
+def test_what_observation_corrected_is_told_where_it_did(
+    corrections: list[float], given: list[float], is_told: bool
+) -> None:
+    corrections.extend(given)
+    told = CliRunner().invoke(explain, ["hello", "--model", "smol"], terminal_width=200)
+    assert told.exit_code == 0, told.output
+    assert ("OBSERVED/PREDICTED" in told.output) == is_told
+    assert ("1.70" in told.output) == is_told

@@ -1,0 +1,303 @@
+"""Balances are what the centres' own commands say, and a command that fails says what to do."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from fabric.config import SiteSpec, find_site, load_site
+from fabric.errors import BalanceUnavailable, RequestInvalid, SettingInvalid
+from fabric.launch.balances import (
+    AccountsBalance,
+    Balance,
+    FacilityBalance,
+    SbankBalance,
+    SlurmBalance,
+    accounts,
+    command,
+    get_balance_source,
+    sbank,
+    showusage,
+    slurm,
+    taccinfo,
+)
+
+DATA = Path(__file__).parents[2] / "data/balances"
+
+
+def read(name: str) -> str:
+    return (DATA / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("balance", "unit", "granted", "used", "available"),
+    [
+        (
+            sbank.parse(read("sbank-polaris.txt"), "neutrinoGPU", "polaris"),
+            *("node hours", "-394.05", "0.05", "-394.1"),
+        ),
+        (
+            sbank.parse(read("sbank-all.txt"), "ProjectX", "theta"),
+            *("node hours", "26568697.8", "1084770.3", "25483927.5"),
+        ),
+        (
+            sbank.parse(read("sbank-improv.txt"), "support", "improv"),
+            *("node hours", "10582.0", "1463.5", "9118.5"),
+        ),
+        (
+            accounts.parse(read("accounts-delta.txt"), "bbka-delta-gpu"),
+            *("hours", "5000000", "0", "5000000"),
+        ),
+        (accounts.parse(read("accounts-deltaai.txt"), "bgcd-dtai-gh"), "hours", "100", "8", "92"),
+        (
+            showusage.parse(read("showusage.txt"), "ABC123"),
+            *("node-hours", "20000", "126.3", "19873.7"),
+        ),
+        (taccinfo.parse(read("taccinfo-frontera.txt"), "TACC-SCI"), "SU", None, None, "102149"),
+        (taccinfo.parse(read("taccinfo-lonestar6.txt"), "OTH24028"), "SU", None, None, "525"),
+        (
+            taccinfo.parse(read("taccinfo-overdrawn.txt"), "FTA-SUB-Dawso"),
+            "SU",
+            None,
+            None,
+            "-3571",
+        ),
+        (
+            slurm.parse(read("assoc_mgr-limited-qos.txt"), "accounta"),
+            *("billing hours", Decimal(1000) / 60, "0", Decimal(1000) / 60),
+        ),
+    ],
+)
+def test_balance_is_what_the_centre_wrote(
+    balance: Balance, unit: str, granted: str | None, used: str | None, available: str
+) -> None:
+    expected = [None if each is None else Decimal(each) for each in (granted, used, available)]
+    assert [balance.granted, balance.used, balance.available] == expected
+    assert balance.unit == unit
+    assert timedelta() <= datetime.now(UTC) - balance.as_of < timedelta(hours=26)
+
+
+@pytest.mark.parametrize(
+    "parse",
+    [
+        lambda: sbank.parse(read("sbank-all.txt"), "ProjectX", "aurora"),
+        lambda: sbank.parse("", "ProjectX", "theta"),
+        lambda: accounts.parse(read("accounts-delta.txt"), "bbka-delta"),
+        lambda: accounts.parse(read("accounts-deltaai.txt"), "Account"),
+        lambda: showusage.parse(read("showusage.txt"), "Project"),
+        lambda: taccinfo.parse(read("taccinfo-lonestar6.txt"), "TACC"),
+        lambda: taccinfo.parse(read("taccinfo-frontera.txt"), "/home1"),
+        lambda: slurm.parse(read("assoc_mgr-limited-qos.txt"), "account"),
+        lambda: slurm.parse(read("assoc_mgr-unlimited.txt"), "account1"),
+        lambda: slurm.parse("No associations currently cached in Slurm.", "account1"),
+    ],
+)
+def test_project_that_is_not_there_is_not_guessed(parse: Callable[[], Balance]) -> None:
+    with pytest.raises(BalanceUnavailable, match="no allocation of"):
+        parse()
+
+
+def test_account_that_nothing_limits_has_no_balance() -> None:
+    with pytest.raises(BalanceUnavailable, match="nothing to run out of"):
+        slurm.parse(read("assoc_mgr-unlimited.txt"), "guests")
+
+
+def test_the_least_of_several_limits_counts() -> None:
+    limited = read("assoc_mgr-unlimited.txt").replace("billing=N(1873117)", "billing=1200(600)")
+    qos = read("assoc_mgr-limited-qos.txt").replace("accounta\n", "guests\n")
+    assert slurm.parse(limited + qos, "guests").available == 10
+    assert slurm.parse(limited, "guests").used == 10
+
+
+def test_two_balances_of_one_project_are_refused() -> None:
+    twice = read("showusage.txt") + read("showusage.txt").replace("19873.7", "3.0")
+    with pytest.raises(BalanceUnavailable, match="2 different"):
+        showusage.parse(twice, "abc123")
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Put a program on the path that does what a line of Python says."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def put(name: str, body: str) -> None:
+        path = tmp_path / name
+        path.write_text(f"#!{sys.executable} -IS\nimport sys, time\n{body}\n")
+        path.chmod(0o755)
+
+    return put
+
+
+async def test_command_gets_the_project_as_one_argument(
+    install: Callable[[str, str], None],
+) -> None:
+    text = read("sbank-polaris.txt")
+    wanted = ["-p", "neutrinoGPU", "-r", "polaris"]
+    install("sbank-list-allocations", f"assert sys.argv[1:] == {wanted}\nprint({text!r})")
+    balance = await SbankBalance(resource="polaris").balance("neutrinoGPU")
+    assert balance.available == Decimal("-394.1")
+
+
+async def test_failing_command_is_told_with_what_it_said(
+    install: Callable[[str, str], None],
+) -> None:
+    install("accounts", "sys.exit('the database is down')")
+    with pytest.raises(
+        BalanceUnavailable, match=r"'accounts'.* 1 .*the database is down"
+    ) as caught:
+        await AccountsBalance().balance("abcd-delta-gpu")
+    assert caught.value.detail["command"] == "accounts"
+
+
+async def test_silent_command_is_ended(install: Callable[[str, str], None], tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    install(
+        "accounts", f"import os\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    )
+    with pytest.raises(BalanceUnavailable, match=r"did not answer in 1.5 s.*later"):
+        await AccountsBalance(timeout_s=1.5).balance("abcd-delta-gpu")
+    if pid.exists():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+
+
+async def test_missing_command_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(BalanceUnavailable, match="login node"):
+        await SlurmBalance().balance("phys")
+
+
+@pytest.mark.parametrize("project", ["", "-x", "a b", "a;b", "a" * 65, "../etc", "a\n"])
+async def test_name_that_is_no_project_is_never_run(project: str) -> None:
+    with pytest.raises(RequestInvalid, match="project"):
+        await SbankBalance(resource="polaris").balance(project)
+    with pytest.raises(RequestInvalid, match="project"):
+        await FacilityBalance(url="http://127.0.0.1:1", token="t").balance(project)
+
+
+class Facility(BaseHTTPRequestHandler):
+    """Answers as the reference implementation of the API does."""
+
+    answers: dict[str, tuple[int, str]] = {}
+
+    def do_GET(self) -> None:
+        status, body = self.answers.get(self.path, (404, "{}"))
+        if self.headers["Authorization"] != "Bearer secret":
+            status, body = 401, "{}"
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nobody reads it."""
+
+
+@pytest.fixture
+def facility() -> Iterator[str]:
+    prefix = "/api/v2/account/projects"
+    Facility.answers = {
+        prefix: (200, read("iri-projects.json")),
+        f"{prefix}/proj-abc123/project_allocations": (200, read("iri-allocations.json")),
+    }
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Facility)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/api/v2"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("project", ["Climate-Simulation", "proj-abc123"])
+@pytest.mark.parametrize("capability", [None, "gpu"])
+async def test_facility_tells_compute_and_not_storage(
+    facility: str, project: str, capability: str | None
+) -> None:
+    source = FacilityBalance(url=facility, token="secret", capability=capability)
+    balance = await source.balance(project)
+    assert (balance.unit, balance.granted, balance.used, balance.available) == (
+        *("node-hours", Decimal(100000), Decimal("52342.5"), Decimal("47657.5")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"token": "old"}, r"401.*new token"),
+        ({"url": "/nowhere"}, r"404"),
+        ({"url": "http://127.0.0.1:1"}, r"cannot be reached \(ConnectError\)"),
+        ({"capability": "cpu"}, "no allocation of"),
+    ],
+)
+async def test_facility_that_does_not_tell_is_named(
+    facility: str, change: dict[str, str], said: str
+) -> None:
+    if change.get("url", "").startswith("/"):
+        change = {"url": facility + change["url"]}
+    source = replace(FacilityBalance(url=facility, token="secret"), **change)  # type: ignore[arg-type]
+    with pytest.raises(BalanceUnavailable, match=said):
+        await source.balance("proj-abc123")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("<html>", "not of the known form"),
+        ('[{"id": "a"}]', "entries"),
+        (
+            '[{"id": "a", "capability_uri": "x/gpu", "entries": [%s]},'
+            ' {"id": "b", "capability_uri": "x/cpu", "entries": [%s]}]'
+            % (2 * ('{"allocation": 1, "usage": 0, "unit": "node_hours"}',)),
+            r"2 compute allocations; .*gpu, cpu",
+        ),
+    ],
+)
+async def test_facility_answer_that_is_not_clear_is_refused(
+    facility: str, answer: str, said: str
+) -> None:
+    path = "/api/v2/account/projects/proj-abc123/project_allocations"
+    Facility.answers = {**Facility.answers, path: (200, answer)}
+    with pytest.raises(BalanceUnavailable, match=said):
+        await FacilityBalance(url=facility, token="secret").balance("proj-abc123")
+
+
+@pytest.mark.parametrize(
+    ("site", "kind"),
+    [
+        ("alcf-polaris", "SbankBalance"),
+        ("ncsa-delta", "AccountsBalance"),
+        ("olcf-frontier", "ShowusageBalance"),
+        ("tacc-vista", "TaccinfoBalance"),
+        ("nersc-perlmutter", "FacilityBalance"),
+    ],
+)
+def test_site_file_names_the_source(site: str, kind: str) -> None:
+    source = get_balance_source(load_site(find_site(site)), token="secret")
+    assert type(source).__name__ == kind
+
+
+def test_site_without_a_source_says_what_to_run_by_hand() -> None:
+    with pytest.raises(SettingInvalid, match="`mybalance`"):
+        get_balance_source(load_site(find_site("purdue-anvil")))
+    with pytest.raises(SettingInvalid, match="does not say"):
+        get_balance_source(SiteSpec(name="lab"))
+    with pytest.raises(SettingInvalid, match="token"):
+        get_balance_source(load_site(find_site("nersc-perlmutter")))
+
+
+async def test_output_that_is_not_text_is_read(install: Callable[[str, str], None]) -> None:
+    install("garbled", "sys.stdout.buffer.write(bytes(range(256)))")
+    assert "abc" in await command.ask("garbled")
+
+
+def test_token_is_not_shown() -> None:
+    assert "secret" not in repr(
+        FacilityBalance(url="https://iri.example.org/api/v2", token="secret")
+    )
