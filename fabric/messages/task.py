@@ -17,7 +17,9 @@ class Task(Wire):
     from 1. ``prefix`` holds the token ids an earlier attempt already delivered (single-choice,
     reproducible requests only): the instance continues after them and emits only new tokens, with
     positions going on from ``len(prefix)``. ``window`` is how many token events the instance may
-    send before it gets ``Credit``. ``deadline_s`` counts from receipt.
+    send before it gets ``Credit``. ``deadline_s`` counts from receipt. Tasks with equal
+    ``cache_salt`` (opaque; one for each tenant) may reuse each other's prefixes; without one a task
+    reuses only its own.
     """
 
     type: Literal["task"] = "task"
@@ -28,3 +30,4 @@ class Task(Wire):
     prefix: tuple[int, ...] = ()
     deadline_s: float = Field(gt=0.0)
     window: int = Field(default=256, ge=1)
+    cache_salt: str = Field(default="", max_length=256)
