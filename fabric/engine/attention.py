@@ -138,9 +138,7 @@ class StepAttention:
 
     def _visible_B11M(self, window: int) -> Tensor:
         if window not in self._visible:
-            visible_BM = _visible(
-                self._lengths_B - 1, self._tables.shape[1] * BLOCK_TOKENS, window
-            )
+            visible_BM = _visible(self._lengths_B - 1, self._tables.shape[1] * BLOCK_TOKENS, window)
             self._visible[window] = visible_BM[:, None, None]
         return self._visible[window]
 

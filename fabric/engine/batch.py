@@ -59,6 +59,7 @@ class Batch:
             slowdown=config.slowdown,
         )
         self._prefill, self._decode = _Rate(), _Rate()
+        self._busy_s = 0.0
 
     @property
     def busy(self) -> bool:
@@ -74,6 +75,7 @@ class Batch:
             num_preempted=self._scheduler.num_preempted,
             prefix_queried_tokens=self._blocks.num_queried_tokens,
             prefix_found_tokens=self._blocks.num_found_tokens,
+            busy_s=self._busy_s,
             step_s=self._costs.predict(self._scheduler.num_running),
             prefill_wait_s=self._costs.predict(self._scheduler.num_due_tokens),
             prefill_tokens_per_s=self._prefill.per_s,
@@ -152,6 +154,7 @@ class Batch:
     def _account(self, runs: Sequence[Run], seconds: float) -> None:
         total = sum(run.num_tokens for run in runs)
         self._costs.add(total, seconds)
+        self._busy_s += seconds
         for run in runs:
             usage = run.row.active.usage
             device_s = usage.device_s + seconds * run.num_tokens / total

@@ -42,7 +42,9 @@ def fuse(model: PreTrainedModel) -> None:
     if native is None or model.device.type != "cpu":
         return
     for name, module in list(model.named_modules()):
-        if _same_source(getattr(type(module), "forward", None), modeling_llama.LlamaRMSNorm.forward):
+        if _same_source(
+            getattr(type(module), "forward", None), modeling_llama.LlamaRMSNorm.forward
+        ):
             if native.takes(module.weight):
                 model.set_submodule(name, RmsNorm(module, native))
         elif _same_source(_rotation_of(module), _llama_rotate):

@@ -81,9 +81,7 @@ class _Packed:
         if self._native is not None:
             out = self._native.linear(rows, self._weight, self._bias, self._num_outputs)
         else:
-            out = torch.ops.mkldnn._linear_pointwise(
-                rows, self._weight, self._bias, "none", [], ""
-            )
+            out = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
         return out.view(*x.shape[:-1], self._num_outputs)
 
 

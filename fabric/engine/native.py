@@ -157,9 +157,7 @@ def load_native() -> Native | None:
         target = Path(folder) / "native.so"
         command = [compiler, *_FLAGS, "-o", str(target), str(path), "-lm"]
         try:
-            subprocess.run(
-                command, check=True, capture_output=True, text=True, timeout=_COMPILE_S
-            )
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_S)
             return Native(ctypes.CDLL(str(target)))
         except (OSError, subprocess.SubprocessError) as error:
             reason = getattr(error, "stderr", None) or str(error)

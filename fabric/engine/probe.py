@@ -19,6 +19,7 @@ _NUM_TOKENS = 2 * BLOCK_TOKENS + 3
 LEAST_BLOCKS = -(-_NUM_TOKENS // BLOCK_TOKENS)
 """The smallest cache that ``verify_runner`` can run in."""
 _NOT_COMPUTED = {"s_aux": "attention sinks"}
+_ROTATIONS_OF_THE_BATCH = ("dynamic", "longrope")
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Of the logits' distance to the model's own attention, relative to their norm."""
 
@@ -41,6 +42,7 @@ def observe_layers(model: PreTrainedModel, *, name: str) -> tuple[LayerShape, ..
             model=name,
             reason=f"{type(model).__name__} does not use transformers' attention interface",
         )
+    _refuse_rotations(model, name=name)
     use_our_attention(model)
     seen: dict[int, LayerShape] = {}
 
@@ -104,6 +106,19 @@ def verify_runner(runner: Runner, expected: Tensor, *, name: str) -> None:
             reason=f"its logits through the engine's attention are off by {distance:.2g} of"
             " their norm, so that attention has a part which the engine does not compute",
         )
+
+
+def _refuse_rotations(model: PreTrainedModel, *, name: str) -> None:
+    """Refuse rotary positions that depend on the longest row: the batch would change them."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if kind in _ROTATIONS_OF_THE_BATCH:
+                raise ModelNotLoadable(
+                    model=name,
+                    reason=f"its rotary positions ({kind}) depend on the longest row of the batch,"
+                    " so a request's answer would depend on others",
+                )
 
 
 def _refuse_options(options: Mapping[str, object], *, name: str) -> None:

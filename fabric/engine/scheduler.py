@@ -150,13 +150,15 @@ class Scheduler:
         budget = self._budget(len(runs))
         for active in list(self._admitted):
             for row in active.live_rows:
-                if active in self._admitted and budget > 0 and row.num_remaining > 1:
+                fresh = row.num_remaining > 1 or not row.num_cached
+                if fresh and budget > 0 and active in self._admitted:
                     run = self._plan_prefill(row, budget)
                     if run is not None:
                         runs.append(run)
                         budget -= run.num_tokens
         admitted = set(self._admitted)
-        return [run for run in runs if run.row.active in admitted]
+        runs = [run for run in runs if run.row.active in admitted]
+        return sorted(runs, key=lambda run: run.num_tokens > 1)
 
     def _plan_decoding(self) -> list[Run]:
         runs = []

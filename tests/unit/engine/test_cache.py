@@ -31,7 +31,12 @@ def chain(start, num_blocks, token=1):
 
 def test_names_tell_tenants_variants_and_histories_apart():
     key = PrefixKey()
-    starts = [key.start("a"), key.start("b"), key.start("a", variant="lora"), key.start("al", variant="ora")]
+    starts = [
+        key.start("a"),
+        key.start("b"),
+        key.start("a", variant="lora"),
+        key.start("al", variant="ora"),
+    ]
     assert len(set(starts)) == 4
     assert key.start("a") == starts[0]
     assert PrefixKey().start("a") != starts[0]
