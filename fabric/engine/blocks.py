@@ -1,7 +1,7 @@
 """Which cache blocks are free, who holds them, and what finished ones can be used for again.
 
 A full block is named by a hash over its tokens and all before them, so two rows that begin alike
-hold the same blocks. The chain starts from a key that only rows of one tenant share (``PrefixKey``).
+hold the same blocks. The chain starts from a key that only one tenant's rows share (``PrefixKey``).
 """
 
 from __future__ import annotations

@@ -122,8 +122,8 @@ def _read(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTo
     if "auto_map" in json.loads((path / "config.json").read_text()):
         raise ModelNotLoadable(
             model=str(path),
-            reason="its config.json names code of its own (auto_map), which is never run; convert it"
-            " to an architecture that transformers has",
+            reason="its config.json names code of its own (auto_map), which is never run;"
+            " convert it to an architecture that transformers has",
         )
     config = AutoConfig.from_pretrained(path, **local)
     if config.is_encoder_decoder:

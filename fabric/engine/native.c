@@ -27,8 +27,26 @@ static inline float widen(bf16 x) {
 static inline bf16 narrow(float value) { /* to nearest even, NaN stays NaN */
     uint32_t bits;
     memcpy(&bits, &value, 4);
-    if (value != value) return 0x7fc0;
-    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bf16)(value != value ? 0x7fc0 : rounded);
+}
+
+/* exp of what is at most 0, within 2e-7 of it; plain arithmetic, so that compilers vectorise it.
+ * Source: Cephes expf, range reduction by ln 2 and its polynomial. */
+static inline float exp_negative(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float whole = rintf(x * 1.44269504f);
+    float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float poly = 1.9875691500e-4f;
+    poly = poly * rest + 1.3981999507e-3f;
+    poly = poly * rest + 8.3334519073e-3f;
+    poly = poly * rest + 4.1665795894e-2f;
+    poly = poly * rest + 1.6666665459e-1f;
+    poly = poly * rest + 5.0000001201e-1f;
+    float value = poly * rest * rest + rest + 1.0f, power;
+    uint32_t bits = (uint32_t)((int32_t)whole + 127) << 23;
+    memcpy(&power, &bits, 4);
+    return value * power;
 }
 
 /* ---- linear layers in bfloat16 -------------------------------------------------------------- */
@@ -138,7 +156,7 @@ static inline float same(float value) { return value; }
                 sum += value * value;                                                              \
             }                                                                                      \
             float scale = 1.0f / sqrtf(sum / (float)K + eps);                                      \
-            for (long k = 0; k < K; k++)                                                           \
+            _Pragma("omp simd") for (long k = 0; k < K; k++)                                        \
                 y[m * K + k] = NARROW(WIDEN(weight[k]) * WIDEN(NARROW(WIDEN(row[k]) * scale)));    \
         }                                                                                          \
     }                                                                                              \
@@ -152,7 +170,7 @@ static inline float same(float value) { return value; }
             for (long h = 0; h < H; h++) {                                                         \
                 const T *a = x + m * m_stride + h * h_stride, *b = a + half;                       \
                 T *to = y + (m * H + h) * D;                                                       \
-                for (long d = 0; d < half; d++) {                                                  \
+                _Pragma("omp simd") for (long d = 0; d < half; d++) {                                \
                     float first = WIDEN(a[d]), second = WIDEN(b[d]);                               \
                     to[d] = NARROW(WIDEN(NARROW(first * WIDEN(c[d]))) -                            \
                                    WIDEN(NARROW(second * WIDEN(s[d]))));                           \
@@ -161,6 +179,48 @@ static inline float same(float value) { return value; }
                 }                                                                                  \
             }                                                                                      \
         }                                                                                          \
+    }                                                                                              \
+                                                                                                   \
+    /* One key-value head of one row: scores, softmax, weighted sum. Inlined for common sizes. */  \
+    static inline __attribute__((always_inline)) void attend_head_##NAME(                          \
+        const long D, const long value_size, long G, const T *q, long q_head, const T *keys,       \
+        const T *values, long heads, const int64_t *table, long begin, long end, float scale,      \
+        float cap, float *scores, T *out) {                                                        \
+        long num = end - begin;                                                                    \
+        float *query = scores + G * num, *sums = query + G * D;                                    \
+        for (long g = 0; g < G; g++)                                                               \
+            for (long d = 0; d < D; d++) query[g * D + d] = WIDEN(q[g * q_head + d]) * scale;      \
+        for (long t = begin; t < end; t++) {                                                       \
+            long slot = table[t / BLOCK_TOKENS] * BLOCK_TOKENS + t % BLOCK_TOKENS;                 \
+            const T *key = keys + slot * heads * D;                                                \
+            for (long g = 0; g < G; g++) {                                                         \
+                float dot = 0;                                                                     \
+                _Pragma("omp simd reduction(+ : dot)") for (long d = 0; d < D; d++) dot +=         \
+                    query[g * D + d] * WIDEN(key[d]);                                              \
+                scores[g * num + t - begin] = dot;                                                 \
+            }                                                                                      \
+        }                                                                                          \
+        for (long g = 0; g < G; g++) {                                                             \
+            float *row = scores + g * num, most = -INFINITY, total = 0;                            \
+            if (cap > 0)                                                                           \
+                for (long t = 0; t < num; t++) row[t] = cap * tanhf(row[t] / cap);                 \
+            _Pragma("omp simd reduction(max : most)") for (long t = 0; t < num; t++) most =        \
+                row[t] > most ? row[t] : most;                                                     \
+            _Pragma("omp simd reduction(+ : total)") for (long t = 0; t < num; t++) total +=       \
+                row[t] = exp_negative(row[t] - most);                                              \
+            for (long t = 0; t < num; t++) row[t] /= total;                                        \
+        }                                                                                          \
+        memset(sums, 0, sizeof(float) * (size_t)(G * value_size));                                 \
+        for (long t = begin; t < end; t++) {                                                       \
+            long slot = table[t / BLOCK_TOKENS] * BLOCK_TOKENS + t % BLOCK_TOKENS;                 \
+            const T *value = values + slot * heads * value_size;                                   \
+            for (long g = 0; g < G; g++) {                                                         \
+                float weight = scores[g * num + t - begin], *sum = sums + g * value_size;          \
+                _Pragma("omp simd") for (long d = 0; d < value_size; d++) sum[d] +=                \
+                    weight * WIDEN(value[d]);                                                      \
+            }                                                                                      \
+        }                                                                                          \
+        for (long d = 0; d < G * value_size; d++) out[d] = NARROW(sums[d]);                        \
     }                                                                                              \
                                                                                                    \
     /* One query token a row over its paged past; the row's own key is already in the pool.        \
@@ -175,47 +235,24 @@ static inline float same(float value) { return value; }
         _Pragma("omp parallel for collapse(2) schedule(dynamic) reduction(| : failed)") for (      \
             long b = 0; b < B; b++) for (long head = 0; head < heads; head++) {                    \
             long end = lengths[b], begin = window && window < end ? end - window : 0;              \
-            long num = end - begin;                                                                \
-            float *scores = malloc(sizeof(float) * (size_t)(G * (num + D + value_size) + D));      \
+            float *scores = malloc(sizeof(float) * (size_t)(G * (end - begin + D + value_size)));  \
             if (!scores) {                                                                         \
                 failed = 1;                                                                        \
                 continue;                                                                          \
             }                                                                                      \
-            float *query = scores + G * num, *sums = query + G * D, *key = sums + G * value_size;  \
-            for (long g = 0; g < G; g++)                                                           \
-                for (long d = 0; d < D; d++)                                                       \
-                    query[g * D + d] = WIDEN(q[b * q_row + (head * G + g) * q_head + d]);          \
-            for (long t = begin; t < end; t++) {                                                   \
-                long slot = tables[b * width + t / BLOCK_TOKENS] * BLOCK_TOKENS + t % BLOCK_TOKENS; \
-                const T *from = keys + (slot * heads + head) * D;                                  \
-                for (long d = 0; d < D; d++) key[d] = WIDEN(from[d]);                              \
-                for (long g = 0; g < G; g++) {                                                     \
-                    float dot = 0;                                                                 \
-                    const float *one = query + g * D;                                              \
-                    _Pragma("omp simd reduction(+ : dot)") for (long d = 0; d < D; d++) dot +=     \
-                        one[d] * key[d];                                                           \
-                    dot *= scale;                                                                  \
-                    scores[g * num + t - begin] = cap > 0 ? cap * tanhf(dot / cap) : dot;          \
-                }                                                                                  \
-            }                                                                                      \
-            memset(sums, 0, sizeof(float) * (size_t)(G * value_size));                             \
-            for (long g = 0; g < G; g++) {                                                         \
-                float *row = scores + g * num, most = -INFINITY, total = 0;                        \
-                for (long t = 0; t < num; t++) most = row[t] > most ? row[t] : most;               \
-                for (long t = 0; t < num; t++) total += row[t] = expf(row[t] - most);              \
-                for (long t = 0; t < num; t++) row[t] /= total;                                    \
-            }                                                                                      \
-            for (long t = begin; t < end; t++) {                                                   \
-                long slot = tables[b * width + t / BLOCK_TOKENS] * BLOCK_TOKENS + t % BLOCK_TOKENS; \
-                const T *from = values + (slot * heads + head) * value_size;                       \
-                for (long g = 0; g < G; g++) {                                                     \
-                    float weight = scores[g * num + t - begin], *sum = sums + g * value_size;      \
-                    _Pragma("omp simd") for (long d = 0; d < value_size; d++) sum[d] +=            \
-                        weight * WIDEN(from[d]);                                                   \
-                }                                                                                  \
-            }                                                                                      \
+            const T *query = q + b * q_row + head * G * q_head;                                    \
             T *to = out + (b * H + head * G) * value_size;                                         \
-            for (long d = 0; d < G * value_size; d++) to[d] = NARROW(sums[d]);                     \
+            const T *k = keys + head * D, *v = values + head * value_size;                         \
+            const int64_t *table = tables + b * width;                                             \
+            if (D == 64 && value_size == 64)                                                       \
+                attend_head_##NAME(64, 64, G, query, q_head, k, v, heads, table, begin, end, scale,\
+                                   cap, scores, to);                                               \
+            else if (D == 128 && value_size == 128)                                                \
+                attend_head_##NAME(128, 128, G, query, q_head, k, v, heads, table, begin, end,     \
+                                   scale, cap, scores, to);                                        \
+            else                                                                                   \
+                attend_head_##NAME(D, value_size, G, query, q_head, k, v, heads, table, begin, end,\
+                                   scale, cap, scores, to);                                        \
             free(scores);                                                                          \
         }                                                                                          \
         return failed;                                                                             \
