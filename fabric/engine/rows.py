@@ -40,6 +40,11 @@ class Row:
         return len(self.tokens) - self.num_cached
 
     @property
+    def decodes(self) -> bool:
+        """Whether its prompt has run and only its newest token is due."""
+        return self.num_remaining == 1 and self.num_cached >= len(self.active.prompt)
+
+    @property
     def position(self) -> int:
         """The position of the next generated token."""
         return len(self.tokens) - len(self.active.prompt)

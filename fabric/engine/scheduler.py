@@ -150,8 +150,7 @@ class Scheduler:
         budget = self._budget(len(runs))
         for active in list(self._admitted):
             for row in active.live_rows:
-                fresh = row.num_remaining > 1 or not row.num_cached
-                if fresh and budget > 0 and active in self._admitted:
+                if not row.decodes and budget > 0 and active in self._admitted:
                     run = self._plan_prefill(row, budget)
                     if run is not None:
                         runs.append(run)
@@ -164,7 +163,7 @@ class Scheduler:
         runs = []
         for active in list(self._admitted):
             for row in active.live_rows:
-                if active not in self._admitted or row.num_remaining != 1 or not row.num_cached:
+                if active not in self._admitted or not row.decodes:
                     continue
                 if self._grow(row, row.num_cached + 1):
                     runs.append(_run(row, 1))

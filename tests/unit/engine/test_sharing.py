@@ -104,7 +104,7 @@ def test_a_request_without_a_limit_does_not_reserve_the_context(drive):
 
 @pytest.mark.parametrize(("choices", "cache_bytes"), [(1, 2**18), (3, 2**19)])
 def test_preempted_rows_give_the_tokens_they_would_have_given(drive, tiny, choices, cache_bytes):
-    how = {"temperature": 1.0, "seed": 4, "max_tokens": 100, "n": choices, "ignore_eos": True}
+    how = {"temperature": 0.0, "max_tokens": 100, "n": choices, "ignore_eos": True}
     prompts = [[i, *PREFIX[:37]] for i in range(4)]
     expected = [tiny.ask(ids, **how).wait() for ids in prompts]
     driver = drive(cache_bytes=cache_bytes)
@@ -115,6 +115,14 @@ def test_preempted_rows_give_the_tokens_they_would_have_given(drive, tiny, choic
             assert one.ids(choice) == other.ids(choice)
     assert driver.engine.load().num_preempted > 0
     assert driver.engine.load().cache_usage == 0.0
+
+
+def test_choices_branch_off_rightly_when_one_token_of_the_prompt_runs_alone(drive, tiny):
+    driver = drive(max_rows=4, step_tokens=37)
+    ids = PREFIX[:38]
+    how = {"temperature": 1.0, "seed": 3, "max_tokens": 9, "n": 3, "ignore_eos": True}
+    one, other = driver.ask(ids, **how).wait(), tiny.ask(ids, **how).wait()
+    assert [one.ids(c) for c in range(3)] == [other.ids(c) for c in range(3)]
 
 
 def test_a_preempted_prompt_is_scored_once(drive):
