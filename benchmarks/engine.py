@@ -1,10 +1,9 @@
 """Tokens per second of the engine beside its peers, in one interleaved run.
 
 Every side runs the same weights in bfloat16 with the same number of threads, in this process: ours,
-transformers' ``generate`` (a static batch) and transformers' continuous batching. llama.cpp and
-vLLM run in environments of their own where ``--llama-cpp`` and ``--vllm`` name a Python that has
-them. Rounds go through all sides in turns, so what disturbs the machine disturbs all of them; what
-is printed are medians, and what to trust is their ratios.
+transformers' ``generate`` (a static batch) and transformers' continuous batching. Rounds go through
+all sides in turns, so what disturbs the machine disturbs all of them; what is printed are medians,
+and what to trust is the ratios within rounds.
 
     python benchmarks/engine.py [--rounds 3] [--threads 2] [--sizes 1,4,16,32] [--json FILE]
 """
@@ -12,6 +11,7 @@ is printed are medians, and what to trust is their ratios.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -138,27 +138,6 @@ def continuous_side(model: PreTrainedModel) -> Side:
     return run
 
 
-def outside_side(python: str, kind: str, num_threads: int) -> Side:
-    """Return a peer that runs in another environment, kept alive between rounds."""
-    script = Path(__file__).parent / "peers.py"
-    peer = subprocess.Popen(
-        [python, str(script), kind, str(SOURCE.resolve()), str(num_threads), str(NUM_OUT)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def run(prompts: Sequence[list[int]]) -> Sample:
-        assert peer.stdin is not None
-        assert peer.stdout is not None
-        peer.stdin.write(json.dumps([list(ids) for ids in prompts]) + "\n")
-        peer.stdin.flush()
-        answer = json.loads(peer.stdout.readline())
-        return Sample(answer["total_s"], answer["num_tokens"])
-
-    return run
-
-
 def machine_limits() -> dict[str, float]:
     """Measure what the memory and the multipliers give: GB/s read, GFLOP/s in bfloat16."""
     big = torch.ones(64 * 2**20)
@@ -219,7 +198,7 @@ def throughput(
             after - before
             for sample in samples["ours"]
             for times in sample.token_s
-            for before, after in zip(times, times[1:], strict=False)
+            for before, after in itertools.pairwise(times)
         ]
         row["ours first_token_ms"] = _percentiles(firsts)
         row["ours between_tokens_ms"] = _percentiles(gaps)
@@ -292,8 +271,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", default="1,4,16,32")
-    parser.add_argument("--llama-cpp", metavar="PYTHON", help="a Python with llama-cpp-python")
-    parser.add_argument("--vllm", metavar="PYTHON", help="a Python with vLLM for CPUs")
     parser.add_argument("--without-continuous", action="store_true")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -308,12 +285,6 @@ def main() -> None:
     if not options.without_continuous:
         batched, _ = load_gguf(SOURCE.resolve(), torch.bfloat16)
         sides["continuous batching"] = continuous_side(batched.eval())
-    for name, kind, python in (
-        ("llama.cpp", "llama_cpp", options.llama_cpp),
-        ("vLLM", "vllm", options.vllm),
-    ):
-        if python:
-            sides[name] = outside_side(python, kind, options.threads)
 
     generator = torch.Generator().manual_seed(0)
     sizes = [int(size) for size in options.sizes.split(",")]

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from logging import getLogger
 from pathlib import Path
 
@@ -144,9 +145,17 @@ class Native:
         return out
 
 
-@functools.cache
+_loading = threading.Lock()
+
+
 def load_native() -> Native | None:
     """Compile and load the kernels, once a process; ``None`` where that is not possible."""
+    with _loading:
+        return _load()
+
+
+@functools.cache
+def _load() -> Native | None:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         _logger.warning("no C compiler: decoding runs on torch's kernels, which are slower")

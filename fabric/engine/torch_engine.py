@@ -21,6 +21,7 @@ from fabric.engine.intake import Intake
 from fabric.engine.interface import EngineInfo, EventSink
 from fabric.engine.linear import pack_linears
 from fabric.engine.model import load_model
+from fabric.engine.native import load_native
 from fabric.engine.probe import (
     LEAST_BLOCKS,
     observe_layers,
@@ -140,6 +141,8 @@ class TorchEngine:
 
     def _build(self) -> Batch:
         config = self._config
+        # The compiler runs while weights are read.
+        threading.Thread(target=load_native, name="kernels", daemon=True).start()
         loaded = load_model(
             self._source, name=self._name, dtype=config.dtype, expected_digest=self._expected_digest
         )
