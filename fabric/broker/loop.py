@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
@@ -110,7 +111,9 @@ class Broker:
             settings=self._settings,
             observer=self._observer,
         )
-        self._state = BrokerState(self._settings, started_at=time.monotonic())
+        self._state = BrokerState(
+            self._settings, started_at=time.monotonic(), salt_key=secrets.token_bytes(32)
+        )
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()
         self._runs: dict[str, Run] = {}

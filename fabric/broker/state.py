@@ -81,16 +81,23 @@ class BrokerState:
         settings: Limits and weights.
         started_at: When the hub came up: for a while after it, replicas are still expected.
         decide: Where a request goes; simulations compare others with ours.
+        salt_key: A secret, from which each project gets the salt of its cached prefixes.
     """
 
     def __init__(
-        self, settings: BrokerSettings, *, started_at: float, decide: Decide = decide
+        self,
+        settings: BrokerSettings,
+        *,
+        started_at: float,
+        decide: Decide = decide,
+        salt_key: bytes = b"",
     ) -> None:
         self.fleet = Fleet(settings)
         self.runs: dict[str, Progress] = {}
         self._settings = settings
         self._started_at = started_at
         self._decide = decide
+        self._salt_key = salt_key
         self._budget = RetryBudget(settings)
 
     def handle(self, event: StateEvent) -> list[Instruction]:
@@ -241,8 +248,13 @@ class BrokerState:
                 prefix=tuple(run.token_ids),
                 deadline_s=max(run.deadline_at - now, 0.001),
                 window=self._settings.window_events,
+                cache_salt=self._get_salt(run.ticket.project),
             ),
         )
+
+    def _get_salt(self, project: str) -> str:
+        """Return what lets a project's requests share prefixes, and nobody else's with them."""
+        return blake2b(project.encode(), key=self._salt_key, digest_size=16).hexdigest()
 
     def _silent_until(self, run: Progress, now: float) -> float | None:
         replica = self.fleet.get(run.instance or "")

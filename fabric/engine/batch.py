@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from logging import getLogger
 
-from fabric.engine.cache import CacheBlocks
+from fabric.engine.blocks import CacheBlocks
 from fabric.engine.config import EngineConfig
+from fabric.engine.costs import StepCosts
 from fabric.engine.intake import Intake
 from fabric.engine.interface import EventSink
 from fabric.engine.reports import Reports
@@ -48,12 +49,17 @@ class Batch:
         self._intake = intake
         self._reports = reports
         self._tasks: dict[tuple[str, int], ActiveTask] = {}
+        self._blocks = CacheBlocks(runner.num_blocks)
+        self._costs = StepCosts()
         self._scheduler = Scheduler(
-            CacheBlocks(runner.num_blocks),
+            self._blocks,
+            self._costs,
             max_rows=config.max_rows,
             step_tokens=config.step_tokens,
+            slowdown=config.slowdown,
         )
         self._prefill, self._decode = _Rate(), _Rate()
+        self._busy_s = 0.0
 
     @property
     def busy(self) -> bool:
@@ -66,6 +72,12 @@ class Batch:
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             cache_usage=self._scheduler.cache_usage,
+            num_preempted=self._scheduler.num_preempted,
+            prefix_queried_tokens=self._blocks.num_queried_tokens,
+            prefix_found_tokens=self._blocks.num_found_tokens,
+            busy_s=self._busy_s,
+            step_s=self._costs.predict(self._scheduler.num_running),
+            prefill_wait_s=self._costs.predict(self._scheduler.num_due_tokens),
             prefill_tokens_per_s=self._prefill.per_s,
             decode_tokens_per_s=self._decode.per_s,
         )
@@ -106,6 +118,7 @@ class Batch:
         """Run the rows that are due once. Errors end their own task, or those of the step."""
         self._drop_overdue()
         runs = self._scheduler.plan(time.monotonic())
+        self._wipe_suspect()
         if not runs:
             return
         involved = list(dict.fromkeys(run.row.active for run in runs))
@@ -140,6 +153,8 @@ class Batch:
 
     def _account(self, runs: Sequence[Run], seconds: float) -> None:
         total = sum(run.num_tokens for run in runs)
+        self._costs.add(total, seconds)
+        self._busy_s += seconds
         for run in runs:
             usage = run.row.active.usage
             device_s = usage.device_s + seconds * run.num_tokens / total
@@ -151,7 +166,7 @@ class Batch:
     def _advance(self, active: ActiveTask, chosen: Sequence[Chosen]) -> None:
         if active.scores and active.prompt_done:
             self._tell(active, self._reports.prompt_scored(active))
-            active.scores = []
+            active.scores, active.scored = [], True
         for choice in chosen:
             row = choice.row
             text = row.append(choice.token_id)
@@ -170,13 +185,18 @@ class Batch:
         self._tell(active, self._reports.finished(active))
 
     def _fail(self, active: ActiveTask, error: FabricError) -> None:
-        # Its keys and values may hold NaN that no logits have shown yet.
-        self._runner.cache.wipe(self._forget(active))
+        self._forget(active, poisoned=isinstance(error, EngineError))
         self._tell(active, self._reports.failed(active.task, error, active.usage))
 
-    def _forget(self, active: ActiveTask) -> list[int]:
+    def _forget(self, active: ActiveTask, *, poisoned: bool = False) -> None:
         del self._tasks[active.task.id, active.task.attempt]
-        return self._scheduler.remove(active)
+        self._scheduler.remove(active, poisoned=poisoned)
+        self._wipe_suspect()
+
+    def _wipe_suspect(self) -> None:
+        # A masked NaN that is left behind would still spoil another row's attention.
+        if suspect := self._scheduler.take_suspect():
+            self._runner.cache.wipe(suspect)
 
     def _tell(self, active: ActiveTask, event: Event) -> None:
         active.deaf = not tell(active.sink, event) or active.deaf

@@ -29,46 +29,6 @@ class LayerShape:
         return self.num_heads * (self.key_size + self.value_size)
 
 
-class CacheBlocks:
-    """Which cache blocks are free, and by how many rows each one is held.
-
-    Block 0 is never given out: tables are padded with it, and what it holds stays finite.
-    """
-
-    def __init__(self, num_blocks: int) -> None:
-        self._free = list(range(num_blocks, 0, -1))
-        self._num_holders = [0] * (num_blocks + 1)
-        self.num_blocks = num_blocks
-
-    @property
-    def num_free(self) -> int:
-        """Blocks that can be taken now."""
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        """Return ``count`` blocks, which the caller holds from now on."""
-        assert count <= len(self._free), "the scheduler admits only what fits"
-        blocks = [self._free.pop() for _ in range(count)]
-        for block in blocks:
-            self._num_holders[block] = 1
-        return blocks
-
-    def share(self, blocks: Sequence[int]) -> None:
-        """Let one more row hold these blocks, which must not be written any more."""
-        for block in blocks:
-            self._num_holders[block] += 1
-
-    def release(self, blocks: Sequence[int]) -> list[int]:
-        """Let go of blocks; return those that nobody holds any more."""
-        freed = []
-        for block in blocks:
-            self._num_holders[block] -= 1
-            if not self._num_holders[block]:
-                freed.append(block)
-        self._free.extend(reversed(freed))
-        return freed
-
-
 class KvCache:
     """The keys and values of all layers, addressed by cache block.
 
@@ -76,18 +36,29 @@ class KvCache:
         layers: The shape of every layer's keys and values.
         num_blocks: Blocks that can be given out.
         dtype: Of keys and values.
+        device: Where they are; the CPU if not given.
     """
 
     def __init__(
-        self, layers: Sequence[LayerShape], *, num_blocks: int, dtype: torch.dtype
+        self,
+        layers: Sequence[LayerShape],
+        *,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> None:
         tokens = (num_blocks + 1) * BLOCK_TOKENS
-        self._keys = [
-            torch.zeros(tokens, layer.num_heads, layer.key_size, dtype=dtype) for layer in layers
-        ]
-        self._values = [
-            torch.zeros(tokens, layer.num_heads, layer.value_size, dtype=dtype) for layer in layers
-        ]
+        self.device = device or torch.device("cpu")
+
+        def pool(num_heads: int, size: int) -> Tensor:
+            return torch.zeros(tokens, num_heads, size, dtype=dtype, device=self.device)
+
+        self._keys = [pool(layer.num_heads, layer.key_size) for layer in layers]
+        self._values = [pool(layer.num_heads, layer.value_size) for layer in layers]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the pools of keys and of values of one layer, each [T, K, D]."""
+        return self._keys[layer], self._values[layer]
 
     def write(self, layer: int, slots_N: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> None:
         """Store the keys and values of N tokens; a slot is block x ``BLOCK_TOKENS`` + offset."""
@@ -117,6 +88,6 @@ class KvCache:
 
     def wipe(self, blocks: Sequence[int]) -> None:
         """Zero blocks: a masked NaN left behind would still spoil the next row's attention."""
-        index = torch.tensor(blocks, dtype=torch.long)
+        index = torch.tensor(blocks, dtype=torch.long, device=self.device)
         for pool in (*self._keys, *self._values):
             pool.view(-1, BLOCK_TOKENS, *pool.shape[1:]).index_fill_(0, index, 0)

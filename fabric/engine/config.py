@@ -19,6 +19,8 @@ class EngineConfig:
         max_rows: The most choices that run at once.
         step_tokens: The most tokens in one step: a decoding row takes one, prefill the rest. More
             means a faster prefill and longer pauses for the rows that decode meanwhile.
+        slowdown: How many times longer than decoding alone a step with prefill may take; prefill
+            takes what room that leaves, but always a little.
         context_tokens: The longest row; ``None``: as long as the model allows.
 
     Raises:
@@ -29,7 +31,8 @@ class EngineConfig:
     num_threads: int = 0
     cache_bytes: int = 512 * 2**20
     max_rows: int = 64
-    step_tokens: int = 256
+    step_tokens: int = 512
+    slowdown: float = 1.8
     context_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -38,6 +41,8 @@ class EngineConfig:
                 self._refuse(setting, f"it must be at least {least}")
         if self.step_tokens <= self.max_rows:
             self._refuse("step_tokens", "it must be over max_rows, or prefill could never run")
+        if not self.slowdown >= 1.0:
+            self._refuse("slowdown", "it must be at least 1")
         if self.context_tokens is not None and self.context_tokens < 1:
             self._refuse("context_tokens", "it must be at least 1")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fabric.engine.blocks import PrefixKey
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.interface import EventSink
 from fabric.engine.rows import ActiveTask, Row
@@ -28,6 +29,7 @@ class Intake:
         self._eos_ids = eos_ids
         self._digest = digest
         self._limits = limits
+        self._prefix_key = PrefixKey()
 
     def activate(self, task: Task, sink: EventSink, *, received_at: float) -> ActiveTask:
         """Return the task with a row for each choice, nothing of it run.
@@ -65,6 +67,9 @@ class Intake:
             end_ids=frozenset() if wanted.ignore_eos else self._eos_ids,
             seed=fresh_seed() if wanted.seed is None else wanted.seed,
             received_at=received_at,
+            # Without a salt a task shares its prefixes with nobody but itself.
+            prefix_start=self._prefix_key.start(task.cache_salt or f"{task.id}#{task.attempt}"),
+            forked=wanted.n == 1,
             usage=Usage(prompt_tokens=len(prompt)),
         )
         if (needed := active.blocks_needed * BLOCK_TOKENS) > self._limits.cache_tokens:
@@ -81,7 +86,7 @@ class Intake:
         for token_id in task.prefix:
             if not active.finished:
                 active.rows[0].append(token_id)
-        if active.max_tokens == 0 and not active.scores_prompt:
+        if active.max_tokens == 0 and not active.scores_due:
             active.end_empty()
         return active
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from logging import getLogger
@@ -118,6 +119,12 @@ def _read(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTo
 
         return load_gguf(path, dtype)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if "auto_map" in json.loads((path / "config.json").read_text()):
+        raise ModelNotLoadable(
+            model=str(path),
+            reason="its config.json names code of its own (auto_map), which is never run;"
+            " convert it to an architecture that transformers has",
+        )
     config = AutoConfig.from_pretrained(path, **local)
     if config.is_encoder_decoder:
         raise ModelNotLoadable(

@@ -7,23 +7,24 @@ import itertools
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fabric.engine.cache import BLOCK_TOKENS, CacheBlocks, LayerShape
-from fabric.engine.runner import Chunk, Runner, run_ragged, use_our_attention
+from fabric.engine.attention import Chunk, Scoring, attend_causally
+from fabric.engine.cache import BLOCK_TOKENS, LayerShape
+from fabric.engine.runner import Runner, run_ragged, use_our_attention
 from fabric.errors import ModelNotLoadable
 
 _NUM_TOKENS = 2 * BLOCK_TOKENS + 3
-_NOT_COMPUTED = {"softcap": "soft-capped scores", "s_aux": "attention sinks"}
+LEAST_BLOCKS = -(-_NUM_TOKENS // BLOCK_TOKENS)
+"""The smallest cache that ``verify_runner`` can run in."""
+_NOT_COMPUTED = {"s_aux": "attention sinks"}
+_ROTATIONS_OF_THE_BATCH = ("dynamic", "longrope")
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Of the logits' distance to the model's own attention, relative to their norm."""
 
 
-def observe_layers(
-    model: PreTrainedModel, *, name: str, context_tokens: int
-) -> tuple[LayerShape, ...]:
+def observe_layers(model: PreTrainedModel, *, name: str) -> tuple[LayerShape, ...]:
     """Run a few tokens and return what each layer keeps of a token.
 
     Shapes are observed, because configurations name them differently in every family. The model
@@ -41,6 +42,7 @@ def observe_layers(
             model=name,
             reason=f"{type(model).__name__} does not use transformers' attention interface",
         )
+    _refuse_rotations(model, name=name)
     use_our_attention(model)
     seen: dict[int, LayerShape] = {}
 
@@ -52,11 +54,9 @@ def observe_layers(
         scale: float | None,
         options: Mapping[str, object],
     ) -> Tensor:
-        _refuse_options(options, name=name, context_tokens=context_tokens)
+        _refuse_options(options, name=name)
         seen[layer] = LayerShape(num_heads=k.shape[1], key_size=k.shape[2], value_size=v.shape[2])
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        return out[0].transpose(0, 1)
+        return attend_causally(q, k, v, Scoring.of(scale, options, q.shape[2]))
 
     run_ragged(model, [Chunk(tokens=_tokens(model), start=0, blocks=(), num_wanted=1)], attend)
     num_layers = model.config.num_hidden_layers
@@ -68,21 +68,31 @@ def observe_layers(
     return tuple(shape for _, shape in sorted(seen.items()))
 
 
-def verify_runner(runner: Runner, model: PreTrainedModel, *, name: str) -> None:
-    """Compare prefill, a second chunk and decoding with the model's own attention.
+def reference_logits(model: PreTrainedModel) -> Tensor:
+    """Return the logits [n, V] of a few tokens through the model's own attention, in float32.
 
-    What an option of the attention does not announce (biases, position encodings) shows here.
+    Ours is in place again afterwards.
+    """
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        ids = torch.tensor([_tokens(model)], device=model.device)
+        expected: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
+    use_our_attention(model)
+    return expected
+
+
+def verify_runner(runner: Runner, expected: Tensor, *, name: str) -> None:
+    """Compare prefill, a second chunk and decoding with ``reference_logits``.
+
+    What an option of the attention does not announce (biases, position encodings) shows here, and
+    so does a kernel that computes something else than the module whose place it took.
 
     Raises:
         ModelNotLoadable: The logits differ by more than rounding.
     """
+    model = runner.model
     tokens = _tokens(model)
-    model.set_attn_implementation("eager")
-    with torch.inference_mode():
-        expected = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
-    use_our_attention(model)
-    blocks = CacheBlocks(runner.num_blocks)
-    table = blocks.take(-(-_NUM_TOKENS // BLOCK_TOKENS))
+    table = range(1, 1 + LEAST_BLOCKS)
     borders = (0, 5, _NUM_TOKENS - 1, _NUM_TOKENS)
     logits = [
         runner.forward([Chunk(tokens=tokens[a:b], start=a, blocks=table, num_wanted=b - a)])
@@ -98,17 +108,23 @@ def verify_runner(runner: Runner, model: PreTrainedModel, *, name: str) -> None:
         )
 
 
-def _refuse_options(options: Mapping[str, object], *, name: str, context_tokens: int) -> None:
+def _refuse_rotations(model: PreTrainedModel, *, name: str) -> None:
+    """Refuse rotary positions that depend on the longest row: the batch would change them."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if kind in _ROTATIONS_OF_THE_BATCH:
+                raise ModelNotLoadable(
+                    model=name,
+                    reason=f"its rotary positions ({kind}) depend on the longest row of the batch,"
+                    " so a request's answer would depend on others",
+                )
+
+
+def _refuse_options(options: Mapping[str, object], *, name: str) -> None:
     for option, meaning in _NOT_COMPUTED.items():
         if options.get(option) is not None:
             raise ModelNotLoadable(model=name, reason=f"it needs {meaning} in its attention")
-    window = options.get("sliding_window")
-    if isinstance(window, int) and window < context_tokens:
-        raise ModelNotLoadable(
-            model=name,
-            reason=f"its attention slides over a window of {window} tokens, shorter than the"
-            f" context of {context_tokens}; set context_tokens to at most {window}",
-        )
 
 
 def _tokens(model: PreTrainedModel) -> list[int]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fabric.engine.blocks import next_name
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.interface import EventSink
 from fabric.engine.sampling import Score
 from fabric.engine.text import TextStream
 from fabric.messages import Sampling, Task, Usage
 from fabric.messages.events import FinishReason
+
+_PATIENCE_S = {"interactive": 0.0, "standard": 10.0, "batch": 120.0}
+"""How much later than it came a task of each tier is due."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -22,6 +26,12 @@ class Row:
     stream: TextStream
     blocks: list[int] = field(default_factory=list)
     num_cached: int = 0
+    names: list[bytes] = field(default_factory=list)
+    """Of its full blocks, as far as they were asked for."""
+    num_sound: int = 0
+    """Cached tokens that finite logits have shown to be sound."""
+    num_named: int = 0
+    """Blocks at the start of its table that others can find."""
     finish_reason: FinishReason | None = None
 
     @property
@@ -30,9 +40,22 @@ class Row:
         return len(self.tokens) - self.num_cached
 
     @property
+    def decodes(self) -> bool:
+        """Whether its prompt has run and only its newest token is due."""
+        return self.num_remaining == 1 and self.num_cached >= len(self.active.prompt)
+
+    @property
     def position(self) -> int:
         """The position of the next generated token."""
         return len(self.tokens) - len(self.active.prompt)
+
+    def block_names(self, num_blocks: int) -> list[bytes]:
+        """Return the names of its first ``num_blocks`` blocks, which its tokens fill."""
+        while len(self.names) < num_blocks:
+            before = self.names[-1] if self.names else self.active.prefix_start
+            begin = len(self.names) * BLOCK_TOKENS
+            self.names.append(next_name(before, self.tokens[begin : begin + BLOCK_TOKENS]))
+        return self.names[:num_blocks]
 
     def append(self, token_id: int) -> str:
         """Add a generated token and return what became readable; ``finish_reason`` may be set.
@@ -64,11 +87,19 @@ class ActiveTask:
     """Tokens that end a row."""
     seed: int
     received_at: float
+    prefix_start: bytes
+    """Where the names of its blocks start; see ``PrefixKey``."""
     rows: list[Row] = field(default_factory=list)
     fork_blocks: list[int] = field(default_factory=list)
     """Taken for the choices that branch off when the prompt has run."""
+    forked: bool = False
+    """Whether they have; until then only the first one runs."""
+    looked_up: bool = False
+    """Whether its prompt was looked for in the cache."""
     scores: list[Score | None] = field(default_factory=list)
     """Of the prompt's tokens, as far as they have run; the first has none."""
+    scored: bool = False
+    """Whether the scores were delivered."""
     usage: Usage = field(default_factory=Usage)
     deaf: bool = False
     """Whether its sink has raised; nobody is left to run it for."""
@@ -79,9 +110,26 @@ class ActiveTask:
         return self.task.request.sampling
 
     @property
-    def scores_prompt(self) -> bool:
-        """Whether its prompt is scored; one that resumes has delivered the scores before."""
-        return self.sampling.prompt_logprobs and not self.task.prefix
+    def due_at(self) -> float:
+        """When it should run: what is due first comes first."""
+        task = self.task
+        return self.received_at + min(_PATIENCE_S[task.request.tier], task.deadline_s / 2)
+
+    @property
+    def rank(self) -> int:
+        """The place of its tier, 0 the first."""
+        return list(_PATIENCE_S).index(self.task.request.tier)
+
+    @property
+    def live_rows(self) -> list[Row]:
+        """Choices that run: the first until the prompt is done, then all that have not ended."""
+        rows = self.rows if self.forked else self.rows[:1]
+        return [row for row in rows if row.finish_reason is None]
+
+    @property
+    def scores_due(self) -> bool:
+        """Whether its prompt is still to be scored; one that resumes has delivered them before."""
+        return self.sampling.prompt_logprobs and not self.task.prefix and not self.scored
 
     @property
     def prompt_done(self) -> bool:
@@ -107,6 +155,13 @@ class ActiveTask:
     def blocks_shared(self) -> int:
         """Full blocks of the prompt, which all choices hold together."""
         return len(self.prompt) // BLOCK_TOKENS
+
+    @property
+    def num_fork_blocks(self) -> int:
+        """Blocks to be copied when the choices branch off."""
+        if self.forked or len(self.prompt) % BLOCK_TOKENS == 0:
+            return 0
+        return self.sampling.n - 1
 
     @property
     def blocks_own(self) -> int:

@@ -1,20 +1,27 @@
-"""Who runs in the next step: admission by free cache blocks, prefill beside decoding.
+"""Who runs in the next step: prefill beside decoding, memory as it is needed.
 
-A task is admitted, first come first served, when cache blocks for the longest it can become are
-free; they are taken at once, so an admitted task never waits for memory again.
+Every task has a time at which it is due: when it came, plus the patience of its tier, or half its
+deadline if that is less. Whoever is due first comes first, in the queue, in the step and in the
+cache; new tasks are due later and later, so nobody waits for ever. Cache blocks are taken as rows
+grow. When none is left, the task that is due last gives its blocks up and is computed again later.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fabric.engine.cache import BLOCK_TOKENS, CacheBlocks
+from fabric.engine.blocks import CacheBlocks
+from fabric.engine.cache import BLOCK_TOKENS
+from fabric.engine.costs import StepCosts
 from fabric.engine.rows import ActiveTask, Row
 
 _SCORED_TOKENS = 128
 """The most prompt tokens scored in one step: each takes logits over the whole vocabulary."""
+
+_LEAST_PREFILL = BLOCK_TOKENS
+"""Prefill tokens that a step always has room for, however long its rows must wait for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,14 +34,35 @@ class Run:
 
 
 class Scheduler:
-    """The waiting tasks, the admitted ones and the cache blocks they hold."""
+    """The waiting tasks, the admitted ones and the cache blocks they hold.
 
-    def __init__(self, blocks: CacheBlocks, *, max_rows: int, step_tokens: int) -> None:
+    Args:
+        blocks: Of the cache.
+        costs: Of steps, as far as they are known.
+        max_rows: The most choices that run at once.
+        step_tokens: The most tokens of a step.
+        slowdown: How many times longer than decoding alone a step with prefill may take.
+    """
+
+    def __init__(
+        self,
+        blocks: CacheBlocks,
+        costs: StepCosts,
+        *,
+        max_rows: int,
+        step_tokens: int,
+        slowdown: float,
+    ) -> None:
         self._blocks = blocks
+        self._costs = costs
         self._max_rows = max_rows
         self._step_tokens = step_tokens
-        self._waiting: deque[ActiveTask] = deque()
+        self._slowdown = slowdown
+        self._waiting: list[ActiveTask] = []
         self._admitted: list[ActiveTask] = []
+        self._suspect: list[int] = []
+        self.num_preempted = 0
+        """Tasks that gave their blocks up, since the start."""
 
     def __iter__(self) -> Iterator[ActiveTask]:
         """Iterate over all tasks, so that any may be removed meanwhile."""
@@ -47,90 +75,215 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Choices of tasks not yet admitted."""
-        return sum(active.sampling.n for active in self._waiting)
+        """Choices of tasks not admitted now."""
+        return sum(active.num_open for active in self._waiting)
 
     @property
     def cache_usage(self) -> float:
-        """The part of the cache blocks that is taken."""
+        """The part of the cache blocks that rows hold."""
         return 1.0 - self._blocks.num_free / self._blocks.num_blocks
+
+    @property
+    def num_due_tokens(self) -> int:
+        """Prompt and recomputed tokens that wait to run."""
+        return sum(max(0, row.num_remaining - 1) for active in self for row in active.live_rows)
 
     def add(self, active: ActiveTask) -> None:
         """Queue a task that fits the cache when it is empty."""
-        self._waiting.append(active)
+        bisect.insort(self._waiting, active, key=_due_at)
 
-    def remove(self, active: ActiveTask) -> list[int]:
-        """Forget a task; return the cache blocks that came free."""
+    def remove(self, active: ActiveTask, *, poisoned: bool = False) -> None:
+        """Forget a task. What a ``poisoned`` one computed is found by nobody."""
         if active not in self._admitted:
             self._waiting.remove(active)
-            return []
+            return
         self._admitted.remove(active)
-        freed = self._blocks.release(active.fork_blocks)
-        for row in active.rows:
-            freed += self._blocks.release(row.blocks)
-            row.blocks = []
-        active.fork_blocks = []
-        return freed
+        self._release(active, poisoned=poisoned)
 
     def retire(self, row: Row) -> None:
         """Free the blocks of a choice that has ended."""
         self._blocks.release(row.blocks)
         row.blocks = []
 
+    def take_suspect(self) -> list[int]:
+        """Return, once, the blocks that came free before logits showed what is in them."""
+        suspect, self._suspect = self._suspect, []
+        return suspect
+
     def fork(self, active: ActiveTask) -> list[tuple[int, int]]:
-        """Give the other choices of a task whose prompt has run the cache blocks they need.
+        """Give the other choices of a task whose prompt has run its blocks.
 
         Returns:
             Pairs of cache blocks, from and to: the end of the prompt, to be copied for each
             choice. None where the prompt fills its last block.
         """
         first, *others = active.rows
-        own, shared = active.blocks_own, first.blocks[: active.blocks_shared]
+        shared = first.blocks[: active.blocks_shared]
         copies = []
         for row in others:
-            row.blocks = shared + active.fork_blocks[:own]
-            row.num_cached = first.num_cached
-            active.fork_blocks = active.fork_blocks[own:]
+            own = [active.fork_blocks.pop()] if active.fork_blocks else []
+            row.blocks = shared + own
+            row.num_cached = row.num_sound = first.num_cached
+            row.names, row.num_named = list(first.names), first.num_named
             self._blocks.share(shared)
-            if len(active.prompt) % BLOCK_TOKENS:
-                copies.append((first.blocks[len(shared)], row.blocks[len(shared)]))
+            copies += [(first.blocks[len(shared)], block) for block in own]
+        active.forked = True
         return copies
+
+    def keep(self, row: Row) -> None:
+        """Let others find the row's full blocks; finite logits have shown that they are sound."""
+        row.num_sound = row.num_cached
+        num_full = row.num_cached // BLOCK_TOKENS
+        if num_full > row.num_named:
+            for block, name in zip(
+                row.blocks[row.num_named : num_full],
+                row.block_names(num_full)[row.num_named :],
+                strict=True,
+            ):
+                self._blocks.name(block, name)
+            row.num_named = num_full
 
     def plan(self, now: float) -> list[Run]:
         """Admit what fits and return the next step, single-token runs first."""
         self._admit(now)
-        rows = [
-            row
-            for active in self._admitted
-            for row in active.rows
-            if row.finish_reason is None and row.blocks
-        ]
-        runs = [_run(row, 1) for row in rows if row.num_remaining == 1]
-        budget = self._step_tokens - len(runs)
-        for row in rows:
-            if row.num_remaining > 1 and budget > 0:
-                limit = _SCORED_TOKENS if row.active.scores_prompt else budget
-                runs.append(_run(row, min(row.num_remaining, budget, limit)))
-                budget -= runs[-1].num_tokens
+        runs = self._plan_decoding()
+        budget = self._budget(len(runs))
+        for active in list(self._admitted):
+            for row in active.live_rows:
+                if not row.decodes and budget > 0 and active in self._admitted:
+                    run = self._plan_prefill(row, budget)
+                    if run is not None:
+                        runs.append(run)
+                        budget -= run.num_tokens
+        admitted = set(self._admitted)
+        runs = [run for run in runs if run.row.active in admitted]
+        return sorted(runs, key=lambda run: run.num_tokens > 1)
+
+    def _plan_decoding(self) -> list[Run]:
+        runs = []
+        for active in list(self._admitted):
+            for row in active.live_rows:
+                if active not in self._admitted or not row.decodes:
+                    continue
+                if self._grow(row, row.num_cached + 1):
+                    runs.append(_run(row, 1))
+                else:
+                    self._preempt(active)
         return runs
 
+    def _budget(self, num_decoding: int) -> int:
+        """Return how many tokens of prefill the step has room for."""
+        most = self._step_tokens - num_decoding
+        if not num_decoding:
+            return most
+        pause_s = self._slowdown * self._costs.predict(num_decoding)
+        least = num_decoding + _LEAST_PREFILL
+        within = self._costs.largest(pause_s, least=least, most=self._step_tokens)
+        return min(most, within - num_decoding)
+
+    def _plan_prefill(self, row: Row, budget: int) -> Run | None:
+        active = row.active
+        if not row.blocks and not active.scores_due:
+            self._find(row)
+        num_tokens = min(row.num_remaining, budget)
+        if active.scores_due:
+            num_tokens = min(num_tokens, _SCORED_TOKENS)
+        completes = num_tokens == row.num_remaining and not active.forked
+        num_extra = active.num_fork_blocks if completes else 0
+        if not self._grow(row, row.num_cached + num_tokens, num_extra):
+            if len(self._admitted) > 1 or not row.blocks:
+                return None
+            # Alone, and the cache is full of its own: run what there is room for.
+            num_tokens = len(row.blocks) * BLOCK_TOKENS - row.num_cached
+            return _run(row, num_tokens) if 0 < num_tokens < row.num_remaining else None
+        if num_extra:
+            active.fork_blocks = self._blocks.take(num_extra)
+        return _run(row, num_tokens)
+
+    def _find(self, row: Row) -> None:
+        """Start a row with the blocks that others have computed, its last token excepted."""
+        names = row.block_names((len(row.tokens) - 1) // BLOCK_TOKENS)
+        row.blocks = self._blocks.find(names)
+        row.num_cached = row.num_sound = len(row.blocks) * BLOCK_TOKENS
+        row.num_named = len(row.blocks)
+        active = row.active
+        if not active.looked_up:
+            active.looked_up = True
+            found = min(row.num_cached, len(active.prompt))
+            active.usage = active.usage.model_copy(update={"cached_prompt_tokens": found})
+
+    def _grow(self, row: Row, num_tokens: int, num_extra: int = 0) -> bool:
+        """Let the row hold so many tokens, at the cost of tasks that are due later than its own."""
+        missing = -(-num_tokens // BLOCK_TOKENS) - len(row.blocks)
+        while missing + num_extra > self._blocks.num_free:
+            last = self._admitted[-1]
+            if last is row.active:
+                return False
+            self._preempt(last)
+        row.blocks += self._blocks.take(max(0, missing))
+        return True
+
+    def _preempt(self, active: ActiveTask) -> None:
+        self._admitted.remove(active)
+        self._release(active)
+        if active.scores_due:
+            active.scores = []
+        self.num_preempted += 1
+        self.add(active)
+
+    def _release(self, active: ActiveTask, *, poisoned: bool = False) -> None:
+        self._blocks.release(active.fork_blocks)
+        active.fork_blocks = []
+        for row in active.rows:
+            if poisoned:
+                self._suspect += self._blocks.discard(row.blocks)
+            else:
+                freed = self._blocks.release(row.blocks)
+                self._suspect += freed if row.num_cached > row.num_sound else []
+            row.blocks, row.num_cached, row.num_named, row.num_sound = [], 0, 0, 0
+
     def _admit(self, now: float) -> None:
-        num_rows = self.num_running
         while self._waiting:
             active = self._waiting[0]
-            num_rows += active.sampling.n
-            if num_rows > self._max_rows or active.blocks_needed > self._blocks.num_free:
-                return
-            active = self._waiting.popleft()
-            first = active.rows[0]
-            first.blocks = self._blocks.take(active.blocks_shared + active.blocks_own)
-            active.fork_blocks = self._blocks.take((active.sampling.n - 1) * active.blocks_own)
-            active.usage = active.usage.model_copy(update={"queue_s": now - active.received_at})
-            self._admitted.append(active)
+            while not self._has_room(active):
+                last = self._admitted[-1]
+                if last.rank <= active.rank or last.due_at <= active.due_at:
+                    return
+                self._preempt(last)
+            self._waiting.remove(active)
+            bisect.insort(self._admitted, active, key=_due_at)
+            if active.usage.queue_s == 0.0:
+                queue_s = now - active.received_at
+                active.usage = active.usage.model_copy(update={"queue_s": queue_s})
+
+    def _has_room(self, active: ActiveTask) -> bool:
+        """Say whether a task can start: its tokens fit, and the others can grow by a block."""
+        if not self._admitted:
+            return True
+        num_running = self.num_running
+        if num_running + active.num_open > self._max_rows:
+            return False
+        needed = active.num_fork_blocks
+        for row in active.live_rows:
+            needed += -(-len(row.tokens) // BLOCK_TOKENS)
+            if not active.scores_due:
+                names = row.block_names((len(row.tokens) - 1) // BLOCK_TOKENS)
+                num_found, num_free = self._blocks.num_findable(names)
+                needed -= num_found - num_free
+        promised = sum(
+            max(0, -(-len(row.tokens) // BLOCK_TOKENS) - len(row.blocks))
+            for other in self._admitted
+            for row in other.live_rows
+        )
+        return needed + promised + num_running <= self._blocks.num_free
+
+
+def _due_at(active: ActiveTask) -> float:
+    return active.due_at
 
 
 def _run(row: Row, num_tokens: int) -> Run:
-    if row.active.scores_prompt and row.num_cached < len(row.active.prompt):
+    if row.active.scores_due and row.num_cached < len(row.active.prompt):
         num_wanted = num_tokens
     else:
         num_wanted = int(num_tokens == row.num_remaining)

@@ -60,6 +60,8 @@ def run_step(runs: Sequence[Run], runner: Runner, scheduler: Scheduler) -> Outco
             continue
         _score_prompt(run, logits_WV[begin:end])
         run.row.num_cached += run.num_tokens
+        if run.num_wanted:
+            scheduler.keep(run.row)
         if run.row.num_remaining == 0:
             due += [(row, end - 1) for row in _next_rows(run.row, runner, scheduler)]
     failed = set(outcome.failed)
@@ -75,7 +77,7 @@ def _next_rows(row: Row, runner: Runner, scheduler: Scheduler) -> list[Row]:
     active = row.active
     if active.max_tokens == 0:
         return []
-    if row.position > 0 or len(active.rows) == 1:
+    if active.forked:
         return [row]
     for source, target in scheduler.fork(active):
         runner.cache.copy_block(source, target)
@@ -104,7 +106,7 @@ def _draw(row: Row) -> Draw:
 
 def _score_prompt(run: Run, logits_WV: Tensor) -> None:
     active, start = run.row.active, run.row.num_cached
-    if not active.scores_prompt or start >= len(active.prompt):
+    if not active.scores_due or start >= len(active.prompt):
         return
     if start == 0:
         active.scores.append(None)

@@ -16,11 +16,18 @@ from fabric import __version__
 from fabric.engine.batch import Batch, tell
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.config import EngineConfig
+from fabric.engine.fused import fuse
 from fabric.engine.intake import Intake
 from fabric.engine.interface import EngineInfo, EventSink
 from fabric.engine.linear import pack_linears
 from fabric.engine.model import load_model
-from fabric.engine.probe import observe_layers, verify_runner
+from fabric.engine.native import load_native
+from fabric.engine.probe import (
+    LEAST_BLOCKS,
+    observe_layers,
+    reference_logits,
+    verify_runner,
+)
 from fabric.engine.reports import Reports
 from fabric.engine.runner import Runner
 from fabric.engine.source import ModelSource
@@ -134,6 +141,8 @@ class TorchEngine:
 
     def _build(self) -> Batch:
         config = self._config
+        # The compiler runs while weights are read.
+        threading.Thread(target=load_native, name="kernels", daemon=True).start()
         loaded = load_model(
             self._source, name=self._name, dtype=config.dtype, expected_digest=self._expected_digest
         )
@@ -144,20 +153,23 @@ class TorchEngine:
                 model=self._name, reason="it states no context length; set context_tokens"
             )
         context_tokens = min(stated)
-        layers = observe_layers(model, name=self._name, context_tokens=context_tokens)
+        layers = observe_layers(model, name=self._name)
         block_bytes = (
             sum(layer.num_values for layer in layers) * model.dtype.itemsize * BLOCK_TOKENS
         )
         num_blocks = config.cache_bytes // block_bytes - 1
-        if num_blocks < 1:
+        if num_blocks < LEAST_BLOCKS:
             raise ModelNotLoadable(
                 model=self._name,
-                reason=f"cache_bytes is {config.cache_bytes}, less than the {2 * block_bytes} bytes"
+                reason=f"cache_bytes is {config.cache_bytes}, less than the"
+                f" {(LEAST_BLOCKS + 1) * block_bytes} bytes"
                 " of the smallest cache",
             )
+        expected = reference_logits(model)
         pack_linears(model)
+        fuse(model)
         runner = Runner(model, layers, num_blocks=num_blocks)
-        verify_runner(runner, model, name=self._name)
+        verify_runner(runner, expected, name=self._name)
         cache_tokens = num_blocks * BLOCK_TOKENS
         limits = Limits(
             context_tokens=min(context_tokens, cache_tokens),

@@ -46,13 +46,24 @@ class Limits(Wire):
 
 
 class Load(Wire):
-    """How busy an instance is; rates are exponentially weighted over its recent steps."""
+    """How busy an instance is; rates are exponentially weighted over its recent steps.
+
+    ``step_s`` is what the next step of decoding should take, ``prefill_wait_s`` the prompts that
+    wait. ``busy_s`` (seconds of all steps), ``num_preempted`` and the prefix cache's tokens count
+    from the instance's start.
+    """
 
     num_running: int = Field(default=0, ge=0)
     num_waiting: int = Field(default=0, ge=0)
     cache_usage: float = Field(default=0.0, ge=0.0, le=1.0)
     prefill_tokens_per_s: float = Field(default=0.0, ge=0.0)
     decode_tokens_per_s: float = Field(default=0.0, ge=0.0)
+    step_s: float = Field(default=0.0, ge=0.0)
+    prefill_wait_s: float = Field(default=0.0, ge=0.0)
+    busy_s: float = Field(default=0.0, ge=0.0)
+    num_preempted: int = Field(default=0, ge=0)
+    prefix_queried_tokens: int = Field(default=0, ge=0)
+    prefix_found_tokens: int = Field(default=0, ge=0)
 
 
 class Hello(Wire):

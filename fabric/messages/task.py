@@ -19,7 +19,8 @@ class Task(Wire):
     positions going on from ``len(prefix)``. ``window`` is how many token events the instance may
     send before it gets ``Credit``. ``deadline_s`` counts from receipt. ``ticket`` pays for a
     task that did not come from the hub (a raw call): the instance redeems it there before it runs
-    the task.
+    the task. Tasks with equal ``cache_salt`` (opaque; one for each tenant) may reuse each other's
+    prefixes; without one a task reuses only its own.
     """
 
     type: Literal["task"] = "task"
@@ -31,3 +32,4 @@ class Task(Wire):
     deadline_s: float = Field(gt=0.0)
     window: int = Field(default=256, ge=1)
     ticket: str | None = Field(default=None, repr=False)
+    cache_salt: str = Field(default="", max_length=256)

@@ -99,6 +99,7 @@ def make_ticket(
     *,
     sampling: Sampling | None = None,
     offers: Sequence[Offer] = (),
+    project: str = "astro",
     **changes: Any,
 ) -> Ticket:
     offers = offers or (offer("alpha"), offer("beta"))
@@ -108,7 +109,7 @@ def make_ticket(
     )
     return Ticket(
         request=request,
-        project="astro",
+        project=project,
         key_id="key_1",
         created_at=datetime(2026, 1, 1, tzinfo=UTC),
         model="smol@1",
@@ -728,3 +729,16 @@ def test_a_storm_of_failures_sends_at_most_a_fifth_more_than_was_asked() -> None
                 rig.finish(sent, 1)
         assert num_sent <= 1.2 * (number + 1) + 32
     assert num_sent > num_offered
+
+
+def test_cached_prefixes_are_shared_within_a_project_only() -> None:
+    rig = Rig("alpha")
+    mine, again, other = (
+        rig.admit(run_id, project=project)
+        for run_id, project in (("run_1", "p"), ("run_2", "p"), ("run_3", "q"))
+    )
+    assert mine is not None
+    assert again is not None
+    assert other is not None
+    assert mine.task.cache_salt == again.task.cache_salt != ""
+    assert other.task.cache_salt != mine.task.cache_salt

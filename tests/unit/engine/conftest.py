@@ -155,6 +155,8 @@ class Driver:
         prefix: tuple[int, ...] = (),
         digest: str | None = None,
         deadline_s: float = 60.0,
+        tier: str = "standard",
+        cache_salt: str = "",
         heard: Heard | None = None,
         **sampling: object,
     ) -> Heard:
@@ -166,7 +168,9 @@ class Driver:
             if isinstance(prompt, list)
             else prompt
         )
-        request = Request(model="tiny", input=source, sampling=Sampling.model_validate(sampling))
+        request = Request(
+            model="tiny", input=source, sampling=Sampling.model_validate(sampling), tier=tier
+        )
         task = Task(
             id=request.id,
             attempt=1,
@@ -174,6 +178,7 @@ class Driver:
             digest=digest or self.engine.info.digest,
             prefix=prefix,
             deadline_s=deadline_s,
+            cache_salt=cache_salt,
         )
         heard = heard or Heard()
         self.last_task = task

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fabric.messages import ChatInput, ChatMessage, Token
+from fabric.messages import ChatInput, ChatMessage, Finished, Token
 
 
 def cancel_after(driver, num_tokens):
@@ -145,15 +145,21 @@ def test_a_prompt_as_long_as_the_context_can_be_scored_but_not_continued(tiny):
     assert tiny.ask("x" * 10**6).failed.failure.code == "context_length_exceeded"
 
 
-def test_tasks_wait_for_cache_in_order(drive):
+def test_tasks_that_outgrow_the_cache_are_computed_again_in_order(drive, heard):
     driver = drive(cache_bytes=2**18)
-    heard = [driver.greedy("abc", 150, ignore_eos=True) for _ in range(4)]
-    load = driver.engine.load()
-    assert load.num_running + load.num_waiting > 0
-    ends = [h.wait().events[-1] for h in heard]
-    assert [end.type for end in ends] == ["finished"] * 4
-    assert ends[3].usage.queue_s > ends[0].usage.queue_s
-    assert len({tuple(h.ids()) for h in heard}) == 1
+    order = []
+    listeners = [
+        heard(lambda event, i=i: order.append(i) if isinstance(event, Finished) else None)
+        for i in range(4)
+    ]
+    for listener in listeners:
+        driver.greedy("abc", 150, ignore_eos=True, heard=listener)
+    for listener in listeners:
+        assert listener.finished
+    assert order == [0, 1, 2, 3]
+    assert len({tuple(listener.ids()) for listener in listeners}) == 1
+    assert driver.engine.load().num_preempted > 0
+    assert driver.engine.load().cache_usage == 0.0
 
 
 @pytest.mark.parametrize(

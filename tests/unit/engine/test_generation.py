@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from fabric.messages import ChatInput, ChatMessage, TextInput
 
@@ -36,30 +35,6 @@ def test_greedy_equals_generate_alone_and_together(tiny, reference):
     together = [heard.wait().ids() for heard in [tiny.greedy(p, 16) for p in PROMPTS]]
     assert alone == expected
     assert together == expected
-
-
-@pytest.mark.parametrize(
-    "model_of",
-    [
-        lambda: GPT2LMHeadModel(
-            GPT2Config(vocab_size=259, n_embd=48, n_layer=2, n_head=3, n_positions=256,
-                       initializer_range=0.2, bos_token_id=256, eos_token_id=256)
-        ),
-        lambda: Qwen3ForCausalLM(
-            Qwen3Config(vocab_size=259, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-                        num_attention_heads=4, num_key_value_heads=1, head_dim=16,
-                        max_position_embeddings=256, initializer_range=0.2, eos_token_id=256)
-        ),
-    ],
-    ids=["gpt2", "qwen3"],
-)  # fmt: skip
-def test_other_families_equal_generate(model_of, save_model, drive):
-    torch.manual_seed(3)
-    model = model_of().eval()
-    driver = drive(save_model(model))
-    heard = [driver.greedy(prompt, 12) for prompt in PROMPTS]
-    expected = [generate(model, ids_of(driver, prompt), 12) for prompt in PROMPTS]
-    assert [h.wait().ids() for h in heard] == expected
 
 
 def test_bfloat16_engine_runs_close_to_float32(tiny_dir, drive, tiny):

@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -117,10 +119,30 @@ def test_tied_tensors_count_once(tiny_llama):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=64)), "window of 64"),
         (
-            lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16, sliding_window=512)),
-            "soft-capped",
+            lambda: LlamaForCausalLM(
+                LlamaConfig(
+                    **SIZES,
+                    rope_parameters={
+                        "rope_type": "dynamic",
+                        "rope_theta": 1e4,
+                        "factor": 2.0,
+                    },
+                )
+            ),
+            "longest row",
+        ),
+        (
+            lambda: GptOssForCausalLM(
+                GptOssConfig(**SIZES, head_dim=16, num_local_experts=2, num_experts_per_tok=1)
+            ),
+            "attention sinks",
+        ),
+        (
+            lambda: MambaForCausalLM(
+                MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2)
+            ),
+            "0 of its 2 layers use attention",
         ),
         (
             lambda: BloomForCausalLM(
@@ -135,7 +157,7 @@ def test_tied_tensors_count_once(tiny_llama):
             "encoder-decoder",
         ),
     ],
-    ids=["sliding window", "soft cap", "alibi", "encoder-decoder"],
+    ids=["dynamic rotation", "sinks", "state space", "alibi", "encoder-decoder"],
 )
 def test_models_that_would_be_served_wrong_are_refused(make, reason, save_model):
     engine = TorchEngine(
@@ -146,13 +168,6 @@ def test_models_that_would_be_served_wrong_are_refused(make, reason, save_model)
     with pytest.raises(ModelNotLoadable, match=reason):
         engine.start()
     engine.close()
-
-
-def test_a_window_as_long_as_the_context_is_served(save_model, drive):
-    path = save_model(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=64)))
-    driver = drive(path, context_tokens=64)
-    assert driver.engine.info.limits.context_tokens == 64
-    assert driver.greedy("abc", 10).finished
 
 
 def test_info_states_what_was_loaded(tiny):
@@ -196,7 +211,8 @@ def test_code_in_a_model_directory_is_never_run(tiny_dir, tmp_path):
     settings |= {"model_type": "evil", "auto_map": {
         "AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil",
     }}  # fmt: skip
-    (other / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelNotLoadable):
-        load(other)
+    for model_type in ("evil", "llama"):
+        (other / "config.json").write_text(json.dumps(settings | {"model_type": model_type}))
+        with pytest.raises(ModelNotLoadable, match="code of its own"):
+            load(other)
     assert not marker.exists()

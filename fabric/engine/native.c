@@ -1,0 +1,262 @@
+/* The CPU's part of the engine that torch does not do well: small batches.
+ *
+ * Compiled on first use by fabric/engine/native.py, with this machine's instructions; everything
+ * here has a torch equivalent that is used where there is no compiler.
+ *
+ * Shapes: M rows, N outputs, K inputs of a linear layer; B decoding rows, H query heads,
+ * G query heads of one key-value head, D head size. Strides count elements.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+typedef uint16_t bf16;
+enum { BLOCK_TOKENS = 16, PANEL = 32, TILE = 12, ROWS = 8 * TILE, AHEAD = 32 };
+
+static inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline bf16 narrow(float value) { /* to nearest even, NaN stays NaN */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bf16)(value != value ? 0x7fc0 : rounded);
+}
+
+/* exp of what is at most 0, within 2e-7 of it; plain arithmetic, so that compilers vectorise it.
+ * Source: Cephes expf, range reduction by ln 2 and its polynomial. */
+static inline float exp_negative(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float whole = rintf(x * 1.44269504f);
+    float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float poly = 1.9875691500e-4f;
+    poly = poly * rest + 1.3981999507e-3f;
+    poly = poly * rest + 8.3334519073e-3f;
+    poly = poly * rest + 4.1665795894e-2f;
+    poly = poly * rest + 1.6666665459e-1f;
+    poly = poly * rest + 5.0000001201e-1f;
+    float value = poly * rest * rest + rest + 1.0f, power;
+    uint32_t bits = (uint32_t)((int32_t)whole + 127) << 23;
+    memcpy(&power, &bits, 4);
+    return value * power;
+}
+
+/* ---- linear layers in bfloat16 -------------------------------------------------------------- */
+
+int has_linear(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* Lay a weight [N, K] out in panels of 32 outputs, pairs of inputs side by side:
+ * [N / 32, K / 2, 32, 2]. K is even; missing outputs are zero. */
+void pack_linear(const bf16 *weight, long N, long K, bf16 *packed) {
+#pragma omp parallel for
+    for (long panel = 0; panel < (N + PANEL - 1) / PANEL; panel++)
+        for (long pair = 0; pair < K / 2; pair++)
+            for (long n = 0; n < PANEL; n++) {
+                bf16 *to = packed + ((panel * (K / 2) + pair) * PANEL + n) * 2;
+                const bf16 *from = weight + (panel * PANEL + n) * K + 2 * pair;
+                int inside = panel * PANEL + n < N;
+                to[0] = inside ? from[0] : 0;
+                to[1] = inside ? from[1] : 0;
+            }
+}
+
+#ifdef __AVX512BF16__
+static inline __attribute__((always_inline)) void tile(
+    const int rows, const bf16 *x, long x_stride, const bf16 *panel, long K, const float *bias,
+    bf16 *y, long y_stride, long outputs) {
+    __m512 low[TILE], high[TILE];
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++) {
+        low[m] = _mm512_loadu_ps(bias);
+        high[m] = _mm512_loadu_ps(bias + 16);
+    }
+    for (long pair = 0; pair < K / 2; pair++) {
+        __m512bh w_low = (__m512bh)_mm512_loadu_si512(panel + pair * 2 * PANEL);
+        __m512bh w_high = (__m512bh)_mm512_loadu_si512(panel + pair * 2 * PANEL + PANEL);
+        /* Weights are read once: the next ones must be on their way while these are used. */
+        _mm_prefetch(panel + (pair + AHEAD) * 2 * PANEL, _MM_HINT_T0);
+        _mm_prefetch(panel + (pair + AHEAD) * 2 * PANEL + PANEL, _MM_HINT_T0);
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; m++) {
+            int32_t two;
+            memcpy(&two, x + m * x_stride + 2 * pair, 4);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+            low[m] = _mm512_dpbf16_ps(low[m], both, w_low);
+            high[m] = _mm512_dpbf16_ps(high[m], both, w_high);
+        }
+    }
+    uint32_t mask = outputs >= PANEL ? 0xffffffffu : (1u << outputs) - 1;
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++)
+        _mm512_mask_storeu_epi16(
+            y + m * y_stride, mask, (__m512i)_mm512_cvtne2ps_pbh(high[m], low[m]));
+}
+#endif
+
+/* y [M, N] = x [M, K] times a packed weight, plus a bias. */
+void linear(const bf16 *x, long x_stride, long M, long K, const bf16 *packed, const bf16 *bias,
+            long N, bf16 *y) {
+#ifdef __AVX512BF16__
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (long m_from = 0; m_from < M; m_from += ROWS)
+        for (long panel = 0; panel < (N + PANEL - 1) / PANEL; panel++) {
+            long left = M - m_from < ROWS ? M - m_from : ROWS, outputs = N - panel * PANEL;
+            long num_tiles = (left + TILE - 1) / TILE;
+            float start[PANEL] = {0};
+            if (bias)
+                for (long n = 0; n < PANEL && n < outputs; n++)
+                    start[n] = widen(bias[panel * PANEL + n]);
+            for (long t = 0; t < num_tiles; t++) { /* as even as they come */
+                long from = m_from + left * t / num_tiles;
+                long rows = m_from + left * (t + 1) / num_tiles - from;
+                const bf16 *x_tile = x + from * x_stride, *w = packed + panel * PANEL * K;
+                bf16 *y_tile = y + from * N + panel * PANEL;
+                switch (rows) {
+#define CASE(rows)                                                                             \
+    case rows:                                                                                 \
+        tile(rows, x_tile, x_stride, w, K, start, y_tile, N, outputs);                         \
+        break;
+                    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+                    CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#undef CASE
+                }
+            }
+        }
+#endif
+}
+
+/* ---- everything else, for both dtypes -------------------------------------------------------- */
+
+static inline float same(float value) { return value; }
+
+#define FOR_DTYPE(T, NAME, WIDEN, NARROW)                                                          \
+                                                                                                   \
+    /* y = weight * round(x / rms(x)), rounded where transformers' modules round. */               \
+    void rms_norm_##NAME(const T *x, long x_stride, const T *weight, float eps, long M, long K,    \
+                         T *y) {                                                                   \
+        _Pragma("omp parallel for if (M * K > 32768)") for (long m = 0; m < M; m++) {              \
+            const T *row = x + m * x_stride;                                                       \
+            float sum = 0;                                                                         \
+            _Pragma("omp simd reduction(+ : sum)") for (long k = 0; k < K; k++) {                  \
+                float value = WIDEN(row[k]);                                                       \
+                sum += value * value;                                                              \
+            }                                                                                      \
+            float scale = 1.0f / sqrtf(sum / (float)K + eps);                                      \
+            _Pragma("omp simd") for (long k = 0; k < K; k++)                                        \
+                y[m * K + k] = NARROW(WIDEN(weight[k]) * WIDEN(NARROW(WIDEN(row[k]) * scale)));    \
+        }                                                                                          \
+    }                                                                                              \
+                                                                                                   \
+    /* Rotary positions over halves: y [M, H, D] from x [M, H, D] in any strides. */               \
+    void rotate_##NAME(const T *x, long m_stride, long h_stride, const T *cosine, const T *sine,   \
+                       long M, long H, long D, T *y) {                                             \
+        long half = D / 2;                                                                         \
+        _Pragma("omp parallel for if (M * H * D > 32768)") for (long m = 0; m < M; m++) {          \
+            const T *c = cosine + m * D, *s = sine + m * D;                                        \
+            for (long h = 0; h < H; h++) {                                                         \
+                const T *a = x + m * m_stride + h * h_stride, *b = a + half;                       \
+                T *to = y + (m * H + h) * D;                                                       \
+                _Pragma("omp simd") for (long d = 0; d < half; d++) {                                \
+                    float first = WIDEN(a[d]), second = WIDEN(b[d]);                               \
+                    to[d] = NARROW(WIDEN(NARROW(first * WIDEN(c[d]))) -                            \
+                                   WIDEN(NARROW(second * WIDEN(s[d]))));                           \
+                    to[half + d] = NARROW(WIDEN(NARROW(second * WIDEN(c[half + d]))) +             \
+                                          WIDEN(NARROW(first * WIDEN(s[half + d]))));              \
+                }                                                                                  \
+            }                                                                                      \
+        }                                                                                          \
+    }                                                                                              \
+                                                                                                   \
+    /* One key-value head of one row: scores, softmax, weighted sum. Inlined for common sizes. */  \
+    static inline __attribute__((always_inline)) void attend_head_##NAME(                          \
+        const long D, const long value_size, long G, const T *q, long q_head, const T *keys,       \
+        const T *values, long heads, const int64_t *table, long begin, long end, float scale,      \
+        float cap, float *scores, T *out) {                                                        \
+        long num = end - begin;                                                                    \
+        float *query = scores + G * num, *sums = query + G * D;                                    \
+        for (long g = 0; g < G; g++)                                                               \
+            for (long d = 0; d < D; d++) query[g * D + d] = WIDEN(q[g * q_head + d]) * scale;      \
+        for (long t = begin; t < end; t++) {                                                       \
+            long slot = table[t / BLOCK_TOKENS] * BLOCK_TOKENS + t % BLOCK_TOKENS;                 \
+            const T *key = keys + slot * heads * D;                                                \
+            for (long g = 0; g < G; g++) {                                                         \
+                float dot = 0;                                                                     \
+                _Pragma("omp simd reduction(+ : dot)") for (long d = 0; d < D; d++) dot +=         \
+                    query[g * D + d] * WIDEN(key[d]);                                              \
+                scores[g * num + t - begin] = dot;                                                 \
+            }                                                                                      \
+        }                                                                                          \
+        for (long g = 0; g < G; g++) {                                                             \
+            float *row = scores + g * num, most = -INFINITY, total = 0;                            \
+            if (cap > 0)                                                                           \
+                for (long t = 0; t < num; t++) row[t] = cap * tanhf(row[t] / cap);                 \
+            _Pragma("omp simd reduction(max : most)") for (long t = 0; t < num; t++) most =        \
+                row[t] > most ? row[t] : most;                                                     \
+            _Pragma("omp simd reduction(+ : total)") for (long t = 0; t < num; t++) total +=       \
+                row[t] = exp_negative(row[t] - most);                                              \
+            for (long t = 0; t < num; t++) row[t] /= total;                                        \
+        }                                                                                          \
+        memset(sums, 0, sizeof(float) * (size_t)(G * value_size));                                 \
+        for (long t = begin; t < end; t++) {                                                       \
+            long slot = table[t / BLOCK_TOKENS] * BLOCK_TOKENS + t % BLOCK_TOKENS;                 \
+            const T *value = values + slot * heads * value_size;                                   \
+            for (long g = 0; g < G; g++) {                                                         \
+                float weight = scores[g * num + t - begin], *sum = sums + g * value_size;          \
+                _Pragma("omp simd") for (long d = 0; d < value_size; d++) sum[d] +=                \
+                    weight * WIDEN(value[d]);                                                      \
+            }                                                                                      \
+        }                                                                                          \
+        for (long d = 0; d < G * value_size; d++) out[d] = NARROW(sums[d]);                        \
+    }                                                                                              \
+                                                                                                   \
+    /* One query token a row over its paged past; the row's own key is already in the pool.        \
+     * Pools are [tokens, heads, D]; tables [B, width] of blocks; a window of 0 is none, and so    \
+     * is a cap of 0. out is [B, H, value_size]. */                                                \
+    int attend_##NAME(const T *q, long q_row, long q_head, const T *keys, const T *values,         \
+                      const int64_t *tables, long width, const int64_t *lengths, long B, long H,   \
+                      long heads, long D, long value_size, float scale, long window, float cap,    \
+                      T *out) {                                                                    \
+        long G = H / heads;                                                                        \
+        int failed = 0;                                                                            \
+        _Pragma("omp parallel for collapse(2) schedule(dynamic) reduction(| : failed)") for (      \
+            long b = 0; b < B; b++) for (long head = 0; head < heads; head++) {                    \
+            long end = lengths[b], begin = window && window < end ? end - window : 0;              \
+            float *scores = malloc(sizeof(float) * (size_t)(G * (end - begin + D + value_size)));  \
+            if (!scores) {                                                                         \
+                failed = 1;                                                                        \
+                continue;                                                                          \
+            }                                                                                      \
+            const T *query = q + b * q_row + head * G * q_head;                                    \
+            T *to = out + (b * H + head * G) * value_size;                                         \
+            const T *k = keys + head * D, *v = values + head * value_size;                         \
+            const int64_t *table = tables + b * width;                                             \
+            if (D == 64 && value_size == 64)                                                       \
+                attend_head_##NAME(64, 64, G, query, q_head, k, v, heads, table, begin, end, scale,\
+                                   cap, scores, to);                                               \
+            else if (D == 128 && value_size == 128)                                                \
+                attend_head_##NAME(128, 128, G, query, q_head, k, v, heads, table, begin, end,     \
+                                   scale, cap, scores, to);                                        \
+            else                                                                                   \
+                attend_head_##NAME(D, value_size, G, query, q_head, k, v, heads, table, begin, end,\
+                                   scale, cap, scores, to);                                        \
+            free(scores);                                                                          \
+        }                                                                                          \
+        return failed;                                                                             \
+    }
+
+FOR_DTYPE(bf16, bf16, widen, narrow)
+FOR_DTYPE(float, f32, same, same)

@@ -1,0 +1,181 @@
+"""The CPU kernels of ``native.c``, compiled for this machine when a process first wants them.
+
+Shapes: M rows, K inputs, N outputs, B decoding rows, H query heads, D head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.resources
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from logging import getLogger
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_logger = getLogger(__name__)
+
+_FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
+    # Sums may be reordered; NaN must stay NaN, because a row that has one ends with an error.
+    *("-ffast-math", "-fno-finite-math-only"),
+    *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
+)
+_COMPILE_S = 60.0
+_PANEL = 32
+"""Outputs that lie together in a packed weight; what ``native.c`` calls PANEL."""
+
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+
+
+class Native:
+    """Typed calls of the compiled library. Tensors are on the CPU, their last dimension dense."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._pack = _declare(library.pack_linear, [_POINTER, _LONG, _LONG, _POINTER])
+        self._linear = _declare(
+            library.linear,
+            [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _LONG, _POINTER],
+        )
+        self._norms, self._rotations, self._attends = {}, {}, {}
+        for dtype, name in _NAMES.items():
+            self._norms[dtype] = _declare(
+                getattr(library, f"rms_norm_{name}"),
+                [_POINTER, _LONG, _POINTER, _FLOAT, _LONG, _LONG, _POINTER],
+            )
+            self._rotations[dtype] = _declare(
+                getattr(library, f"rotate_{name}"),
+                [*[_POINTER, _LONG, _LONG], *[_POINTER] * 2, *[_LONG] * 3, _POINTER],
+            )
+            self._attends[dtype] = _declare(
+                getattr(library, f"attend_{name}"),
+                [*[_POINTER, _LONG, _LONG], *[_POINTER] * 3, _LONG, _POINTER, *[_LONG] * 5,
+                 _FLOAT, _LONG, _FLOAT, _POINTER],
+                ctypes.c_int,
+            )  # fmt: skip
+        self.has_linear = bool(library.has_linear())
+        """Whether the processor multiplies bfloat16 natively (AVX512-BF16)."""
+
+    def takes(self, x: Tensor) -> bool:
+        """Say whether the kernels can read ``x``."""
+        return x.dtype in _NAMES and x.device.type == "cpu" and x.stride(-1) == 1
+
+    def pack(self, weight_NK: Tensor) -> Tensor:
+        """Return a bfloat16 weight in the order ``linear`` reads it; K must be even."""
+        num_outputs, num_inputs = weight_NK.shape
+        packed = torch.empty(-(-num_outputs // _PANEL) * _PANEL * num_inputs, dtype=torch.bfloat16)
+        weight_NK = weight_NK.contiguous()
+        self._pack(weight_NK.data_ptr(), num_outputs, num_inputs, packed.data_ptr())
+        return packed
+
+    def linear(self, x_MK: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+        """Return ``x`` times a packed weight plus a bias, [M, N] in bfloat16."""
+        num_rows, num_inputs = x_MK.shape
+        y_MN = torch.empty(num_rows, num_outputs, dtype=x_MK.dtype)
+        self._linear(
+            x_MK.data_ptr(), x_MK.stride(0), num_rows, num_inputs, packed.data_ptr(),
+            None if bias is None else bias.data_ptr(), num_outputs, y_MN.data_ptr(),
+        )  # fmt: skip
+        return y_MN
+
+    def rms_norm(self, x_MK: Tensor, weight_K: Tensor, eps: float) -> Tensor:
+        """Return ``weight`` times ``x`` over its root mean square, [M, K] in the dtype of ``x``."""
+        num_rows, size = x_MK.shape
+        y_MK = torch.empty(num_rows, size, dtype=x_MK.dtype)
+        self._norms[x_MK.dtype](
+            x_MK.data_ptr(), x_MK.stride(0), weight_K.data_ptr(), eps, num_rows, size,
+            y_MK.data_ptr(),
+        )  # fmt: skip
+        return y_MK
+
+    def rotate(self, x_MHD: Tensor, cosine_MD: Tensor, sine_MD: Tensor) -> Tensor:
+        """Return ``x`` turned by its rotary positions, [M, H, D] and contiguous."""
+        rows, heads, size = x_MHD.shape
+        y_MHD = torch.empty(rows, heads, size, dtype=x_MHD.dtype)
+        self._rotations[x_MHD.dtype](
+            x_MHD.data_ptr(), x_MHD.stride(0), x_MHD.stride(1), cosine_MD.data_ptr(),
+            sine_MD.data_ptr(), rows, heads, size, y_MHD.data_ptr(),
+        )  # fmt: skip
+        return y_MHD
+
+    def attend(
+        self,
+        q_BHD: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: Tensor,
+        lengths_B: Tensor,
+        *,
+        scale: float,
+        window: int,
+        cap: float,
+    ) -> Tensor:
+        """Return the attention of one token a row over the cache, [B, H, value size].
+
+        Args:
+            q_BHD: The queries.
+            keys: The pool of one layer, [tokens, key-value heads, D].
+            values: The pool of one layer, [tokens, key-value heads, value size].
+            tables: Cache blocks of every row, int64 [B, most blocks].
+            lengths_B: Tokens of every row, its own included, int64.
+            scale: Of the scores.
+            window: Tokens that a query sees, counted back from itself; 0: all.
+            cap: Of the scores, by tanh; 0: none.
+
+        Raises:
+            MemoryError: The scores of a row find no memory.
+        """
+        num_rows, num_heads, size = q_BHD.shape
+        value_size = values.shape[2]
+        out = torch.empty(num_rows, num_heads, value_size, dtype=q_BHD.dtype)
+        failed = self._attends[q_BHD.dtype](
+            q_BHD.data_ptr(), q_BHD.stride(0), q_BHD.stride(1), keys.data_ptr(), values.data_ptr(),
+            tables.data_ptr(), tables.shape[1], lengths_B.data_ptr(), num_rows, num_heads,
+            keys.shape[1], size, value_size, scale, window, cap, out.data_ptr(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the scores of a decoding row")
+        return out
+
+
+_loading = threading.Lock()
+
+
+def load_native() -> Native | None:
+    """Compile and load the kernels, once a process; ``None`` where that is not possible."""
+    with _loading:
+        return _load()
+
+
+@functools.cache
+def _load() -> Native | None:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        _logger.warning("no C compiler: decoding runs on torch's kernels, which are slower")
+        return None
+    source = importlib.resources.files("fabric.engine") / "native.c"
+    with (
+        tempfile.TemporaryDirectory(prefix="fabric-native-") as folder,
+        importlib.resources.as_file(source) as path,
+    ):
+        target = Path(folder) / "native.so"
+        command = [compiler, *_FLAGS, "-o", str(target), str(path), "-lm"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_S)
+            return Native(ctypes.CDLL(str(target)))
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = getattr(error, "stderr", None) or str(error)
+            _logger.warning("the CPU kernels do not compile", extra={"reason": reason[-2000:]})
+            return None
+
+
+def _declare(function: object, arguments: list[object], result: object = None):  # type: ignore[no-untyped-def]
+    function.argtypes, function.restype = arguments, result  # type: ignore[attr-defined]
+    return function
