@@ -133,10 +133,12 @@ class Batch:
         self._account(runs, time.perf_counter() - started)
         for active in involved:
             if active in outcome.failed:
-                self._fail(active, RowFailed(reason="the model's output for it is not finite"))
+                self._fail(active, outcome.failed[active])
                 continue
             try:
                 self._advance(active, outcome.chosen.get(active, ()))
+            except FabricError as error:
+                self._fail(active, error)
             except Exception as error:
                 _logger.exception("a row failed", extra={"task": active.task.id})
                 self._fail(active, _row_error(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fabric.engine.blocks import PrefixKey
 from fabric.engine.cache import BLOCK_TOKENS
+from fabric.engine.constraints import Grammars
 from fabric.engine.interface import EventSink
 from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.sampling import fresh_seed
@@ -17,15 +18,23 @@ class Intake:
 
     Args:
         texts: The model's tokenizer.
+        grammars: Compiles what answers must be.
         eos_ids: Tokens that end a row, unless its request ignores them.
         digest: Of the model's tensors.
         limits: Of the instance.
     """
 
     def __init__(
-        self, texts: Texts, *, eos_ids: frozenset[int], digest: str, limits: Limits
+        self,
+        texts: Texts,
+        grammars: Grammars,
+        *,
+        eos_ids: frozenset[int],
+        digest: str,
+        limits: Limits,
     ) -> None:
         self._texts = texts
+        self._grammars = grammars
         self._eos_ids = eos_ids
         self._digest = digest
         self._limits = limits
@@ -39,6 +48,7 @@ class Intake:
         Raises:
             DigestMismatch: It is for another version of the model.
             RequestInvalid: A parameter cannot be used.
+            ConstraintInvalid: What its answer must be cannot be read, met or afforded.
             ContextExceeded: Prompt and output are longer than the context.
             CacheExhausted: It would not even fit an empty cache.
         """
@@ -58,6 +68,7 @@ class Intake:
                 reason="only a single choice that is greedy or seeded can be resumed",
             )
         self._texts.check_ids(task.prefix, param="prefix")
+        self._texts.check_ids(list(wanted.logit_bias), param="logit_bias")
         prompt = self._texts.prompt_ids(request.input)
         active = ActiveTask(
             task=task,
@@ -74,12 +85,14 @@ class Intake:
         )
         if (needed := active.blocks_needed * BLOCK_TOKENS) > self._limits.cache_tokens:
             raise CacheExhausted(needed_tokens=needed, cache_tokens=self._limits.cache_tokens)
+        constraint = wanted.constraint
         active.rows = [
             Row(
                 active=active,
                 choice=choice,
                 tokens=list(prompt),
                 stream=TextStream(self._texts, wanted.stop),
+                matcher=None if constraint is None else self._grammars.start(constraint),
             )
             for choice in range(wanted.n)
         ]

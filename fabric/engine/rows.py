@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from fabric.engine.blocks import next_name
 from fabric.engine.cache import BLOCK_TOKENS
+from fabric.engine.constraints import Matcher
 from fabric.engine.interface import EventSink
 from fabric.engine.sampling import Score
 from fabric.engine.text import TextStream
@@ -24,6 +25,8 @@ class Row:
     choice: int
     tokens: list[int]
     stream: TextStream
+    matcher: Matcher | None = None
+    """What its tokens must be; it stays where it is when the row is computed again."""
     blocks: list[int] = field(default_factory=list)
     num_cached: int = 0
     names: list[bytes] = field(default_factory=list)
@@ -60,19 +63,30 @@ class Row:
     def append(self, token_id: int) -> str:
         """Add a generated token and return what became readable; ``finish_reason`` may be set.
 
-        A token that ends the row has no text of its own; with it comes what was held back.
+        A token that ends the row has no text of its own; with it comes what was held back. A
+        constrained row also ends with the token after which nothing may follow.
+
+        Raises:
+            ConstraintFailed: The row's constraint does not allow the token.
         """
         self.tokens.append(token_id)
         ends = token_id in self.active.end_ids
         text = "" if ends else self.stream.push(token_id)
         full = self.position >= self.active.max_tokens
-        if (ends or full) and not self.stream.stopped:
+        complete = not ends and self._completes(token_id)
+        if (ends or full or complete) and not self.stream.stopped:
             text += self.stream.flush()
-        if ends or self.stream.stopped:
+        if ends or complete or self.stream.stopped:
             self.finish_reason = "stop"
         elif full:
             self.finish_reason = "length"
         return text
+
+    def _completes(self, token_id: int) -> bool:
+        if self.matcher is None:
+            return False
+        self.matcher.advance(token_id)
+        return self.matcher.done
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

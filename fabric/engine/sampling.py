@@ -30,6 +30,7 @@ class Draw:
     top_k: int
     top_p: float
     uniform: float
+    min_p: float = 0.0
 
     @staticmethod
     def of(sampling: Sampling, *, seed: int, choice: int, position: int) -> Draw:
@@ -40,6 +41,7 @@ class Draw:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             uniform=0.0 if greedy else uniform(seed, choice, position),
+            min_p=sampling.min_p,
         )
 
 
@@ -77,10 +79,10 @@ def choose(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
     """Choose one token a row.
 
     The order is that of transformers' processors: temperature, then top-k, then top-p of what
-    top-k left.
+    top-k left, then min-p.
 
     Args:
-        logits_RV: Finite rows in float32.
+        logits_RV: In float32; rows as ``finite_rows`` wants them.
         draws: One for each row.
 
     Returns:
@@ -92,6 +94,7 @@ def choose(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
     wide = sorted(set(sampled) - set(narrow))
     if wide:
         weights_RV = _weights(logits_RV[wide], [draws[i] for i in wide])
+        weights_RV = _probable(weights_RV, [draws[i] for i in wide])
         for i, token in zip(wide, _invert(weights_RV, [draws[i] for i in wide]), strict=True):
             chosen[i] = token
     for i in narrow:
@@ -122,6 +125,7 @@ def _choose_narrow(logits_1V: Tensor, draw: Draw) -> int:
     # A candidate stays while the mass of those before it is under top_p, so one always does.
     before_1C = weights_1C.cumsum(-1) - weights_1C
     kept_1C = torch.where(before_1C < draw.top_p * total, weights_1C, 0.0)
+    kept_1C = _probable(kept_1C, [draw])
     return int(ids_1C[0, _invert(kept_1C, [draw])[0]])
 
 
@@ -130,6 +134,14 @@ def _weights(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
     temperature_R1 = torch.tensor([[draw.temperature] for draw in draws], dtype=torch.float64)
     logits_RV = logits_RV.double()
     return ((logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature_R1).exp()
+
+
+def _probable(weights_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Drop what is less probable than min-p of the most probable token, whose weight is 1."""
+    if not any(draw.min_p for draw in draws):
+        return weights_RV
+    min_p_R1 = torch.tensor([[draw.min_p] for draw in draws], dtype=torch.float64)
+    return torch.where(weights_RV >= min_p_R1, weights_RV, 0.0)
 
 
 def _invert(weights_RV: Tensor, draws: Sequence[Draw]) -> list[int]:

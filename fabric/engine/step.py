@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fabric.engine.adjustments import Adjustment, adjust, changes_logits
 from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.runner import Chunk, Runner
 from fabric.engine.sampling import Draw, Score, choose, finite_rows, score
 from fabric.engine.scheduler import Run, Scheduler
+from fabric.errors import ConstraintFailed, FabricError, RowFailed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +32,10 @@ class Chosen:
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What a step gave, by task. Tasks in ``failed`` have logits that are not finite."""
+    """What a step gave, by task. Those in ``failed`` get no token and end."""
 
     chosen: dict[ActiveTask, list[Chosen]] = field(default_factory=dict)
-    failed: list[ActiveTask] = field(default_factory=list)
+    failed: dict[ActiveTask, FabricError] = field(default_factory=dict)
 
 
 def run_step(runs: Sequence[Run], runner: Runner, scheduler: Scheduler) -> Outcome:
@@ -56,7 +60,8 @@ def run_step(runs: Sequence[Run], runner: Runner, scheduler: Scheduler) -> Outco
     for run in runs:
         begin, end = end, end + run.num_wanted
         if not all(finite[begin:end]):
-            outcome.failed.append(run.row.active)
+            reason = "the model's output for it is not finite"
+            outcome.failed[run.row.active] = RowFailed(reason=reason)
             continue
         _score_prompt(run, logits_WV[begin:end])
         run.row.num_cached += run.num_tokens
@@ -64,11 +69,7 @@ def run_step(runs: Sequence[Run], runner: Runner, scheduler: Scheduler) -> Outco
             scheduler.keep(run.row)
         if run.row.num_remaining == 0:
             due += [(row, end - 1) for row in _next_rows(run.row, runner, scheduler)]
-    failed = set(outcome.failed)
-    due = [(row, index) for row, index in due if row.active not in failed]
-    if due:
-        for chosen in _choose(due, logits_WV):
-            outcome.chosen.setdefault(chosen.row.active, []).append(chosen)
+    _choose_all(due, logits_WV, outcome)
     return outcome
 
 
@@ -84,19 +85,59 @@ def _next_rows(row: Row, runner: Runner, scheduler: Scheduler) -> list[Row]:
     return active.rows
 
 
-def _choose(due: Sequence[tuple[Row, int]], logits_WV: Tensor) -> list[Chosen]:
+def _choose_all(due: Sequence[tuple[Row, int]], logits_WV: Tensor, outcome: Outcome) -> None:
+    """Choose the next token of each row; one whose constraint leaves none fails its task."""
+    allowed: dict[Row, NDArray[np.bool_]] = {}
+    for row, _ in due:
+        if row.matcher is not None:
+            try:
+                allowed[row] = row.matcher.allowed(logits_WV.shape[1])
+            except ConstraintFailed as error:
+                outcome.failed[row.active] = error
+    due = [(row, index) for row, index in due if row.active not in outcome.failed]
+    if not due:
+        return
     logits_RV = logits_WV[torch.tensor([index for _, index in due])]
-    tokens = choose(logits_RV, [_draw(row) for row, _ in due])
-    scored = [i for i, (row, _) in enumerate(due) if row.active.sampling.logprobs is not None]
-    scores: dict[int, Score] = {}
-    if scored:
-        most = max(due[i][0].active.sampling.logprobs or 0 for i in scored)
-        of_scored = score(logits_RV[scored], [tokens[i] for i in scored], most)
-        scores = dict(zip(scored, of_scored, strict=True))
-    return [
-        Chosen(row=row, token_id=tokens[i], score=_cut(scores.get(i), row))
+    adjustments = {
+        i: _adjustment(row, allowed.get(row))
         for i, (row, _) in enumerate(due)
-    ]
+        if row in allowed or changes_logits(row.active.sampling)
+    }
+    adjusted_RV = adjust(logits_RV, adjustments)
+    possible = finite_rows(adjusted_RV)
+    if not all(possible):
+        adjusted_RV = torch.where(torch.tensor(possible)[:, None], adjusted_RV, logits_RV)
+    tokens = choose(adjusted_RV, [_draw(row) for row, _ in due])
+    scores = _score_chosen([row for row, _ in due], tokens, logits_RV)
+    for i, (row, _) in enumerate(due):
+        if not possible[i]:
+            reason = "the model gives no probability to any token that may follow"
+            outcome.failed[row.active] = ConstraintFailed(reason=reason)
+            continue
+        chosen = Chosen(row=row, token_id=tokens[i], score=_cut(scores.get(i), row))
+        outcome.chosen.setdefault(row.active, []).append(chosen)
+
+
+def _adjustment(row: Row, allowed: NDArray[np.bool_] | None) -> Adjustment:
+    active = row.active
+    return Adjustment(
+        sampling=active.sampling,
+        prompt=active.prompt,
+        generated=row.tokens[len(active.prompt) :],
+        allowed=allowed,
+    )
+
+
+def _score_chosen(
+    rows: Sequence[Row], tokens: Sequence[int], logits_RV: Tensor
+) -> dict[int, Score]:
+    """Return the scores that were asked for: the model's own, before anything was adjusted."""
+    scored = [i for i, row in enumerate(rows) if row.active.sampling.logprobs is not None]
+    if not scored:
+        return {}
+    most = max(rows[i].active.sampling.logprobs or 0 for i in scored)
+    of_scored = score(logits_RV[scored], [tokens[i] for i in scored], most)
+    return dict(zip(scored, of_scored, strict=True))
 
 
 def _draw(row: Row) -> Draw:

@@ -16,6 +16,7 @@ from fabric import __version__
 from fabric.engine.batch import Batch, tell
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.config import EngineConfig
+from fabric.engine.constraints import Grammars
 from fabric.engine.fused import fuse
 from fabric.engine.intake import Intake
 from fabric.engine.interface import EngineInfo, EventSink
@@ -189,12 +190,11 @@ class TorchEngine:
             engine=f"fabric {__version__} (torch {torch.__version__},"
             f" transformers {transformers.__version__})",
         )
-        return Batch(
-            runner,
-            Intake(texts, eos_ids=loaded.eos_ids, digest=loaded.digest, limits=limits),
-            Reports(texts),
-            config,
+        grammars = Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, eos_ids=loaded.eos_ids)
+        intake = Intake(
+            texts, grammars, eos_ids=loaded.eos_ids, digest=loaded.digest, limits=limits
         )
+        return Batch(runner, intake, Reports(texts), config)
 
     def _serve(self, batch: Batch) -> None:
         try:

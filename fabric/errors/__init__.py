@@ -10,7 +10,8 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        TicketForeign, TicketSpent), CredentialsRefused,
     │                        TokenExpired, TokenInvalid, NotAMember, ProjectNotChosen,
     │                        ProjectForeign, AuthUnavailable, LoginRequired, LoginFailed
-    ├── AdmissionError       RequestInvalid (UnknownParameter, UnsupportedParameter), BodyInvalid,
+    ├── AdmissionError       RequestInvalid (UnknownParameter, UnsupportedParameter,
+    │                        ConstraintInvalid), BodyInvalid,
     │                        UnknownModel, UnknownSite, ContextExceeded, BodyTooLarge,
     │                        TooManyRequests, Duplicate, FilesFull, FileInUse, BatchOver,
     │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
@@ -21,7 +22,8 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        TaskLost, TaskTimedOut, TaskFailed
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
     │                        BalanceUnavailable
-    ├── EngineError          ModelNotLoadable, RowFailed, CacheExhausted, EngineStopped
+    ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
+    │                        EngineStopped
     ├── ProgramError
     ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
     │                        UnknownStore, StoreUnreachable
@@ -41,6 +43,7 @@ from fabric.errors.admission import (
     AdmissionError,
     BodyInvalid,
     BodyTooLarge,
+    ConstraintInvalid,
     ContextExceeded,
     Duplicate,
     RequestInvalid,
@@ -72,6 +75,7 @@ from fabric.errors.compute import (
     BlockFailed,
     CacheExhausted,
     CanaryFailed,
+    ConstraintFailed,
     EngineError,
     EngineStopped,
     LaunchError,
@@ -185,6 +189,8 @@ __all__ = [
     "CanaryFailed",
     "ChargeExceedsHold",
     "ConfigError",
+    "ConstraintFailed",
+    "ConstraintInvalid",
     "ContextExceeded",
     "CredentialsRefused",
     "DeadlineExceeded",

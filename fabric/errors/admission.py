@@ -49,6 +49,22 @@ class UnsupportedParameter(RequestInvalid):
     code = "unsupported_parameter"
 
 
+class ConstraintInvalid(RequestInvalid):
+    """What a request says its answer must be cannot be read, met or afforded."""
+
+    code = "invalid_constraint"
+
+    def __init__(self, *, kind: str, reason: str) -> None:
+        AdmissionError.__init__(
+            self,
+            f"The answer cannot be held to the request's {kind.replace('_', ' ')}: {reason}."
+            " Correct it, or make it simpler.",
+            param="response_format" if kind == "json_schema" else f"fabric.{kind}",
+            kind=kind,
+            reason=reason,
+        )
+
+
 class BodyInvalid(AdmissionError):
     """The body is not a JSON object in UTF-8."""
 

@@ -115,6 +115,20 @@ class RowFailed(EngineError):
         )
 
 
+class ConstraintFailed(EngineError):
+    """The answer could not be held any further to what the request says it must be."""
+
+    code = "constraint_failed"
+    http_status = 422
+
+    def __init__(self, *, reason: str) -> None:
+        super().__init__(
+            f"The answer could not be held to its constraint: {reason}. Make the schema, the"
+            " regular expression or the choices simpler.",
+            reason=reason,
+        )
+
+
 class CacheExhausted(EngineError):
     """The request can never fit this instance's KV cache."""
 

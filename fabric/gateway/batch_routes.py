@@ -19,7 +19,7 @@ from fabric.errors import NotFound, RequestCancelled, RequestInvalid, Unsupporte
 from fabric.gateway.access import Needs
 from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.hub import caller_of, hub_of
-from fabric.gateway.openai_models import Body
+from fabric.gateway.openai_fields import Body
 from fabric.gateway.replies import Json
 
 FILES_PATH = "/v1/files"

@@ -5,13 +5,32 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, PlainValidator, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainValidator,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
 from fabric.messages import TextInput, TokensInput
 
 MAX_PROMPTS = 128
 """The most prompts one completion request may carry; each is a run of its own."""
+
+
+class Body(BaseModel):
+    """The base of every body the gateway reads: closed, strict and without NaN."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
 
 
 def neutral(*values: object) -> AfterValidator:

@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from fabric.gateway.openai_fields import Content, Prompts, Stop, neutral
+from fabric.errors import RequestInvalid
+from fabric.gateway.fabric_options import FabricOptions
+from fabric.gateway.openai_fields import Body, Content, Prompts, Stop, neutral
 from fabric.gateway.refusals import refusal_of
+from fabric.gateway.response_format import ResponseFormat
 from fabric.messages import (
     ChatInput,
     ChatMessage,
+    Constraint,
     ModelRef,
     Request,
     Sampling,
@@ -28,39 +32,11 @@ from fabric.messages import (
 DEFAULT_COMPLETION_TOKENS = 16
 """What the OpenAI API generates for a completion that does not say ``max_tokens``."""
 
-
-class Body(BaseModel):
-    """The base of every body the gateway reads: closed, strict and without NaN."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-    )
-
-
-class FabricOptions(Body):
-    """The one object of a request that is ours; see ``fabric.messages.Request``."""
-
-    data_site: str | None = None
-    data_bytes: int | None = None
-    sites: tuple[str, ...] | None = None
-    deadline_s: float | None = None
-    policy: str | None = None
-    weights: dict[str, float] | None = None
-    tier: str | None = None
-
-    @model_validator(mode="after")
-    def _data_has_a_home(self) -> Self:
-        if self.policy == "local-only" and self.data_site is None:
-            raise PydanticCustomError(
-                "param",
-                "the policy 'local-only' needs it: the site the data may not leave",
-                {"param": "fabric.data_site"},
-            )
-        return self
+_SAMPLING = (
+    *("n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
+)
+"""The parameters that have the names of ``Sampling``'s fields."""
 
 
 class StreamOptions(Body):
@@ -82,14 +58,15 @@ class Generation(Body):
     seed: int | None = None
     stop: Stop = None
     ignore_eos: bool | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     fabric: FabricOptions | None = None
-
-    presence_penalty: Annotated[object, neutral(0)] = None
-    frequency_penalty: Annotated[object, neutral(0)] = None
-    logit_bias: Annotated[object, neutral({})] = None
 
     @model_validator(mode="after")
     def _usage_of_a_stream(self) -> Self:
@@ -107,15 +84,25 @@ class Generation(Body):
     def _sampling(
         self, special: Mapping[str, object], rename: Mapping[str, str] | None = None
     ) -> Sampling:
-        names = ("n", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        constraints = self._constraints()
+        if len(constraints) > 1:
+            first, second, *_ = constraints
+            raise RequestInvalid(
+                param=second, value="given", reason=f"{first} says already what the answer must be"
+            )
+        given["constraint"] = next(iter(constraints.values()), None)
         try:
             return Sampling.model_validate({**given, **special})
         except ValidationError as error:
             raise refusal_of(error, rename=rename) from None
 
+    def _constraints(self) -> dict[str, Constraint]:
+        """Return what the answer must be, by each parameter that says so."""
+        return self.fabric.to_constraints() if self.fabric else {}
+
     def _request(self, input: TextInput | TokensInput | ChatInput, sampling: Sampling) -> Request:
-        options = {} if self.fabric is None else self.fabric.model_dump(exclude_none=True)
+        options = self.fabric.to_fields() if self.fabric else {}
         try:
             return Request(
                 model=self.model,
@@ -180,7 +167,7 @@ class ChatBody(Generation):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: Annotated[object, neutral({"type": "text"})] = None
+    response_format: ResponseFormat | None = None
     tools: Annotated[object, neutral([])] = None
     tool_choice: Annotated[object, neutral("none", "auto")] = None
     parallel_tool_calls: Annotated[object, neutral(True, False)] = None
@@ -205,6 +192,11 @@ class ChatBody(Generation):
                 {"param": "max_completion_tokens"},
             )
         return self
+
+    def _constraints(self) -> dict[str, Constraint]:
+        constraint = self.response_format.to_constraint() if self.response_format else None
+        own = {} if constraint is None else {"response_format": constraint}
+        return {**own, **super()._constraints()}
 
     def to_request(self) -> Request:
         """Return the request.

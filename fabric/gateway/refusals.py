@@ -69,6 +69,8 @@ def _path(location: Sequence[object]) -> str:
     """Return ``messages[0].role`` for ``("messages", 0, "role")``."""
     path = ""
     for part in location:
+        if part == "[key]":  # pydantic's mark behind a key that is wrong itself
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     return path
 

@@ -5,6 +5,7 @@ comes back, ``session`` the frames around them, ``run`` what the hub tells its c
 the states. All are JSON; unknown fields are refused.
 """
 
+from fabric.messages.constraint import Choices, Constraint, JsonSchema, Regex
 from fabric.messages.events import (
     Accepted,
     Event,
@@ -57,6 +58,8 @@ __all__ = [
     "Candidate",
     "ChatInput",
     "ChatMessage",
+    "Choices",
+    "Constraint",
     "Credit",
     "Drain",
     "EngineOptions",
@@ -72,6 +75,7 @@ __all__ = [
     "InstanceSpec",
     "InstanceState",
     "InstanceStatus",
+    "JsonSchema",
     "Launch",
     "Limits",
     "Load",
@@ -83,6 +87,7 @@ __all__ = [
     "Reach",
     "Redeem",
     "Redeemed",
+    "Regex",
     "Request",
     "RunCompleted",
     "RunEvent",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
+from fabric.messages.constraint import Constraint
 from fabric.messages.wire import Wire
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
 
 ModelRef = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,128}(@[A-Za-z0-9_.:-]{1,128})?$")
@@ -66,6 +69,10 @@ class Sampling(Wire):
     ``temperature`` 0 is greedy. ``logprobs`` counts alternatives per token (0: the chosen token
     only; ``None``: none at all). ``prompt_logprobs`` scores the prompt's own tokens too.
     ``ignore_eos`` generates on past the end-of-sequence token, to ``max_tokens``.
+    ``min_p`` drops tokens less probable than this part of the most probable one.
+    ``presence_penalty`` and ``frequency_penalty`` count the tokens of the answer,
+    ``repetition_penalty`` (1: none) those of the prompt too; ``logit_bias`` is added by token id.
+    ``constraint`` says what the answer must be.
     """
 
     max_tokens: int | None = Field(default=None, ge=0)
@@ -80,6 +87,24 @@ class Sampling(Wire):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     prompt_logprobs: bool = False
     ignore_eos: bool = False
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0)
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100.0, le=100.0)]] = (
+        Field(default={}, max_length=MAX_BIASES)
+    )
+    constraint: Annotated[Constraint, Field(discriminator="kind")] | None = None
+
+    @model_validator(mode="after")
+    def _ends_where_its_constraint_does(self) -> Self:
+        if self.constraint is not None and self.ignore_eos:
+            raise PydanticCustomError(
+                "param",
+                "an answer with a constraint ends where that says; leave it out",
+                {"param": "ignore_eos"},
+            )
+        return self
 
     @property
     def reproducible(self) -> bool:

@@ -230,6 +230,12 @@ def tiny(drive: Callable[..., Driver]) -> Driver:
 
 
 @pytest.fixture(scope="session")
+def byte_tokens() -> PreTrainedTokenizerFast:
+    """The tiny models' tokenizer."""
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
 def heard() -> Callable[..., Heard]:
     """Make a sink that reacts to events."""
     return lambda on_event=None: Heard(on_event=on_event)

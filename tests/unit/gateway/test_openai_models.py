@@ -12,10 +12,13 @@ from fabric.errors import BodyInvalid, FabricError, RequestInvalid, UnsupportedP
 from fabric.gateway.openai_fields import MAX_PROMPTS
 from fabric.gateway.openai_models import ChatBody, CompletionBody
 from fabric.gateway.refusals import refusal_of
-from fabric.messages import ChatInput, Request, TextInput, TokensInput
+from fabric.messages import ChatInput, Choices, JsonSchema, Regex, Request, TextInput, TokensInput
 
 COMPLETION = {"model": "m", "prompt": "p"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "null"}}}
 
 
 def completions(**fields: Any) -> list[Request]:
@@ -71,6 +74,37 @@ def test_sampling_fields_arrive_in_the_request() -> None:
     assert (sampling.n, sampling.seed, sampling.stop) == (2, 7, ("\n",))
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.0, 0.5, 3)
     assert (sampling.max_tokens, sampling.ignore_eos) == (9, True)
+
+
+def test_penalties_and_biases_arrive_in_the_request() -> None:
+    penalties = {"presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.2}
+    sampling = chat(**penalties, logit_bias={"50": 1, "7": -100}, min_p=0.1).sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -1.0)
+    assert (sampling.repetition_penalty, sampling.min_p) == (1.2, 0.1)
+    assert sampling.logit_bias == {50: 1.0, 7: -100.0}
+
+
+def test_what_an_answer_must_be_arrives_in_the_request() -> None:
+    ordered = {"type": "object", "properties": {"z": {}, "a": {"const": "é"}}}
+    named = {"name": "n", "schema": ordered, "strict": True, "description": "d"}
+    constraint = chat(response_format={"type": "json_schema", "json_schema": named})
+    definition = json.dumps(ordered, ensure_ascii=False)
+    assert constraint.sampling.constraint == JsonSchema(definition=definition)
+    ours = completions(fabric={"json_schema": ordered})[0].sampling
+    assert ours.constraint == JsonSchema(definition=definition)
+    any_object = chat(response_format={"type": "json_object"}).sampling.constraint
+    assert any_object == JsonSchema(definition='{"type": "object"}')
+    assert chat(response_format={"type": "text"}).sampling.constraint is None
+    assert chat(fabric={"regex": "a+"}).sampling.constraint == Regex(pattern="a+")
+    two = completions(fabric={"choices": ["a", "b"]})[0].sampling.constraint
+    assert two == Choices(texts=("a", "b"))
+
+
+def test_a_schema_over_the_cap_is_refused_before_it_travels() -> None:
+    huge = {"name": "n", "schema": {"description": "x" * 70_000}}
+    error = refusal(chat, response_format={"type": "json_schema", "json_schema": huge})
+    assert isinstance(error, RequestInvalid)
+    assert error.detail["param"] == "response_format"
 
 
 def test_completions_default_to_16_tokens_and_chats_to_the_room_there_is() -> None:
@@ -154,6 +188,23 @@ def test_the_fabric_object_arrives_in_the_request() -> None:
         (completions, {"fabric": {"weights": {"price": -1}}}, "fabric.weights.price"),
         (completions, {"fabric": {"policy": "local-only"}}, "fabric.data_site"),
         (completions, {"fabric": {"colour": 1}}, "fabric.colour"),
+        (completions, {"min_p": 1.1}, "min_p"),
+        (completions, {"presence_penalty": 2.1}, "presence_penalty"),
+        (completions, {"frequency_penalty": "1"}, "frequency_penalty"),
+        (completions, {"repetition_penalty": 0}, "repetition_penalty"),
+        (completions, {"logit_bias": {"x": 1}}, "logit_bias.x"),
+        (completions, {"logit_bias": {"-1": 1}}, "logit_bias.-1"),
+        (completions, {"logit_bias": {"5": 101}}, "logit_bias.5"),
+        (completions, {"fabric": {"regex": ""}}, "fabric.regex"),
+        (completions, {"fabric": {"regex": "a" * 5000}}, "fabric.regex"),
+        (completions, {"fabric": {"choices": []}}, "fabric.choices"),
+        (completions, {"fabric": {"choices": ["a", ""]}}, "fabric.choices[1]"),
+        (completions, {"fabric": {"regex": "a", "choices": ["a"]}}, "fabric.choices"),
+        (completions, {"fabric": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
+        (chat, {"response_format": {"type": "xml"}}, "response_format.type"),
+        (chat, {"response_format": {"type": "json_schema"}}, "response_format"),
+        (chat, {"response_format": SCHEMA | {"type": "json_object"}}, "response_format"),
+        (chat, {"response_format": SCHEMA, "fabric": {"regex": "a"}}, "fabric.regex"),
         (chat, {"messages": []}, "messages"),
         (chat, {"messages": "hi"}, "messages"),
         (chat, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
@@ -182,12 +233,8 @@ def test_a_bad_parameter_is_named_with_its_value_and_a_remedy(
 @pytest.mark.parametrize(
     ("parse", "name", "neutral", "other"),
     [
-        (completions, "presence_penalty", 0, 0.5),
-        (completions, "frequency_penalty", 0.0, -1),
-        (completions, "logit_bias", {}, {"50": 1}),
         (completions, "best_of", 1, 2),
         (completions, "suffix", "", "end"),
-        (chat, "response_format", {"type": "text"}, {"type": "json_object"}),
         (chat, "tools", [], [{"type": "function"}]),
         (chat, "tool_choice", "none", "required"),
         (chat, "store", False, True),

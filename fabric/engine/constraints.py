@@ -1,0 +1,153 @@
+"""Which tokens may come next, by what a request says its answer must be.
+
+A grammar is compiled once; each row walks its own copy of it. llguidance bounds what a grammar may
+take by fuel, but not everything: what takes too long all the same ends its own request.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Collection
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance.hf import from_tokenizer
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from fabric.errors import ConstraintFailed, ConstraintInvalid
+from fabric.messages import Constraint, JsonSchema, Regex
+
+_NUM_KEPT = 32
+"""Compiled grammars that are kept for the next request."""
+
+_LONGEST_S = 0.5
+"""Processor time of one mask: the whole batch waits for it."""
+
+_WHITESPACE = r"[ \n\t]{0,32}"
+"""Between the parts of JSON. Without a bound, a small model may write nothing else for ever."""
+
+
+class Matcher:
+    """How far one row has come in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is complete and nothing may follow."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def copy(self) -> Matcher:
+        """Return another one at the same place."""
+        return Matcher(self._matcher.deep_copy())
+
+    def allowed(self, vocabulary: int) -> NDArray[np.bool_]:
+        """Say of each token whether it may come next; end-of-sequence only after a whole answer.
+
+        Raises:
+            ConstraintFailed: The grammar has grown too complex here, or allows nothing.
+        """
+        started = time.thread_time()
+        packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        took_s = time.thread_time() - started
+        if self._matcher.is_error():
+            raise ConstraintFailed(reason=_reason(self._matcher))
+        if took_s > _LONGEST_S:
+            raise ConstraintFailed(reason=f"one token of it took {took_s:.1f} s to prepare")
+        bits = np.unpackbits(packed, count=vocabulary, bitorder="little")
+        return bits.view(np.bool_)
+
+    def advance(self, token_id: int) -> None:
+        """Take the row's next token.
+
+        Raises:
+            ConstraintFailed: The grammar does not allow it.
+        """
+        if not self._matcher.consume_token(token_id):
+            raise ConstraintFailed(reason=f"it does not allow the token {token_id} here")
+
+
+class Grammars:
+    """Compiles constraints for one model.
+
+    Args:
+        tokenizer: The model's.
+        vocabulary: Rows of the input embedding.
+        eos_ids: Tokens that end a row.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        vocabulary: int,
+        eos_ids: Collection[int],
+    ) -> None:
+        self._compiled: OrderedDict[Constraint, Matcher] = OrderedDict()
+        self._limits = LLParserLimits(
+            max_lexer_states=50_000, max_grammar_size=200_000, verbose_errors=False
+        )
+        self._vocabulary = vocabulary
+        self._tokenizer: LLTokenizer | None = None
+        self._why_not = "the model has no end-of-sequence token"
+        if eos_ids:
+            try:
+                self._tokenizer = from_tokenizer(
+                    tokenizer,
+                    n_vocab=max(vocabulary, len(tokenizer)),
+                    eos_token=sorted(eos_ids),
+                )
+            except Exception as error:  # the model can be served all the same
+                self._why_not = f"the model's tokenizer is of a kind without grammars ({error})"
+
+    def start(self, constraint: Constraint) -> Matcher:
+        """Return a matcher at the beginning of an answer.
+
+        Raises:
+            ConstraintInvalid: It cannot be read, nothing satisfies it, or it is too complex.
+        """
+        if constraint not in self._compiled:
+            self._compiled[constraint] = self._compile(constraint)
+            if len(self._compiled) > _NUM_KEPT:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(constraint)
+        return self._compiled[constraint].copy()
+
+    def _compile(self, constraint: Constraint) -> Matcher:
+        if self._tokenizer is None:
+            raise ConstraintInvalid(kind=constraint.kind, reason=self._why_not)
+        try:
+            grammar = _grammar(constraint)
+        except ValueError as error:
+            raise ConstraintInvalid(kind=constraint.kind, reason=str(error)) from error
+        raw = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        if raw.is_error():
+            raise ConstraintInvalid(kind=constraint.kind, reason=_reason(raw))
+        matcher = Matcher(raw)
+        try:
+            matcher.allowed(self._vocabulary)
+        except ConstraintFailed as error:
+            reason = str(error.detail["reason"])
+            raise ConstraintInvalid(kind=constraint.kind, reason=reason) from error
+        return matcher
+
+
+def _grammar(constraint: Constraint) -> str:
+    match constraint:
+        case JsonSchema(definition=definition):
+            return LLMatcher.grammar_from_json_schema(
+                definition, overrides={"whitespace_pattern": _WHITESPACE}
+            )
+        case Regex(pattern=pattern):
+            return grammar_from("regex", pattern)
+        case _:
+            return grammar_from("choice", json.dumps(constraint.texts))
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """Return llguidance's finding in one line."""
+    return " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())[:300]
