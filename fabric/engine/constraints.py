@@ -7,13 +7,13 @@ take by fuel, but not everything: what takes too long all the same ends its own 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
-from llguidance.hf import from_tokenizer
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
@@ -28,6 +28,10 @@ _LONGEST_S = 0.5
 
 _WHITESPACE = r"[ \n\t]{0,32}"
 """Between the parts of JSON. Without a bound, a small model may write nothing else for ever."""
+
+
+_SAMPLE = 'A sample: {"naïve 🎉": [1, -2.5e3]}\n\tend'
+"""Text by which a tokenizer is checked."""
 
 
 class Matcher:
@@ -87,22 +91,25 @@ class Grammars:
         vocabulary: int,
         eos_ids: Collection[int],
     ) -> None:
+        self._given = tokenizer
+        self._eos_ids = sorted(eos_ids)
+        self._reading = threading.Lock()
         self._compiled: OrderedDict[Constraint, Matcher] = OrderedDict()
         self._limits = LLParserLimits(
             max_lexer_states=50_000, max_grammar_size=200_000, verbose_errors=False
         )
         self._vocabulary = vocabulary
         self._tokenizer: LLTokenizer | None = None
-        self._why_not = "the model has no end-of-sequence token"
-        if eos_ids:
-            try:
-                self._tokenizer = from_tokenizer(
-                    tokenizer,
-                    n_vocab=max(vocabulary, len(tokenizer)),
-                    eos_token=sorted(eos_ids),
-                )
-            except Exception as error:  # the model can be served all the same
-                self._why_not = f"the model's tokenizer is of a kind without grammars ({error})"
+        self._why_not = "" if eos_ids else "the model has no end-of-sequence token"
+
+    def read_tokenizer(self) -> None:
+        """Read the tokenizer, once; a second or two, which need not be a request's."""
+        with self._reading:
+            if self._tokenizer is None and not self._why_not:
+                try:
+                    self._tokenizer = _read(self._given, self._vocabulary, self._eos_ids)
+                except Exception as error:  # the model can be served all the same
+                    self._why_not = f"the model's tokenizer is not of a known kind ({error})"
 
     def start(self, constraint: Constraint) -> Matcher:
         """Return a matcher at the beginning of an answer.
@@ -118,6 +125,7 @@ class Grammars:
         return self._compiled[constraint].copy()
 
     def _compile(self, constraint: Constraint) -> Matcher:
+        self.read_tokenizer()
         if self._tokenizer is None:
             raise ConstraintInvalid(kind=constraint.kind, reason=self._why_not)
         try:
@@ -136,6 +144,31 @@ class Grammars:
         return matcher
 
 
+def _read(tokenizer: PreTrainedTokenizerFast, vocabulary: int, eos_ids: list[int]) -> LLTokenizer:
+    """Return the tokenizer as llguidance knows it.
+
+    Raises:
+        ValueError: They do not agree on the bytes of tokens.
+    """
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["padding"] = described["truncation"] = None
+    if "ByteLevel" in json.dumps(described["pre_tokenizer"]):
+        # Read from GGUF, it also names decoders of other families; llguidance goes by the first.
+        described["decoder"] = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": False,
+            "use_regex": True,
+        }
+    known = LLTokenizer(
+        json.dumps(described), n_vocab=max(vocabulary, len(tokenizer)), eos_token=eos_ids
+    )
+    ids = tokenizer.encode(_SAMPLE, add_special_tokens=False)
+    if known.decode_bytes(ids).decode(errors="replace").lstrip() != _SAMPLE:
+        raise ValueError("the bytes of its tokens cannot be told")
+    return known
+
+
 def _grammar(constraint: Constraint) -> str:
     match constraint:
         case JsonSchema(definition=definition):
@@ -150,4 +183,5 @@ def _grammar(constraint: Constraint) -> str:
 
 def _reason(matcher: LLMatcher) -> str:
     """Return llguidance's finding in one line."""
-    return " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())[:300]
+    text, *_ = matcher.get_error().partition("<backtrace>")
+    return " ".join(text.removesuffix("<non-verbose/>").split())[:300]

@@ -191,6 +191,7 @@ class TorchEngine:
             f" transformers {transformers.__version__})",
         )
         grammars = Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, eos_ids=loaded.eos_ids)
+        threading.Thread(target=grammars.read_tokenizer, name="grammars", daemon=True).start()
         intake = Intake(
             texts, grammars, eos_ids=loaded.eos_ids, digest=loaded.digest, limits=limits
         )

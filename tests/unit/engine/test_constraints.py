@@ -151,7 +151,6 @@ def test_logprobs_are_those_of_the_model_before_the_grammar(tiny):
         (regex("[a-"), "unclosed"),
         (regex(r"(?=a)b"), "look-around"),
         (regex(r"[^\s\S]"), "NoExtension"),
-        (regex("(a{1000}){1000}"), "took"),
         (schema({"allOf": [MANY] * 6}), "too large"),
     ],
 )
@@ -161,6 +160,13 @@ def test_what_cannot_be_met_is_refused_alone(tiny, constraint, said):
     assert failure.code == "invalid_constraint"
     assert said in failure.message
     assert len(failure.message) < 500
+    assert neighbour.finished.finish_reasons == ("length",)
+
+
+def test_an_expression_that_explodes_ends_alone(tiny):
+    neighbour = tiny.ask("neighbour", max_tokens=20, ignore_eos=True)
+    explosive = tiny.ask("x", constraint=regex("(a{1000}){1000}"), max_tokens=20, **GREEDY)
+    assert explosive.failed.failure.code in {"invalid_constraint", "constraint_failed"}
     assert neighbour.finished.finish_reasons == ("length",)
 
 
