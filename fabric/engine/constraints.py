@@ -163,7 +163,8 @@ def _read(tokenizer: PreTrainedTokenizerFast, vocabulary: int, eos_ids: list[int
     known = LLTokenizer(
         json.dumps(described), n_vocab=max(vocabulary, len(tokenizer)), eos_token=eos_ids
     )
-    ids = tokenizer.encode(_SAMPLE, add_special_tokens=False)
+    # The backend's own encode changes nothing in it, so other threads may use it meanwhile.
+    ids = tokenizer.backend_tokenizer.encode(_SAMPLE, add_special_tokens=False).ids
     if known.decode_bytes(ids).decode(errors="replace").lstrip() != _SAMPLE:
         raise ValueError("the bytes of its tokens cannot be told")
     return known

@@ -104,7 +104,7 @@ def _choose_all(due: Sequence[tuple[Row, int]], logits_WV: Tensor, outcome: Outc
         if row in allowed or changes_logits(row.active.sampling)
     }
     adjusted_RV = adjust(logits_RV, adjustments)
-    possible = finite_rows(adjusted_RV)
+    possible = finite_rows(adjusted_RV) if adjustments else [True] * len(due)
     if not all(possible):
         adjusted_RV = torch.where(torch.tensor(possible)[:, None], adjusted_RV, logits_RV)
     tokens = choose(adjusted_RV, [_draw(row) for row, _ in due])

@@ -119,7 +119,7 @@ class ConstraintFailed(EngineError):
     """The answer could not be held any further to what the request says it must be."""
 
     code = "constraint_failed"
-    http_status = 422
+    http_status = 400
 
     def __init__(self, *, reason: str) -> None:
         super().__init__(

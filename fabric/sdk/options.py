@@ -20,6 +20,15 @@ class Options(TypedDict, total=False):
         max_tokens: The most tokens to generate.
         temperature: 0 is greedy, up to 2.
         top_p: Sample from the smallest set of tokens with this probability.
+        top_k: Sample from so many of the most probable tokens; 0 for all.
+        min_p: Drop tokens less probable than this part of the most probable one.
+        presence_penalty: Taken from the logit of every token that the answer holds, -2 to 2.
+        frequency_penalty: The same, once for each time that the answer holds it.
+        repetition_penalty: Divides the logits of tokens of prompt and answer; 1 changes nothing.
+        logit_bias: Added to logits, by token id, -100 to 100.
+        json_schema: The answer is JSON that this schema accepts.
+        regex: The whole answer matches this regular expression.
+        choices: The answer is one of these texts.
         seed: Makes sampling repeatable.
         stop: Strings that end the output.
         n: How many choices.
@@ -39,6 +48,15 @@ class Options(TypedDict, total=False):
     max_tokens: int | None
     temperature: float | None
     top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    json_schema: Mapping[str, object] | None
+    regex: str | None
+    choices: Sequence[str] | None
     seed: int | None
     stop: str | Sequence[str] | None
     n: int | None
@@ -54,7 +72,10 @@ class Options(TypedDict, total=False):
 
 
 _FABRIC_FIELDS = frozenset(
-    {"data_site", "data_bytes", "sites", "deadline_s", "policy", "weights", "tier"}
+    {
+        *("data_site", "data_bytes", "sites", "deadline_s", "policy", "weights", "tier"),
+        *("json_schema", "regex", "choices"),
+    }
 )
 
 

@@ -7,10 +7,12 @@ import re
 
 import jsonschema
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from fabric.engine.constraints import Grammars
 from fabric.errors import ConstraintInvalid
-from fabric.messages import Choices
+from fabric.messages import Choices, Regex
 
 PERSON = {
     "type": "object",
@@ -182,3 +184,26 @@ def test_a_model_without_an_end_has_no_constrained_answers(byte_tokens):
     endless = Grammars(byte_tokens, vocabulary=259, eos_ids=())
     with pytest.raises(ConstraintInvalid, match="no end-of-sequence token"):
         endless.start(Choices(texts=("a",)))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "read from GGUF", "pieces"])
+def test_tokenizers_of_all_kinds_write_spaces_and_other_scripts(byte_tokens, kind):
+    backend = Tokenizer.from_str(byte_tokens.backend_tokenizer.to_str())
+    pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if kind == "read from GGUF":
+        backend.decoder = decoders.Sequence([*pieces, decoders.ByteLevel()])
+    if kind == "pieces":
+        names = ["<unk>", "<end>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abé1"]
+        vocabulary = {name: i for i, name in enumerate(names)}
+        backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.decoder = decoders.Sequence(pieces)
+        backend.add_special_tokens(["<end>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    size = len(tokenizer)
+    grammars = Grammars(tokenizer, vocabulary=size, eos_ids=[size - 1 if kind != "pieces" else 1])
+    matcher, ids = grammars.start(Regex(pattern="( é|🎉 1){3}")), []
+    while not matcher.done:
+        ids.append(int(matcher.allowed(size).nonzero()[0][-1]))
+        matcher.advance(ids[-1])
+    assert re.fullmatch("( é|🎉 1){3}", backend.decode(ids))

@@ -8,8 +8,12 @@ from fabric.errors import ContextExceeded, FabricError, InsufficientBalance, Pro
 from fabric.messages import (
     ChatInput,
     ChatMessage,
+    Choices,
+    Constraint,
     Failure,
     InstanceState,
+    JsonSchema,
+    Regex,
     Request,
     RunState,
     Sampling,
@@ -41,6 +45,17 @@ def test_token_frame_round_trips(text: str, position: int, logprob: float | None
 def test_task_frame_round_trips(prompt: str, seed: int | None) -> None:
     request = Request(model="m@1", input=TextInput(text=prompt), sampling=Sampling(seed=seed))
     task = Task(id=request.id, attempt=2, request=request, digest="d", prefix=(1, 2), deadline_s=3)
+    assert parse_from_hub(task.model_dump_json()) == task
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [JsonSchema(definition='{"type": "object"}'), Regex(pattern="é+"), Choices(texts=("a", "b"))],
+)
+def test_what_an_answer_must_be_round_trips(constraint: Constraint) -> None:
+    sampling = Sampling(constraint=constraint, logit_bias={7: -1.5}, presence_penalty=0.5)
+    request = Request(model="m@1", input=TextInput(text="x"), sampling=sampling)
+    task = Task(id=request.id, attempt=1, request=request, digest="d", deadline_s=3)
     assert parse_from_hub(task.model_dump_json()) == task
 
 
