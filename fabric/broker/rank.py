@@ -37,8 +37,8 @@ EXPLORE_MARGIN_S = 1.0
 class Ranking:
     """What each replica of a pool costs one request; infinite where it cannot go.
 
-    The filters that rarely exclude anything (context, choices, deadline, end of the block) are
-    looked at for the winner first, and for all only if it fails them.
+    The filters that rarely exclude anything (mode, context, choices, deadline, end of the block)
+    are looked at for the winner first, and for all only if it fails them.
     """
 
     def __init__(self, request: Request, pool: Pool, context: Context) -> None:
@@ -172,6 +172,7 @@ class Ranking:
         barred_N = first_N > self._context.remaining_s
         barred_N |= total_N > pool.column("ends_at") - pool.now
         barred_N |= pool.column("max_rows") < request.sampling.n
+        barred_N |= np.array([request.mode not in one.modes for one in pool.snapshots], bool)
         if (length := known_length(request)) is not None:
             barred_N |= pool.column("context_tokens") < length
         self.cost_N[barred_N] = math.inf

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from fabric.gateway.openai_fields import Content, Prompts, Stop, neutral
+from fabric.gateway.openai_fields import Content, InputTexts, Prompts, Stop, neutral
 from fabric.gateway.refusals import refusal_of
 from fabric.messages import (
+    EMBED_SAMPLING,
     ChatInput,
     ChatMessage,
     ModelRef,
+    Pooling,
     Request,
     Sampling,
     TextInput,
@@ -221,3 +223,40 @@ class ChatBody(Generation):
             rename["max_tokens"] = "max_completion_tokens"
         chat = ChatInput(messages=tuple(turn.to_message() for turn in self.messages))
         return self._request(chat, self._sampling(special, rename))
+
+
+class EmbeddingOptions(FabricOptions):
+    """Ours, of a request for embeddings."""
+
+    pooling: Pooling | None = None
+
+
+class EmbeddingBody(Body):
+    """``POST /v1/embeddings``."""
+
+    model: ModelRef
+    input: InputTexts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+    fabric: EmbeddingOptions | None = None
+
+    def requests(self) -> Iterator[Request]:
+        """Yield one request a text.
+
+        Raises:
+            RequestInvalid: A parameter is out of its bounds.
+        """
+        options = {} if self.fabric is None else self.fabric.model_dump(exclude_none=True)
+        for text in self.input:
+            try:
+                yield Request(
+                    mode="embed",
+                    model=self.model,
+                    input=text,
+                    sampling=EMBED_SAMPLING,
+                    dimensions=self.dimensions,
+                    **options,
+                )
+            except ValidationError as error:
+                raise refusal_of(error, within="fabric") from None

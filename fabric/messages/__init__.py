@@ -7,6 +7,7 @@ the states. All are JSON; unknown fields are refused.
 
 from fabric.messages.events import (
     Accepted,
+    Embedding,
     Event,
     Failed,
     Failure,
@@ -16,13 +17,18 @@ from fabric.messages.events import (
     Token,
     TopLogprob,
     Usage,
+    pack_floats,
+    unpack_floats,
 )
 from fabric.messages.launch import EngineOptions, InstanceSpec, InstanceStatus, Launch, Reach
 from fabric.messages.lifecycle import InstanceState, RunState
 from fabric.messages.request import (
+    EMBED_SAMPLING,
     ChatInput,
     ChatMessage,
+    Mode,
     ModelRef,
+    Pooling,
     Request,
     Sampling,
     TextInput,
@@ -52,6 +58,7 @@ from fabric.messages.session import (
 from fabric.messages.task import Task
 
 __all__ = [
+    "EMBED_SAMPLING",
     "Accepted",
     "Cancel",
     "Candidate",
@@ -59,6 +66,7 @@ __all__ = [
     "ChatMessage",
     "Credit",
     "Drain",
+    "Embedding",
     "EngineOptions",
     "Event",
     "Failed",
@@ -76,9 +84,11 @@ __all__ = [
     "Limits",
     "Load",
     "Metered",
+    "Mode",
     "ModelRef",
     "Placed",
     "Placement",
+    "Pooling",
     "PromptScored",
     "Reach",
     "Redeem",
@@ -99,6 +109,8 @@ __all__ = [
     "Usage",
     "Welcome",
     "new_id",
+    "pack_floats",
     "parse_from_hub",
     "parse_from_instance",
+    "unpack_floats",
 ]
