@@ -175,6 +175,7 @@ class TorchEngine:
             context_tokens=min(context_tokens, cache_tokens),
             max_rows=config.max_rows,
             cache_tokens=cache_tokens,
+            modes=("query", "embed"),
         )
         texts = Texts(
             loaded.tokenizer,
@@ -191,7 +192,13 @@ class TorchEngine:
         )
         return Batch(
             runner,
-            Intake(texts, eos_ids=loaded.eos_ids, digest=loaded.digest, limits=limits),
+            Intake(
+                texts,
+                eos_ids=loaded.eos_ids,
+                digest=loaded.digest,
+                limits=limits,
+                dimensions=model.get_input_embeddings().weight.shape[1],
+            ),
             Reports(texts),
             config,
         )

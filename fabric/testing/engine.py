@@ -335,6 +335,8 @@ class FixedDelayEngine:
         )
 
     def _reason(self, job: _Job) -> Literal["stop", "length"]:
+        if job.task.request.mode == "embed":
+            return "stop"
         ignores = job.task.request.sampling.ignore_eos
         return "stop" if job.end == self.stop_after and not ignores else "length"
 
