@@ -136,6 +136,8 @@ class Ranking:
         pool, settings = self._pool, self._context.settings
         if not pool.has_prefixes or not pool.groups.get(self._context.digest):
             return []
+        if self._request.mode == "embed":  # every token of it is computed
+            return []
         if expected_tokens(self._request)[0] < settings.prefix_tokens:
             return []
         key = prefix_key(self._request, self._context.digest, settings.prefix_tokens)
