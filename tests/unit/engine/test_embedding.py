@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,18 @@ from transformers import BertConfig, BertModel
 
 from fabric.engine.config import EngineConfig
 from fabric.engine.embedding import EmbeddingEngine
+from fabric.engine.encoder import Encoder
+from fabric.engine.encoder_batch import EncoderBatch
 from fabric.engine.source import ModelSource
-from fabric.errors import ContextExceeded, ModelNotLoadable, RequestInvalid, RowFailed
+from fabric.errors import (
+    ContextExceeded,
+    DeadlineExceeded,
+    ModelNotLoadable,
+    RequestCancelled,
+    RequestInvalid,
+    RowFailed,
+)
+from fabric.messages import EMBED_SAMPLING, Request, Task, TextInput
 
 TOLERANCE = 1e-5
 PROMPTS = [[5], list(range(60, 77)), [9] * 40, list(range(100)), list(range(200, 60, -1))]
@@ -178,12 +190,32 @@ def test_an_encoder_refuses_what_it_cannot_embed_and_goes_on(
     assert drive.embed([999]).failed.failure.code == RequestInvalid.code
     assert drive.embed("x", dimensions=31).failed.failure.code == RequestInvalid.code
     assert drive.greedy("x", 2).failed.failure.code == RequestInvalid.code
-    cancelled = drive.embed("x")
-    drive.engine.cancel(drive.last_task.id, 1)
-    assert cancelled.wait().events[-1].type in ("failed", "finished")
     assert drive.embed("x").vector
     drive.engine.close()
     assert drive.embed("x").failed.failure.code == "engine_stopped"
+
+
+def test_texts_that_nobody_waits_for_are_not_computed(sentence_dir, heard) -> None:
+    encoder = Encoder(ModelSource.parse(str(sentence_dir())), name="tiny", dtype="float32")
+    batch = EncoderBatch(encoder, EngineConfig(max_rows=4))
+
+    def add(age_s: float) -> tuple[Task, Any]:
+        text = TextInput(text="x")
+        request = Request(mode="embed", model="tiny", input=text, sampling=EMBED_SAMPLING)
+        task = Task(
+            id=request.id, attempt=1, request=request, digest=encoder.digest, deadline_s=60.0
+        )
+        batch.add(task, sink := heard(), received_at=time.monotonic() - age_s)
+        return task, sink
+
+    (gone, cancelled), (_, late), (_, kept) = add(0.0), add(61.0), add(0.0)
+    batch.cancel(gone.id, 1)
+    batch.cancel("unknown", 1)
+    batch.step()
+    assert cancelled.failed.failure.code == RequestCancelled.code
+    assert late.failed.failure.code == DeadlineExceeded.code
+    assert kept.vector
+    assert not batch.busy
 
 
 def test_a_broken_encoder_fails_its_texts_and_nothing_hangs(sentence_dir, start, driver_of):
