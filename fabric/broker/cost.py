@@ -60,6 +60,8 @@ def lasting(request: Request, snapshot: ReplicaSnapshot, context: Context) -> st
         return "it serves another model version"
     if (barred := barred_site(request, snapshot.site, context)) is not None:
         return barred
+    if request.mode not in snapshot.modes:
+        return "it does not embed" if request.mode == "embed" else "it only embeds"
     if request.sampling.n > snapshot.max_rows:
         return f"{request.sampling.n} choices are asked for and it runs {snapshot.max_rows} rows"
     if (length := known_length(request)) is not None and length > snapshot.context_tokens:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fabric.broker.settings import BrokerSettings
-from fabric.messages import InstanceState
+from fabric.messages import InstanceState, Mode
 
 MAX_SCARCITY = 1_000.0
 MIN_SCARCITY = 0.1
@@ -37,6 +37,7 @@ class ReplicaSnapshot:
         cold_p: Probability that it must be started first.
         start_wait_s: Expected seconds in the scheduler's queue if it must.
         load_s: Seconds until the model is loaded after that.
+        modes: What it may be asked for.
         caches_prefixes: Whether it has been seen to reuse the beginning of a prompt.
     """
 
@@ -59,6 +60,7 @@ class ReplicaSnapshot:
     start_wait_s: float = 0.0
     load_s: float = 0.0
     caches_prefixes: bool = False
+    modes: tuple[Mode, ...] = ("query",)
 
     @property
     def cold_s(self) -> float:

@@ -49,6 +49,7 @@ class Progress:
     last_token_at: float = 0.0
     prompt_tokens: int = 0
     scored: bool = False
+    embedded: bool = False
     held_back: bool = False
     token_ids: list[int] = field(default_factory=list)
     num_before: int = 0
@@ -71,6 +72,11 @@ class Progress:
         return self.ticket.request.sampling.reproducible and len(self.counts) == 1
 
     @property
+    def delivered(self) -> bool:
+        """Whether anything has arrived that is charged."""
+        return bool(self.num_tokens or self.scored or self.embedded)
+
+    @property
     def paid_site(self) -> str | None:
         """The site that is paid: the last that delivered, else the last that was asked."""
         if self.served_site is not None or self.placement is None:
@@ -79,7 +85,10 @@ class Progress:
 
     @property
     def complete(self) -> bool:
-        """Whether every choice has had its last token, or none was asked for."""
+        """Whether every choice has had its last token, or none was asked for, or the embedding
+        is there."""
+        if self.ticket.request.mode == "embed":
+            return self.embedded
         return not self.ticket.max_output_tokens or None not in self.finishes
 
     def take(self, token: Token, now: float) -> str | None:
@@ -115,6 +124,17 @@ class Progress:
         self._serve()
         return True
 
+    def take_embedding(self, now: float) -> str | None:
+        """Note that the embedding is there, or return why the instance may not send it."""
+        if self.ticket.request.mode != "embed":
+            return "an embedding where none was asked for"
+        if self.embedded:
+            return "a second embedding"
+        self.embedded = True
+        self.attempt_first_at, self.silent_until = now, None
+        self._serve()
+        return None
+
     def _serve(self) -> None:
         if self.placement is not None:
             self.served_site = self.placement.site
@@ -128,8 +148,9 @@ class Progress:
         """
         prompt = self.prompt_tokens
         if reported is None:
-            arrived = self.num_tokens or self.scored
-            return Usage(prompt_tokens=prompt if arrived else 0, output_tokens=self.num_tokens)
+            return Usage(
+                prompt_tokens=prompt if self.delivered else 0, output_tokens=self.num_tokens
+            )
         prompt = min(prompt, reported.prompt_tokens)
         return Usage(
             prompt_tokens=prompt,

@@ -37,8 +37,8 @@ EXPLORE_MARGIN_S = 1.0
 class Ranking:
     """What each replica of a pool costs one request; infinite where it cannot go.
 
-    The filters that rarely exclude anything (context, choices, deadline, end of the block) are
-    looked at for the winner first, and for all only if it fails them.
+    The filters that rarely exclude anything (mode, context, choices, deadline, end of the block)
+    are looked at for the winner first, and for all only if it fails them.
     """
 
     def __init__(self, request: Request, pool: Pool, context: Context) -> None:
@@ -136,6 +136,8 @@ class Ranking:
         pool, settings = self._pool, self._context.settings
         if not pool.has_prefixes or not pool.groups.get(self._context.digest):
             return []
+        if self._request.mode == "embed":  # every token of it is computed
+            return []
         if expected_tokens(self._request)[0] < settings.prefix_tokens:
             return []
         key = prefix_key(self._request, self._context.digest, settings.prefix_tokens)
@@ -172,6 +174,7 @@ class Ranking:
         barred_N = first_N > self._context.remaining_s
         barred_N |= total_N > pool.column("ends_at") - pool.now
         barred_N |= pool.column("max_rows") < request.sampling.n
+        barred_N |= np.array([request.mode not in one.modes for one in pool.snapshots], bool)
         if (length := known_length(request)) is not None:
             barred_N |= pool.column("context_tokens") < length
         self.cost_N[barred_N] = math.inf

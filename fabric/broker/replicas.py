@@ -120,6 +120,7 @@ class Replica:
             start_wait_s=self.start_wait_s,
             load_s=self.load_s,
             caches_prefixes=self.caches_prefixes,
+            modes=hello.limits.modes,
         )
 
     def view(self) -> ReplicaView:

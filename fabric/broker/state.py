@@ -50,6 +50,7 @@ from fabric.errors import (
 )
 from fabric.messages import (
     Accepted,
+    Embedding,
     Failed,
     Failure,
     Finished,
@@ -305,6 +306,11 @@ class BrokerState:
             case PromptScored() as scored:
                 if run.take_scores() and run.cancel_until is None:
                     yield Emit(run_id=event.run_id, event=scored)
+            case Embedding() as embedding:
+                if (violation := run.take_embedding(now)) is not None:
+                    yield from self._on_violation(run, now, violation)
+                elif run.cancel_until is None:
+                    yield Emit(run_id=event.run_id, event=embedding)
             case Finished() as finished:
                 yield from self._on_finished(run, now, finished)
             case Failed() as failed:
@@ -341,7 +347,7 @@ class BrokerState:
         else:
             if isinstance(error, DeadlineExceeded):
                 error = _too_late(run)
-            usage = failed.usage if run.num_tokens or run.scored else None
+            usage = failed.usage if run.delivered else None
             yield from self._end(run, now, error, usage)
 
     def _on_violation(self, run: Progress, now: float, reason: str) -> Instructions:
@@ -356,7 +362,7 @@ class BrokerState:
         self._detach(run)
         if run.cancel_until is not None:
             yield from self._end(run, now, RequestCancelled())
-        elif run.num_tokens and run.complete:
+        elif run.complete and (run.num_tokens or run.embedded):
             yield from self._complete(run, now, None)
         elif run.num_tokens and not run.resumable:
             yield from self._end(run, now, _broken(run, instance, error))

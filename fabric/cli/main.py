@@ -21,6 +21,7 @@ _USER_TABLE = {
     "status": (f"{_COMMANDS}.status", "Show the hub, who you are to it, and its sites."),
     "query": (f"{_COMMANDS}.query", "Ask one question."),
     "chat": (f"{_COMMANDS}.chat", "Talk with a model."),
+    "embed": (f"{_COMMANDS}.embed", "Turn texts into vectors."),
     "models": (f"{_COMMANDS}.models", "List the models."),
     "sites": (f"{_COMMANDS}.sites", "List the sites and their replicas."),
     "explain": (f"{_COMMANDS}.explain", "Show where a request would run, and why."),

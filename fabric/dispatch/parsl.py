@@ -19,6 +19,7 @@ from fabric.messages import (
     Accepted,
     Cancel,
     Drain,
+    Embedding,
     Event,
     Failed,
     Finished,
@@ -101,9 +102,9 @@ def _parse(task: Task, lines: Sequence[str]) -> list[Event]:
     events: list[Event] = []
     for line in lines:
         event = parse_from_instance(line)
-        if not isinstance(event, Accepted | PromptScored | Token | Finished | Failed) or (
-            (event.task_id, event.attempt) != (task.id, task.attempt)
-        ):
+        if not isinstance(
+            event, Accepted | PromptScored | Token | Embedding | Finished | Failed
+        ) or ((event.task_id, event.attempt) != (task.id, task.attempt)):
             raise ProtocolViolation(
                 peer="The instance", reason=f"a {event.type} that is not of the task"
             )

@@ -14,6 +14,7 @@ from fabric.messages import (
     Cancel,
     Credit,
     Drain,
+    Embedding,
     Event,
     Failed,
     Finished,
@@ -115,6 +116,10 @@ class _Inbox:
             if not self.accepted or self.started or self.scored:
                 return "prompt scores out of order"
             self.scored = True
+        elif isinstance(event, Embedding):
+            if not self.accepted or self.started:
+                return "an embedding out of order"
+            self.started = True
         elif isinstance(event, Finished) and not self.accepted:
             return "a task finished before it was accepted"
         self.events.append(event)

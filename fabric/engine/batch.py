@@ -177,6 +177,8 @@ class Batch:
             if row.finish_reason:
                 self._scheduler.retire(row)
             self._tell(active, self._reports.token(row, text, choice.score))
+        if active.prompt_done and active.embeds:
+            self._tell(active, self._reports.embedding(active))
         if active.prompt_done and active.max_tokens == 0:
             active.end_empty()
         if active.finished:

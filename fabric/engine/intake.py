@@ -6,6 +6,7 @@ from fabric.engine.blocks import PrefixKey
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.constraints import Grammars
 from fabric.engine.interface import EventSink
+from fabric.engine.pooling import check_dimensions
 from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.sampling import fresh_seed
 from fabric.engine.text import Texts, TextStream
@@ -22,6 +23,7 @@ class Intake:
         eos_ids: Tokens that end a row, unless its request ignores them.
         digest: Of the model's tensors.
         limits: Of the instance.
+        dimensions: Of the model's embeddings.
     """
 
     def __init__(
@@ -32,12 +34,14 @@ class Intake:
         eos_ids: frozenset[int],
         digest: str,
         limits: Limits,
+        dimensions: int,
     ) -> None:
         self._texts = texts
         self._grammars = grammars
         self._eos_ids = eos_ids
         self._digest = digest
         self._limits = limits
+        self._dimensions = dimensions
         self._prefix_key = PrefixKey()
 
     def activate(self, task: Task, sink: EventSink, *, received_at: float) -> ActiveTask:
@@ -55,6 +59,7 @@ class Intake:
         request, wanted = task.request, task.request.sampling
         if task.digest != self._digest:
             raise DigestMismatch(name=request.model, expected=task.digest, actual=self._digest)
+        check_dimensions(request, self._dimensions)
         if wanted.n > self._limits.max_rows:
             raise RequestInvalid(
                 param="n",
@@ -99,7 +104,7 @@ class Intake:
         for token_id in task.prefix:
             if not active.finished:
                 active.rows[0].append(token_id)
-        if active.max_tokens == 0 and not active.scores_due:
+        if active.max_tokens == 0 and not active.reads_all:
             active.end_empty()
         return active
 

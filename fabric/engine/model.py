@@ -1,4 +1,4 @@
-"""Loads a causal language model with its tokenizer, and digests its tensors."""
+"""Loads a model with its tokenizer, and digests its tensors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import blake3
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -45,7 +46,12 @@ class LoadedModel:
 
 
 def load_model(
-    source: ModelSource, *, name: str, dtype: str, expected_digest: str | None = None
+    source: ModelSource,
+    *,
+    name: str,
+    dtype: str,
+    expected_digest: str | None = None,
+    headless: bool = False,
 ) -> LoadedModel:
     """Load the model and check its digest.
 
@@ -54,6 +60,7 @@ def load_model(
         name: What errors call it.
         dtype: ``float32`` or ``bfloat16``, of all tensors. The digest is of tensors in this dtype.
         expected_digest: As ``digest_of`` gives it; ``None`` takes any.
+        headless: Whether only its hidden states are wanted; encoders can be loaded so too.
 
     Raises:
         ModelNotLoadable: Files are missing, damaged or of a kind that cannot be served.
@@ -63,7 +70,7 @@ def load_model(
     path = source.resolve()
     transformers_logging.disable_progress_bar()
     try:
-        model, tokenizer = _read(path, getattr(torch, dtype))
+        model, tokenizer = _read(path, getattr(torch, dtype), headless=headless)
     except FabricError:
         raise
     except Exception as error:  # the parsers raise whatever a file they did not foresee makes them
@@ -113,7 +120,9 @@ def digest_of(model: PreTrainedModel) -> str:
     return f"blake3:{hasher.hexdigest()}"
 
 
-def _read(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def _read(
+    path: Path, dtype: torch.dtype, *, headless: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     if path.is_file():
         from fabric.engine.gguf import load_gguf  # a directory needs no GGUF reader
 
@@ -130,9 +139,11 @@ def _read(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTo
         raise ModelNotLoadable(
             model=str(path), reason=f"{config.model_type} is an encoder-decoder, not a causal model"
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, use_safetensors=True, **local
-    )
+    auto = AutoModel if headless else AutoModelForCausalLM
+    model = auto.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True, **local)
+    if getattr(model, "pooler", None) is not None:
+        # For classifying: no hidden state comes from it, and files without it get a random one.
+        model.pooler = None
     return model, AutoTokenizer.from_pretrained(path, **local)
 
 

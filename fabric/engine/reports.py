@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fabric.engine.pooling import pack_normalised
 from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.sampling import Score
 from fabric.engine.text import Texts
 from fabric.errors import FabricError
 from fabric.messages import (
     Accepted,
+    Embedding,
     Failed,
     Failure,
     Finished,
@@ -45,6 +47,18 @@ class Reports:
         )
         task = active.task
         return PromptScored(task_id=task.id, attempt=task.attempt, tokens=tokens)
+
+    @staticmethod
+    def embedding(active: ActiveTask) -> Embedding:
+        """Return the vector of a prompt that has run: its direction is the mean's, or the last's.
+
+        Raises:
+            RowFailed: It is not finite.
+        """
+        assert active.hidden_H is not None
+        task = active.task
+        data = pack_normalised(active.hidden_H)
+        return Embedding(task_id=task.id, attempt=task.attempt, data=data)
 
     def token(self, row: Row, text: str, score: Score | None) -> Token:
         """Return the event of the row's last token, which made ``text`` readable."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from fabric.engine.blocks import next_name
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.constraints import Matcher
@@ -114,6 +116,9 @@ class ActiveTask:
     """Of the prompt's tokens, as far as they have run; the first has none."""
     scored: bool = False
     """Whether the scores were delivered."""
+    hidden_H: Tensor | None = None
+    """Of a prompt to be embedded, as far as it has run: the sum of its hidden states, or the last
+    of them; float32."""
     usage: Usage = field(default_factory=Usage)
     deaf: bool = False
     """Whether its sink has raised; nobody is left to run it for."""
@@ -141,6 +146,16 @@ class ActiveTask:
         return [row for row in rows if row.finish_reason is None]
 
     @property
+    def embeds(self) -> bool:
+        """Whether its prompt is to become a vector."""
+        return self.task.request.mode == "embed"
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether every token of its prompt must run, whatever others have computed."""
+        return self.embeds or self.scores_due
+
+    @property
     def scores_due(self) -> bool:
         """Whether its prompt is still to be scored; one that resumes has delivered them before."""
         return self.sampling.prompt_logprobs and not self.task.prefix and not self.scored
@@ -158,7 +173,7 @@ class ActiveTask:
     def end_empty(self) -> None:
         """End every choice without a token."""
         for row in self.rows:
-            row.finish_reason = "length"
+            row.finish_reason = "stop" if self.embeds else "length"
 
     @property
     def num_open(self) -> int:

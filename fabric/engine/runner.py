@@ -71,6 +71,21 @@ class Runner:
 
         return run_ragged(self.model, chunks, attend)
 
+    def forward_hidden(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
+        """Run one step; return its logits as ``forward`` does, and all tokens' last hidden states
+        in the chunks' order, [N, hidden] in float32."""
+        seen: list[Tensor] = []
+
+        def keep(_module: torch.nn.Module, _inputs: object, output: Sequence[Tensor]) -> None:
+            seen.append(output[0][0])
+
+        hook = self.model.base_model.register_forward_hook(keep)
+        try:
+            logits_WV = self.forward(chunks)
+        finally:
+            hook.remove()
+        return logits_WV, seen[0].float()
+
 
 def run_ragged(model: PreTrainedModel, chunks: Sequence[Chunk], attend: Attend) -> Tensor:
     """Run the model over the chunks' tokens with this attention; return logits [W, V], float32."""

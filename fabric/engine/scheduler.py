@@ -183,7 +183,7 @@ class Scheduler:
 
     def _plan_prefill(self, row: Row, budget: int) -> Run | None:
         active = row.active
-        if not row.blocks and not active.scores_due:
+        if not row.blocks and not active.reads_all:
             self._find(row)
         num_tokens = min(row.num_remaining, budget)
         if active.scores_due:
@@ -228,6 +228,7 @@ class Scheduler:
         self._release(active)
         if active.scores_due:
             active.scores = []
+        active.hidden_H = None
         self.num_preempted += 1
         self.add(active)
 
@@ -266,7 +267,7 @@ class Scheduler:
         needed = active.num_fork_blocks
         for row in active.live_rows:
             needed += -(-len(row.tokens) // BLOCK_TOKENS)
-            if not active.scores_due:
+            if not active.reads_all:
                 names = row.block_names((len(row.tokens) - 1) // BLOCK_TOKENS)
                 num_found, num_free = self._blocks.num_findable(names)
                 needed -= num_found - num_free

@@ -12,10 +12,11 @@ from fabric.errors import ModelNotLoadable
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A place to load a causal language model and its tokenizer from.
+    """A place to load a model and its tokenizer from.
 
     Args:
-        kind: ``package``: the one ``.gguf`` inside an installed Python package; ``gguf``: a GGUF
+        kind: ``package``: the one ``.gguf``, or the one transformers directory, inside an installed
+            Python package; ``gguf``: a GGUF
             file; ``directory``: a transformers directory (config.json, safetensors, tokenizer).
         location: The package's name, or the path.
     """
@@ -49,10 +50,10 @@ class ModelSource:
 
         Raises:
             ModelNotLoadable: There is no such package, file or directory, or the package holds
-                no GGUF file or several.
+                no model or several.
         """
         if self.kind == "package":
-            return self._file_in_package()
+            return self._find_in_package()
         path = Path(self.location).expanduser()
         if self.kind == "gguf" and not path.is_file():
             raise ModelNotLoadable(model=str(self), reason=f"there is no file {path}")
@@ -60,7 +61,16 @@ class ModelSource:
             raise ModelNotLoadable(model=str(self), reason=f"there is no {path / 'config.json'}")
         return path
 
-    def _file_in_package(self) -> Path:
+    @property
+    def embeds_sentences(self) -> bool:
+        """Whether it is a sentence-embedding model: a directory of sentence-transformers' form.
+
+        Raises:
+            ModelNotLoadable: There is no such model.
+        """
+        return (self.resolve() / "modules.json").is_file()
+
+    def _find_in_package(self) -> Path:
         # The package is found, not imported: its own imports need not be installed here.
         try:
             spec = importlib.util.find_spec(self.location)
@@ -71,11 +81,18 @@ class ModelSource:
                 model=str(self), reason=f"the Python package {self.location!r} is not installed"
             )
         roots = [Path(root) for root in spec.submodule_search_locations]
-        files = sorted(file for root in roots for file in root.rglob("*.gguf"))
-        if len(files) != 1:
-            found = ", ".join(file.name for file in files) or "none"
+        models = sorted(file for root in roots for file in root.rglob("*.gguf"))
+        models += sorted(
+            file.parent
+            for root in roots
+            for file in root.rglob("config.json")
+            if any(file.parent.glob("*.safetensors"))
+        )
+        if len(models) != 1:
+            found = ", ".join(path.name for path in models) or "none"
             raise ModelNotLoadable(
                 model=str(self),
-                reason=f"the package should hold one .gguf file and holds {found}",
+                reason="the package should hold one .gguf file, or one directory with config.json"
+                f" and safetensors, and holds {found}",
             )
-        return files[0]
+        return models[0]

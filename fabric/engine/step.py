@@ -1,6 +1,7 @@
 """What one step computes: logits of the due rows, the prompt's scores, the next tokens.
 
-Shapes: W positions whose logits are wanted, R rows that get a token, V vocabulary.
+Shapes: N tokens, H hidden size, W positions whose logits are wanted, R rows that get a token,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ def run_step(runs: Sequence[Run], runner: Runner, scheduler: Scheduler) -> Outco
         )
         for run in runs
     ]
-    logits_WV = runner.forward(chunks)
+    if any(run.row.active.embeds for run in runs):
+        logits_WV, hidden_NH = runner.forward_hidden(chunks)
+        _gather(runs, hidden_NH)
+    else:
+        logits_WV = runner.forward(chunks)
     finite = finite_rows(logits_WV)
     outcome = Outcome()
     due: list[tuple[Row, int]] = []
@@ -155,6 +160,21 @@ def _score_prompt(run: Run, logits_WV: Tensor) -> None:
     if following:
         num_top = active.sampling.logprobs or 0
         active.scores += score(logits_WV[: len(following)], following, num_top)
+
+
+def _gather(runs: Sequence[Run], hidden_NH: Tensor) -> None:
+    """Add the step's hidden states to the prompts that become vectors."""
+    end = 0
+    for run in runs:
+        begin, end = end, end + run.num_tokens
+        active = run.row.active
+        if not active.embeds:
+            continue
+        if active.task.request.pooling == "last":
+            active.hidden_H = hidden_NH[end - 1]
+        else:
+            sum_H = hidden_NH[begin:end].sum(0)
+            active.hidden_H = sum_H if active.hidden_H is None else active.hidden_H + sum_H
 
 
 def _cut(of_token: Score | None, row: Row) -> Score | None:

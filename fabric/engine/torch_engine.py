@@ -17,6 +17,7 @@ from fabric.engine.batch import Batch, tell
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.config import EngineConfig
 from fabric.engine.constraints import Grammars
+from fabric.engine.encoder_batch import EncoderBatch
 from fabric.engine.fused import fuse
 from fabric.engine.intake import Intake
 from fabric.engine.interface import EngineInfo, EventSink
@@ -36,9 +37,16 @@ from fabric.engine.text import Texts
 from fabric.errors import EngineStopped, ModelNotLoadable
 from fabric.messages import Limits, Load, Task
 
-__all__ = ["EngineConfig", "TorchEngine"]
+__all__ = ["VERSIONS", "EngineConfig", "TorchEngine"]
 
 _logger = getLogger(__name__)
+
+VERSIONS = (
+    f"fabric {__version__} (torch {torch.__version__}, transformers {transformers.__version__})"
+)
+"""What computes, as instances tell it."""
+
+AnyBatch = Batch | EncoderBatch
 
 Submitted = tuple[Task, EventSink, float]
 """A task, its sink, and when it came."""
@@ -140,7 +148,7 @@ class TorchEngine:
         ready.set_result(None)
         self._serve(batch)
 
-    def _build(self) -> Batch:
+    def _build(self) -> AnyBatch:
         config = self._config
         # The compiler runs while weights are read.
         threading.Thread(target=load_native, name="kernels", daemon=True).start()
@@ -176,6 +184,7 @@ class TorchEngine:
             context_tokens=min(context_tokens, cache_tokens),
             max_rows=config.max_rows,
             cache_tokens=cache_tokens,
+            modes=("query", "embed"),
         )
         texts = Texts(
             loaded.tokenizer,
@@ -187,17 +196,21 @@ class TorchEngine:
             digest=loaded.digest,
             limits=limits,
             dtype=config.dtype,
-            engine=f"fabric {__version__} (torch {torch.__version__},"
-            f" transformers {transformers.__version__})",
+            engine=VERSIONS,
         )
         grammars = Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, eos_ids=loaded.eos_ids)
         threading.Thread(target=grammars.read_tokenizer, name="grammars", daemon=True).start()
         intake = Intake(
-            texts, grammars, eos_ids=loaded.eos_ids, digest=loaded.digest, limits=limits
+            texts,
+            grammars,
+            eos_ids=loaded.eos_ids,
+            digest=loaded.digest,
+            limits=limits,
+            dimensions=model.get_input_embeddings().weight.shape[1],
         )
         return Batch(runner, intake, Reports(texts), config)
 
-    def _serve(self, batch: Batch) -> None:
+    def _serve(self, batch: AnyBatch) -> None:
         try:
             while self._take_orders(batch):
                 batch.step()
@@ -209,7 +222,7 @@ class TorchEngine:
         finally:
             self._stop(batch)
 
-    def _take_orders(self, batch: Batch) -> bool:
+    def _take_orders(self, batch: AnyBatch) -> bool:
         """Wait until there is something to do; return whether to go on."""
         with self._changed:
             while not (batch.busy or self._submitted or self._cancelled or self._closed):
@@ -225,11 +238,11 @@ class TorchEngine:
             batch.cancel(task_id, attempt)
         return True
 
-    def _publish(self, batch: Batch, entering: Collection[Submitted] = ()) -> None:
+    def _publish(self, batch: AnyBatch, entering: Collection[Submitted] = ()) -> None:
         load, queued = batch.load(), _num_choices(entering)
         self._load = load.model_copy(update={"num_waiting": load.num_waiting + queued})
 
-    def _stop(self, batch: Batch) -> None:
+    def _stop(self, batch: AnyBatch) -> None:
         with self._changed:
             assert self._closed is not None
             closed = self._closed

@@ -12,11 +12,8 @@ from fabric.gateway.response_format import as_text, read_constraint
 from fabric.messages import Choices, Constraint, JsonSchema, Regex
 
 
-class FabricOptions(Body):
-    """The one object of a request that is ours; see ``fabric.messages.Request``.
-
-    One of ``json_schema``, ``regex`` and ``choices`` may say what the answer must be.
-    """
+class PlacementOptions(Body):
+    """Where a request may run and how it is placed; see ``fabric.messages.Request``."""
 
     data_site: str | None = None
     data_bytes: int | None = None
@@ -25,9 +22,6 @@ class FabricOptions(Body):
     policy: str | None = None
     weights: dict[str, float] | None = None
     tier: str | None = None
-    json_schema: dict[str, object] | None = None
-    regex: str | None = None
-    choices: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
     def _data_has_a_home(self) -> Self:
@@ -38,6 +32,21 @@ class FabricOptions(Body):
                 {"param": "fabric.data_site"},
             )
         return self
+
+    def to_fields(self) -> dict[str, object]:
+        """Return what has a name of its own in ``fabric.messages.Request``."""
+        return self.model_dump(exclude_none=True)
+
+
+class FabricOptions(PlacementOptions):
+    """The one object of a request that is ours.
+
+    One of ``json_schema``, ``regex`` and ``choices`` may say what the answer must be.
+    """
+
+    json_schema: dict[str, object] | None = None
+    regex: str | None = None
+    choices: tuple[str, ...] | None = None
 
     def to_constraints(self) -> dict[str, Constraint]:
         """Return what the answer must be, by the parameter that says so.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated
 
 from pydantic import (
@@ -17,6 +18,8 @@ from pydantic_core import PydanticCustomError
 
 from fabric.messages import TextInput, TokensInput
 
+MAX_TEXTS = 2048
+"""The most texts of one request for embeddings, as at OpenAI."""
 MAX_PROMPTS = 128
 """The most prompts one completion request may carry; each is a run of its own."""
 
@@ -48,7 +51,7 @@ def neutral(*values: object) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _read_prompts(value: object) -> tuple[TextInput | TokensInput, ...]:
+def _read_prompts(value: object, most: int = MAX_PROMPTS) -> tuple[TextInput | TokensInput, ...]:
     """Return one input a prompt: of a string, a list of strings, token ids, or lists of them."""
     match value:
         case str():
@@ -65,9 +68,9 @@ def _read_prompts(value: object) -> tuple[TextInput | TokensInput, ...]:
                 "it should be a string, a list of strings, a list of token ids (whole numbers from"
                 " 0), or a list of such lists, and not be empty",
             )
-    if len(inputs) > MAX_PROMPTS:
+    if len(inputs) > most:
         raise PydanticCustomError(
-            "prompt", "it holds more than {limit} prompts; send fewer", {"limit": MAX_PROMPTS}
+            "prompt", "it holds more than {limit} prompts; send fewer", {"limit": most}
         )
     return inputs
 
@@ -105,23 +108,22 @@ def _read_content(value: object) -> str:
     return "\n".join(texts)
 
 
+def _schema_of_prompts(most: int) -> WithJsonSchema:
+    ids = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+    texts = {"type": "array", "items": {"type": "string"}, "maxItems": most}
+    several = {"type": "array", "items": ids, "maxItems": most}
+    return WithJsonSchema({"anyOf": [{"type": "string"}, texts, ids, several]})
+
+
 Prompts = Annotated[
     tuple[TextInput | TokensInput, ...],
     PlainValidator(_read_prompts),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "maxItems": MAX_PROMPTS},
-                {"type": "array", "items": {"type": "integer", "minimum": 0}},
-                {
-                    "type": "array",
-                    "items": {"type": "array", "items": {"type": "integer", "minimum": 0}},
-                    "maxItems": MAX_PROMPTS,
-                },
-            ]
-        }
-    ),
+    _schema_of_prompts(MAX_PROMPTS),
+]
+InputTexts = Annotated[
+    tuple[TextInput | TokensInput, ...],
+    PlainValidator(partial(_read_prompts, most=MAX_TEXTS)),
+    _schema_of_prompts(MAX_TEXTS),
 ]
 Content = Annotated[
     str,

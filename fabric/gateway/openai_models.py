@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from fabric.errors import RequestInvalid
-from fabric.gateway.fabric_options import FabricOptions
-from fabric.gateway.openai_fields import Body, Content, Prompts, Stop, neutral
+from fabric.gateway.fabric_options import FabricOptions, PlacementOptions
+from fabric.gateway.openai_fields import Body, Content, InputTexts, Prompts, Stop, neutral
 from fabric.gateway.refusals import refusal_of
 from fabric.gateway.response_format import ResponseFormat
 from fabric.messages import (
+    EMBED_SAMPLING,
     ChatInput,
     ChatMessage,
     Constraint,
     ModelRef,
+    Pooling,
     Request,
     Sampling,
     TextInput,
@@ -213,3 +215,40 @@ class ChatBody(Generation):
             rename["max_tokens"] = "max_completion_tokens"
         chat = ChatInput(messages=tuple(turn.to_message() for turn in self.messages))
         return self._request(chat, self._sampling(special, rename))
+
+
+class EmbeddingOptions(PlacementOptions):
+    """Ours, of a request for embeddings."""
+
+    pooling: Pooling | None = None
+
+
+class EmbeddingBody(Body):
+    """``POST /v1/embeddings``."""
+
+    model: ModelRef
+    input: InputTexts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+    fabric: EmbeddingOptions | None = None
+
+    def requests(self) -> Iterator[Request]:
+        """Yield one request a text.
+
+        Raises:
+            RequestInvalid: A parameter is out of its bounds.
+        """
+        options = {} if self.fabric is None else self.fabric.to_fields()
+        for text in self.input:
+            try:
+                yield Request(
+                    mode="embed",
+                    model=self.model,
+                    input=text,
+                    sampling=EMBED_SAMPLING,
+                    dimensions=self.dimensions,
+                    **options,
+                )
+            except ValidationError as error:
+                raise refusal_of(error, within="fabric") from None

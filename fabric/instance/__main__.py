@@ -1,4 +1,4 @@
-"""``python -m fabric.instance``: an instance with the torch engine."""
+"""``python -m fabric.instance``: an instance with an engine over torch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from fabric.messages import InstanceSpec
 
 
 def get_torch_engine(spec: InstanceSpec) -> Engine:
-    """Return the engine a launch describes; imports torch."""
+    """Return the engine for the model a launch describes; imports torch."""
     from fabric.engine.config import EngineConfig
-    from fabric.engine.model import ModelSource
-    from fabric.engine.torch_engine import TorchEngine
+    from fabric.engine.source import ModelSource
 
     launch = spec.launch
-    chosen = spec.options.model_dump(exclude_none=True)
-    return TorchEngine(
-        ModelSource.parse(launch.source),
-        replace(EngineConfig(), **chosen),
-        name=launch.model,
-        expected_digest=launch.digest,
-    )
+    source = ModelSource.parse(launch.source)
+    config = replace(EngineConfig(), **spec.options.model_dump(exclude_none=True))
+    if source.embeds_sentences:
+        from fabric.engine.embedding import EmbeddingEngine
+
+        return EmbeddingEngine(source, config, name=launch.model, expected_digest=launch.digest)
+    from fabric.engine.torch_engine import TorchEngine
+
+    return TorchEngine(source, config, name=launch.model, expected_digest=launch.digest)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The canary: an instance is ready only after its engine has really generated something."""
+"""The canary: an instance is ready only after its engine has really computed something."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import asyncio
 from fabric.engine.interface import Engine
 from fabric.errors import CanaryFailed
 from fabric.messages import (
+    EMBED_SAMPLING,
+    Embedding,
     Event,
     Failed,
     Finished,
@@ -19,21 +21,23 @@ from fabric.messages import (
 )
 
 PROMPT = "The quick brown fox"
-NUM_TOKENS = 4
+SAMPLING = Sampling(max_tokens=4, temperature=0.0, ignore_eos=True, logprobs=0)
 TIMEOUT_S = 120.0
 
 
 async def sing(engine: Engine, model: str) -> None:
-    """Generate a few tokens greedily through the engine.
+    """Generate a few tokens greedily through the engine, or embed if that is all it does.
 
     Raises:
         CanaryFailed: It failed, ended without a token, or took more than two minutes.
     """
+    generates = "query" in engine.info.limits.modes
     request = Request(
         id=new_id("canary"),
+        mode="query" if generates else "embed",
         model=model,
         input=TextInput(text=PROMPT),
-        sampling=Sampling(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, logprobs=0),
+        sampling=SAMPLING if generates else EMBED_SAMPLING,
         deadline_s=TIMEOUT_S,
     )
     task = Task(
@@ -50,16 +54,18 @@ async def sing(engine: Engine, model: str) -> None:
         loop.call_soon_threadsafe(events.put_nowait, event)
 
     engine.submit(task, sink)
-    num_tokens = 0
+    num_results = 0
     try:
         async with asyncio.timeout(TIMEOUT_S + 5.0):
             while not isinstance(event := await events.get(), Finished):
                 if isinstance(event, Failed):
                     raise CanaryFailed(model=model, reason=event.failure.message.rstrip("."))
-                # A token's log probability cannot be NaN or infinite: its wire form refuses that.
-                num_tokens += isinstance(event, Token) and event.logprob is not None
+                # Neither may hold NaN or an infinity: the wire form refuses that.
+                num_results += isinstance(event, Embedding)
+                num_results += isinstance(event, Token) and event.logprob is not None
     except TimeoutError as error:
         engine.cancel(task.id, task.attempt)
         raise CanaryFailed(model=model, reason=f"no answer in {TIMEOUT_S:g} s") from error
-    if num_tokens == 0:
-        raise CanaryFailed(model=model, reason="it generated no token")
+    if num_results == 0:
+        what = "token" if generates else "embedding"
+        raise CanaryFailed(model=model, reason=f"it generated no {what}")

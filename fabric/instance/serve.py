@@ -243,6 +243,12 @@ class _Session:
                     name=self._hello.model, expected=task.digest, actual=self._hello.digest
                 ),
             )
+        elif task.request.mode not in self._hello.limits.modes:
+            served = " and ".join(self._hello.limits.modes)
+            reason = f"this instance of {self._hello.model} serves the mode {served}"
+            self._refuse(
+                outbox, RequestInvalid(param="mode", value=task.request.mode, reason=reason)
+            )
         elif task.ticket is None and self._peer != "guest":
             self._engine.submit(task, partial(self._on_event, outbox))
             outbox.submitted = True

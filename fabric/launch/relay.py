@@ -13,6 +13,7 @@ from websockets.sync.client import ClientConnection, connect
 from fabric.errors import FabricError, ProtocolViolation, SessionLost, SessionRefused
 from fabric.messages import (
     Accepted,
+    Embedding,
     Failed,
     Failure,
     Finished,
@@ -163,7 +164,7 @@ class _Batch:
         match frame:
             case Goodbye():
                 return f"it has left: {frame.reason}"
-            case Accepted() | PromptScored() | Token() | Finished() | Failed():
+            case Accepted() | PromptScored() | Token() | Embedding() | Finished() | Failed():
                 key = (frame.task_id, frame.attempt)
                 if key in self._events:
                     self._events[key].append(line)

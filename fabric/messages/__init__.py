@@ -8,6 +8,7 @@ the states. All are JSON; unknown fields are refused.
 from fabric.messages.constraint import Choices, Constraint, JsonSchema, Regex
 from fabric.messages.events import (
     Accepted,
+    Embedding,
     Event,
     Failed,
     Failure,
@@ -17,13 +18,18 @@ from fabric.messages.events import (
     Token,
     TopLogprob,
     Usage,
+    pack_floats,
+    unpack_floats,
 )
 from fabric.messages.launch import EngineOptions, InstanceSpec, InstanceStatus, Launch, Reach
 from fabric.messages.lifecycle import InstanceState, RunState
 from fabric.messages.request import (
+    EMBED_SAMPLING,
     ChatInput,
     ChatMessage,
+    Mode,
     ModelRef,
+    Pooling,
     Request,
     Sampling,
     TextInput,
@@ -53,6 +59,7 @@ from fabric.messages.session import (
 from fabric.messages.task import Task
 
 __all__ = [
+    "EMBED_SAMPLING",
     "Accepted",
     "Cancel",
     "Candidate",
@@ -62,6 +69,7 @@ __all__ = [
     "Constraint",
     "Credit",
     "Drain",
+    "Embedding",
     "EngineOptions",
     "Event",
     "Failed",
@@ -80,9 +88,11 @@ __all__ = [
     "Limits",
     "Load",
     "Metered",
+    "Mode",
     "ModelRef",
     "Placed",
     "Placement",
+    "Pooling",
     "PromptScored",
     "Reach",
     "Redeem",
@@ -104,6 +114,8 @@ __all__ = [
     "Usage",
     "Welcome",
     "new_id",
+    "pack_floats",
     "parse_from_hub",
     "parse_from_instance",
+    "unpack_floats",
 ]

@@ -1,15 +1,23 @@
-"""What an instance says about a task: accepted, tokens, then exactly one of finished or failed."""
+"""What an instance says of a task: accepted, tokens or an embedding, then finished or failed."""
 
 from __future__ import annotations
 
+import base64
+import math
+import sys
+from array import array
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fabric.errors import FabricError
 from fabric.messages.wire import Wire
 
 FinishReason = Literal["stop", "length"]
+
+MAX_DIMENSIONS = 2**16
+"""The longest embedding that travels."""
 
 
 class Usage(Wire):
@@ -100,6 +108,49 @@ class Token(_TaskEvent):
     finish_reason: FinishReason | None = None
 
 
+class Embedding(_TaskEvent):
+    """The prompt as one vector of length 1; the only result of a task of mode ``embed``.
+
+    ``data`` packs it as the OpenAI API does: base64 over little-endian float32.
+    """
+
+    type: Literal["embedding"] = "embedding"
+    data: str = Field(min_length=1, max_length=-(-4 * MAX_DIMENSIONS // 3) * 4)
+
+    @field_validator("data")
+    @classmethod
+    def _holds_a_vector(cls, data: str) -> str:
+        if not all(map(math.isfinite, unpack_floats(data))):
+            raise ValueError("an embedding holds finite numbers only")
+        return data
+
+    @property
+    def vector(self) -> list[float]:
+        """The numbers, as exactly as float32 has them."""
+        return unpack_floats(self.data)
+
+
+def pack_floats(numbers: Iterable[float]) -> str:
+    """Return base64 over little-endian float32."""
+    packed = array("f", numbers)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return base64.b64encode(packed.tobytes()).decode()
+
+
+def unpack_floats(data: str) -> list[float]:
+    """Return the numbers that ``pack_floats`` packed.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    packed = array("f")
+    packed.frombytes(base64.b64decode(data, validate=True))
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tolist()
+
+
 class Finished(_TaskEvent):
     """All choices are done."""
 
@@ -116,4 +167,6 @@ class Failed(_TaskEvent):
     usage: Usage = Usage()
 
 
-Event = Annotated[Accepted | PromptScored | Token | Finished | Failed, Field(discriminator="type")]
+Event = Annotated[
+    Accepted | PromptScored | Token | Embedding | Finished | Failed, Field(discriminator="type")
+]

@@ -27,6 +27,12 @@ CostPart = Literal["queue", "service", "data", "price", "risk"]
 Weights = dict[CostPart, Annotated[float, Field(ge=0.0, le=100.0)]]
 """What a second of each part counts."""
 
+Mode = Literal["query", "embed"]
+"""What is asked of a model: to generate, or to turn the prompt into one vector."""
+
+Pooling = Literal["mean", "last"]
+"""Which hidden states of the prompt's tokens make its vector: their mean, or the last one."""
+
 SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
@@ -112,19 +118,27 @@ class Sampling(Wire):
         return self.temperature == 0.0 or self.seed is not None
 
 
+EMBED_SAMPLING = Sampling(max_tokens=0)
+"""Of every request of mode ``embed``: nothing is generated."""
+
+
 class Request(Wire):
     """One request, as the broker admits it.
 
     ``deadline_s`` counts seconds from admission. ``data_site`` names the site where the request's
     data lives and ``data_bytes`` its size: the broker weighs moving it. ``sites`` restricts where
-    it may run. ``weights`` replace those of the ``policy``, part by part.
+    it may run. ``weights`` replace those of the ``policy``, part by part. The mode ``embed`` takes
+    no sampling but ``max_tokens`` 0, and no conversation; ``pooling`` (``None``: as the model was
+    made, or the mean) and ``dimensions``, which the vector must have, are for it alone.
     """
 
     id: str = Field(default_factory=lambda: new_id("run"))
-    mode: Literal["query"] = "query"
+    mode: Mode = "query"
     model: ModelRef
     input: Annotated[TextInput | TokensInput | ChatInput, Field(discriminator="kind")]
     sampling: Sampling = Sampling()
+    pooling: Pooling | None = None
+    dimensions: int | None = Field(default=None, ge=1)
     tier: Literal["interactive", "standard", "batch"] = "standard"
     policy: Literal["balanced", "fastest", "cheapest", "local-only"] = "balanced"
     weights: Weights | None = None
@@ -140,17 +154,27 @@ class Request(Wire):
             raise ValueError("policy 'local-only' needs data_site, the site the data may not leave")
         return self
 
+    @model_validator(mode="after")
+    def _embeds_or_generates(self) -> Request:
+        if self.mode == "query" and (self.pooling, self.dimensions) != (None, None):
+            raise ValueError("pooling and dimensions are for the mode 'embed' alone")
+        if self.mode == "embed" and isinstance(self.input, ChatInput):
+            raise ValueError("a conversation cannot be embedded; send its text")
+        if self.mode == "embed" and self.sampling != EMBED_SAMPLING:
+            raise ValueError("the mode 'embed' takes no sampling but max_tokens 0")
+        return self
+
     def prompt_tokens_bound(self) -> int:
         """Return an upper bound of the prompt's tokens without a tokenizer.
 
         A byte-level vocabulary never makes more tokens than UTF-8 bytes; a chat template adds a
         few special tokens a turn (32 allows for every template in use) and may add a default
-        system prompt (256).
+        system prompt (256). Encoders put a token before a text and one after it.
         """
         match self.input:
             case TokensInput(ids=ids):
                 return len(ids)
             case TextInput(text=text):
-                return len(text.encode()) + 1
+                return len(text.encode()) + (2 if self.mode == "embed" else 1)
             case ChatInput(messages=messages):
                 return 256 + sum(32 + len(m.content.encode()) for m in messages)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fabric.messages.events import Failure, FinishReason, PromptScored, Token, Usage
+from fabric.messages.events import Embedding, Failure, FinishReason, PromptScored, Token, Usage
 from fabric.messages.wire import Wire
 
 
@@ -79,5 +79,6 @@ class RunFailed(Wire):
 
 
 RunEvent = Annotated[
-    Placed | PromptScored | Token | RunCompleted | RunFailed, Field(discriminator="type")
+    Placed | PromptScored | Token | Embedding | RunCompleted | RunFailed,
+    Field(discriminator="type"),
 ]

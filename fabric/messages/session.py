@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from fabric.errors import ProtocolViolation
 from fabric.messages.events import (
     Accepted,
+    Embedding,
     Failed,
     Failure,
     Finished,
@@ -26,7 +27,7 @@ from fabric.messages.events import (
     Usage,
 )
 from fabric.messages.lifecycle import InstanceState
-from fabric.messages.request import ModelRef, Request, SiteName
+from fabric.messages.request import Mode, ModelRef, Request, SiteName
 from fabric.messages.task import Task
 from fabric.messages.wire import Wire
 
@@ -38,11 +39,13 @@ MAX_FRAME_BYTES = 16 * 2**20
 
 
 class Limits(Wire):
-    """What an instance can take: tokens of one row, rows at once, tokens of KV cache."""
+    """What an instance can take: tokens of one row, rows at once, tokens of KV cache, and which
+    modes of requests."""
 
     context_tokens: int = Field(ge=1)
     max_rows: int = Field(ge=1)
     cache_tokens: int = Field(ge=1)
+    modes: tuple[Mode, ...] = Field(default=("query",), min_length=1)
 
 
 class Load(Wire):
@@ -184,6 +187,7 @@ FromInstance = Annotated[
     | Accepted
     | PromptScored
     | Token
+    | Embedding
     | Finished
     | Failed
     | Redeem

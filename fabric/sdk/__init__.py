@@ -15,6 +15,7 @@ the hub's rooms, so that it costs nothing in a script that may not need it.
 from fabric.sdk.aio import AsyncFabric
 from fabric.sdk.batches import Batch
 from fabric.sdk.client import Fabric, FabricFuture
+from fabric.sdk.embeddings import Embeddings, EmbedOptions
 from fabric.sdk.options import Message, Options
 from fabric.sdk.records import (
     Allocation,
@@ -38,6 +39,8 @@ __all__ = [
     "Choice",
     "Chunk",
     "Completion",
+    "EmbedOptions",
+    "Embeddings",
     "Fabric",
     "FabricFuture",
     "Message",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 from fabric.errors import RequestInvalid
 from fabric.sdk import batches
 from fabric.sdk.batches import Batch
+from fabric.sdk.embeddings import Embeddings, EmbedOptions, build_bodies
 from fabric.sdk.options import Options, Prompt, as_conversation, build_body
 from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
 from fabric.sdk.results import Completion, Json
@@ -109,6 +110,20 @@ class AsyncFabric:
         return AsyncStream(
             await self._transport.open_stream(path, body, deadline_s=options.get("deadline_s"))
         )
+
+    async def embed(
+        self, texts: str | Sequence[str], **options: Unpack[EmbedOptions]
+    ) -> Embeddings:
+        """Turn texts into vectors of length 1; see ``Fabric.embed``."""
+        replies: list[Json] = []
+        for body in build_bodies([texts] if isinstance(texts, str) else texts, options):
+            if "model" not in body:
+                body["model"] = await self._find_model()
+            reply = await self._transport.post(
+                "/v1/embeddings", body, deadline_s=options.get("deadline_s")
+            )
+            replies.append(reply)
+        return Embeddings.from_replies(replies)
 
     async def explain(self, prompt: Prompt, **options: Unpack[Options]) -> Placement:
         """Return where the request would run now, and the cost of every candidate.
@@ -275,8 +290,11 @@ class AsyncFabric:
     async def _build(self, prompt: Prompt, options: Options) -> tuple[str, dict[str, object]]:
         path, body = build_body(prompt, options)
         if "model" not in body:
-            body["model"] = self._settings.client.model or await self._find_only_model()
+            body["model"] = await self._find_model()
         return path, body
+
+    async def _find_model(self) -> str:
+        return self._settings.client.model or await self._find_only_model()
 
     async def _find_only_model(self) -> str:
         if self._only_model is None:

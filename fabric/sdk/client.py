@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
 from fabric.sdk.aio import AsyncFabric
 from fabric.sdk.background import BackgroundLoop
 from fabric.sdk.batches import Batch
+from fabric.sdk.embeddings import Embeddings, EmbedOptions
 from fabric.sdk.options import Options, Prompt
 from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
 from fabric.sdk.results import Completion, Json
@@ -124,6 +125,19 @@ class Fabric:
         finally:
             for future in window:
                 future.cancel()
+
+    def embed(self, texts: str | Sequence[str], **options: Unpack[EmbedOptions]) -> Embeddings:
+        """Turn texts into vectors of length 1, one a text and in their order.
+
+        Args:
+            texts: As many as there are; long lists go in several requests.
+            **options: See ``EmbedOptions``.
+
+        Raises:
+            FabricError: A text was refused (one that is too long is never cut), could not be
+                placed, or failed.
+        """
+        return self._background.run(self._fabric.embed(texts, **options))
 
     def explain(self, prompt: Prompt, **options: Unpack[Options]) -> Placement:
         """Return where the request would run now, and the cost of every candidate.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -18,11 +20,13 @@ from fabric.errors import (
     EngineStopped,
     FabricError,
     RequestCancelled,
+    RequestInvalid,
     RowFailed,
 )
 from fabric.messages import (
     Accepted,
     ChatInput,
+    Embedding,
     Failed,
     Failure,
     Finished,
@@ -37,10 +41,12 @@ from fabric.messages import (
     TokensInput,
     TopLogprob,
     Usage,
+    pack_floats,
 )
 
 FIRST_TOKEN_ID = 1000
 LOGPROB = -0.5
+DIMENSIONS = 8
 
 
 def word(position: int) -> str:
@@ -57,6 +63,13 @@ def count_prompt_tokens(request: Request) -> int:
             return max(1, len(text.split()))
         case ChatInput(messages=messages):
             return sum(1 + len(message.content.split()) for message in messages)
+
+
+def embed(request: Request) -> list[float]:
+    """Return the vector of a prompt: of length 1, in float32 the same in every process."""
+    digest = hashlib.blake2b(request.input.model_dump_json().encode(), digest_size=DIMENSIONS)
+    numbers = [byte - 127.5 for byte in digest.digest()]
+    return [number / math.hypot(*numbers) for number in numbers]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -89,7 +102,7 @@ class FixedDelayEngine:
     """An ``Engine`` whose every token takes a known time.
 
     Token ids are ``FIRST_TOKEN_ID + position``; all choices of a request are equal; ``stop`` is not
-    looked for.
+    looked for. An embedding, made by ``embed``, takes as long as a first token.
 
     Args:
         first_token_s: Seconds from a row's start to its first token.
@@ -122,7 +135,13 @@ class FixedDelayEngine:
         self._info = EngineInfo(
             model=model,
             digest=digest,
-            limits=limits or Limits(context_tokens=2048, max_rows=64, cache_tokens=2048 * 64),
+            limits=limits
+            or Limits(
+                context_tokens=2048,
+                max_rows=64,
+                cache_tokens=2048 * 64,
+                modes=("query", "embed"),
+            ),
             dtype="float32",
             engine="fixed-delay",
         )
@@ -172,6 +191,16 @@ class FixedDelayEngine:
                 prompt_tokens=prompt_tokens, max_tokens=max_tokens, context_tokens=context_tokens
             )
             self._finish(job, error)
+            return
+        if task.request.dimensions not in (None, DIMENSIONS):
+            self._finish(
+                job,
+                RequestInvalid(
+                    param="dimensions",
+                    value=task.request.dimensions,
+                    reason=f"embeddings have {DIMENSIONS}",
+                ),
+            )
             return
         with self._changed:
             running = self._thread is not None and not self._closed
@@ -277,6 +306,9 @@ class FixedDelayEngine:
                 job.sink(self._token(job, choice))
             job.position += 1
         if job.position >= job.end:
+            if (task := job.task).request.mode == "embed":
+                data = pack_floats(embed(task.request))
+                job.sink(Embedding(task_id=task.id, attempt=task.attempt, data=data))
             self._finish(job, None)
             return
         with self._changed:
@@ -303,6 +335,8 @@ class FixedDelayEngine:
         )
 
     def _reason(self, job: _Job) -> Literal["stop", "length"]:
+        if job.task.request.mode == "embed":
+            return "stop"
         ignores = job.task.request.sampling.ignore_eos
         return "stop" if job.end == self.stop_after and not ignores else "length"
 

@@ -157,7 +157,7 @@ def test_a_large_body_without_a_key_is_401(hub: RunningHub) -> None:
 
 
 def test_routes_that_are_not_there_answer_in_the_same_shape(client: httpx.Client) -> None:
-    assert error_of(client.get("/v1/embeddings"), 404)["code"] == "not_found"
+    assert error_of(client.get("/v1/images/generations"), 404)["code"] == "not_found"
     reply = client.get("/v1/completions")
     assert error_of(reply, 405)["code"] == "not_found"
     assert reply.headers["allow"] == "POST"

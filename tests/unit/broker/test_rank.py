@@ -95,6 +95,7 @@ def draw_replica(drawn: random.Random, number: int) -> ReplicaSnapshot:
         cold_p=drawn.choice([0.0, 0.0, 0.3]),
         start_wait_s=20.0,
         load_s=5.0,
+        modes=drawn.choice([("query",), ("query", "embed"), ("embed",)]),
     )
 
 

@@ -14,11 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from fabric.engine import torch_engine
 from fabric.engine.config import EngineConfig
+from fabric.engine.interface import Engine
 from fabric.engine.model import LoadedModel, load_model
 from fabric.engine.source import ModelSource
 from fabric.engine.text import Texts
 from fabric.engine.torch_engine import TorchEngine
 from fabric.messages import (
+    EMBED_SAMPLING,
+    Embedding,
     Event,
     Failed,
     Finished,
@@ -127,6 +130,12 @@ class Heard:
         return event
 
     @property
+    def vector(self) -> list[float]:
+        self.wait()
+        (event,) = (e for e in self.events if isinstance(e, Embedding))
+        return event.vector
+
+    @property
     def finished(self) -> Finished:
         last = self.wait().events[-1]
         assert isinstance(last, Finished), last
@@ -142,7 +151,7 @@ class Heard:
 class Driver:
     """An engine with the boilerplate of asking it."""
 
-    def __init__(self, engine: TorchEngine, model: PreTrainedModel) -> None:
+    def __init__(self, engine: Engine, model: PreTrainedModel | None = None) -> None:
         self.engine = engine
         self.model = model
         limits = engine.info.limits
@@ -185,6 +194,23 @@ class Driver:
         self.engine.submit(task, heard)
         return heard
 
+    def embed(self, prompt: str | list[int], *, cache_salt: str = "", **asked: object) -> Heard:
+        """Submit a task of mode ``embed``; ``asked`` are the request's other fields."""
+        text = TextInput(text=prompt) if isinstance(prompt, str) else TokensInput(ids=prompt)
+        request = Request(mode="embed", model="tiny", input=text, sampling=EMBED_SAMPLING, **asked)
+        task = Task(
+            id=request.id,
+            attempt=1,
+            request=request,
+            digest=self.engine.info.digest,
+            deadline_s=60.0,
+            cache_salt=cache_salt,
+        )
+        heard = Heard()
+        self.last_task = task
+        self.engine.submit(task, heard)
+        return heard
+
     def greedy(self, prompt: str | list[int], max_tokens: int = 12, **more: object) -> Heard:
         return self.ask(prompt, temperature=0.0, max_tokens=max_tokens, **more)
 
@@ -222,6 +248,12 @@ def drive(tiny_dir: Path) -> Iterator[Callable[..., Driver]]:
     yield start
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture(scope="session")
+def driver_of() -> Callable[[Engine], Driver]:
+    """Drive an engine that has been started."""
+    return Driver
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,19 @@ def test_greedy_equals_generate_alone_and_mixed(family, save_model, drive):
     assert [h.wait().ids() for h in heard] == expected
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vectors_are_the_mean_of_the_last_hidden_states(family, save_model, drive):
+    torch.manual_seed(3)
+    model = FAMILIES[family]().eval()
+    driver = drive(save_model(model))
+    model.set_attn_implementation("eager")  # the others leave capped scores out
+    for ids, heard in [(ids, driver.embed(ids)) for ids in PROMPTS]:
+        with torch.inference_mode():
+            hidden = model.base_model(torch.tensor([ids])).last_hidden_state[0]
+        expected = torch.nn.functional.normalize(hidden.mean(0), dim=0)
+        assert heard.vector == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2, biases", "mixtral"])
 def test_packed_weights_and_fused_kernels_change_no_more_than_rounding(family, save_model, drive):
     torch.manual_seed(3)

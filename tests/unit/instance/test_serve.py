@@ -13,12 +13,14 @@ from websockets.sync.client import connect as connect_blocking
 from fabric.instance.direct import direct_route
 from fabric.instance.serve import serve_session
 from fabric.messages import (
+    EMBED_SAMPLING,
     Cancel,
     Credit,
     Drain,
     FromInstance,
     Heartbeat,
     Hello,
+    Limits,
     Request,
     Sampling,
     Task,
@@ -82,8 +84,9 @@ class Instance:
 
 
 @pytest.fixture
-async def instance() -> AsyncIterator[Instance]:
-    engine = FixedDelayEngine(token_s=0.01)
+async def instance(request: pytest.FixtureRequest) -> AsyncIterator[Instance]:
+    """An instance on its direct route; a parameter is the engine's limits."""
+    engine = FixedDelayEngine(token_s=0.01, limits=getattr(request, "param", None))
     engine.start()
     hello = Hello(
         instance="instance-1",
@@ -125,6 +128,32 @@ async def test_direct_route_answers_401_without_its_token(instance, headers) -> 
     with pytest.raises(InvalidStatus) as refusal:
         await connect(instance.url, additional_headers=headers)
     assert refusal.value.response.status_code == 401
+
+
+def make_embed_task() -> Task:
+    task = make_task()
+    request = Request(
+        id=task.id, mode="embed", model="fixed", input=task.request.input, sampling=EMBED_SAMPLING
+    )
+    return task.model_copy(update={"request": request})
+
+
+async def test_a_vector_needs_no_credit(instance) -> None:
+    async with instance.connect() as client:
+        await client.send(make_embed_task().model_copy(update={"window": 1}))
+        assert await client.receive_types(3) == ["accepted", "embedding", "finished"]
+
+
+@pytest.mark.parametrize(
+    "instance", [Limits(context_tokens=64, max_rows=2, cache_tokens=128)], indirect=True
+)
+async def test_a_mode_that_the_engine_has_not_is_refused(instance) -> None:
+    async with instance.connect() as client:
+        await client.send(make_embed_task())
+        failed = await client.receive()
+        assert (failed.type, failed.failure.detail["param"]) == ("failed", "mode")
+        await client.send(make_task(2, max_tokens=1))
+        assert await client.receive_types(3) == ["accepted", "token", "finished"]
 
 
 async def test_no_more_tokens_are_sent_than_there_is_credit_for(instance) -> None:

@@ -1,8 +1,11 @@
 """Frames survive the wire unchanged, and what does not belong there is refused by name."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from fabric.errors import ContextExceeded, FabricError, InsufficientBalance, ProtocolViolation
 from fabric.messages import (
@@ -10,6 +13,7 @@ from fabric.messages import (
     ChatMessage,
     Choices,
     Constraint,
+    Embedding,
     Failure,
     InstanceState,
     JsonSchema,
@@ -20,9 +24,11 @@ from fabric.messages import (
     Task,
     TextInput,
     Token,
+    pack_floats,
     parse_from_hub,
     parse_from_instance,
 )
+from fabric.messages.events import MAX_DIMENSIONS
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=50)
 
@@ -39,6 +45,51 @@ def test_token_frame_round_trips(text: str, position: int, logprob: float | None
         logprob=logprob,
     )
     assert parse_from_instance(token.model_dump_json()) == token
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
+def test_embedding_frame_carries_exactly_float32(numbers: list[float]) -> None:
+    event = Embedding(task_id="run_1", attempt=1, data=pack_floats(numbers))
+    again = parse_from_instance(event.model_dump_json())
+    assert again == event
+    assert isinstance(again, Embedding)
+    assert again.vector == numbers
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *("", "AAA", "AAAA", "no base64!"),
+        pack_floats([float("nan")]),
+        pack_floats([float("inf")]),
+        pack_floats([0.0] * (MAX_DIMENSIONS + 2)),
+    ],
+)
+def test_an_embedding_that_is_no_vector_is_refused(data: str) -> None:
+    frame = {"type": "embedding", "task_id": "run_1", "attempt": 1, "data": data}
+    with pytest.raises(ProtocolViolation):
+        parse_from_instance(json.dumps(frame))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pooling": "last"},
+        {"dimensions": 3},
+        {"mode": "embed"},
+        {"mode": "embed", "sampling": {"max_tokens": 0, "n": 2}},
+        {"mode": "embed", "sampling": {"max_tokens": 0, "prompt_logprobs": True}},
+        {
+            "mode": "embed",
+            "sampling": {"max_tokens": 0},
+            "input": {"kind": "chat", "messages": [{"role": "user", "content": "x"}]},
+        },
+    ],
+)
+def test_a_request_generates_or_embeds_and_never_half_of_each(changes: dict) -> None:
+    body = {"model": "m", "input": {"kind": "text", "text": "x"}, **changes}
+    with pytest.raises(ValidationError, match="embed"):
+        Request.model_validate(body)
 
 
 @given(prompt=text, seed=st.none() | st.integers(-(2**63), 2**63 - 1))

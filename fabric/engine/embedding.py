@@ -1,0 +1,41 @@
+"""The engine of sentence-embedding models: encoders, which the continuous batch does not serve."""
+
+from __future__ import annotations
+
+from fabric.engine.encoder import Encoder
+from fabric.engine.encoder_batch import EncoderBatch
+from fabric.engine.interface import EngineInfo
+from fabric.engine.torch_engine import VERSIONS, TorchEngine
+from fabric.messages import Limits
+
+__all__ = ["EmbeddingEngine"]
+
+
+class EmbeddingEngine(TorchEngine):
+    """An ``Engine`` that only embeds, over a sentence-transformers directory, on the CPU.
+
+    It has the ``TorchEngine``'s thread and arguments, and a batch of its own.
+    """
+
+    def _build(self) -> EncoderBatch:
+        config = self._config
+        encoder = Encoder(
+            self._source,
+            name=self._name,
+            dtype=config.dtype,
+            expected_digest=self._expected_digest,
+            context_tokens=config.context_tokens,
+        )
+        self._info = EngineInfo(
+            model=self._name,
+            digest=encoder.digest,
+            limits=Limits(
+                context_tokens=encoder.context_tokens,
+                max_rows=config.max_rows,
+                cache_tokens=encoder.context_tokens * config.max_rows,
+                modes=("embed",),
+            ),
+            dtype=config.dtype,
+            engine=VERSIONS,
+        )
+        return EncoderBatch(encoder, config)
