@@ -246,7 +246,7 @@ from globus_compute_sdk import Executor
 from fabric.testing.globus import running_globus
 
 with running_globus(Path(sys.argv[1])) as globus, globus.endpoint("orphan") as endpoint:
-    with Executor(endpoint.id, client=globus.client("site-a"), task_group_id=uuid4()) as executor:
+    with Executor(endpoint.id, client=globus.client("site-a")) as executor:
         executor.submit(abs, -1).result(120)
         print("ready", flush=True)
         time.sleep(600)
