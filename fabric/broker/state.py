@@ -11,6 +11,7 @@ from hashlib import blake2b
 
 from fabric.broker.budget import RetryBudget
 from fabric.broker.cost import times_s
+from fabric.broker.outcome import backoff_s, broken, get_outcome, since_start_s, too_late
 from fabric.broker.pool import Replicas
 from fabric.broker.progress import Progress
 from fabric.broker.replicas import Fleet
@@ -46,7 +47,6 @@ from fabric.errors import (
     NoReplica,
     ProtocolViolation,
     RequestCancelled,
-    StreamBroken,
 )
 from fabric.messages import (
     Accepted,
@@ -66,7 +66,6 @@ from fabric.messages import (
     Usage,
 )
 
-BACKOFF_S = 0.2
 SILENCE_FACTOR = 4.0
 
 Instructions = Iterator[Instruction]
@@ -346,7 +345,7 @@ class BrokerState:
             yield from self._on_lost(run, now, error)
         else:
             if isinstance(error, DeadlineExceeded):
-                error = _too_late(run)
+                error = too_late(run)
             usage = failed.usage if run.delivered else None
             yield from self._end(run, now, error, usage)
 
@@ -365,14 +364,14 @@ class BrokerState:
         elif run.complete and (run.num_tokens or run.embedded):
             yield from self._complete(run, now, None)
         elif run.num_tokens and not run.resumable:
-            yield from self._end(run, now, _broken(run, instance, error))
+            yield from self._end(run, now, broken(run, instance, error))
         elif run.attempt >= self._settings.max_attempts:
             yield from self._end(run, now, error)
         else:
             run.last_error = error
             run.tried.add(instance)
             run.state, run.waiting_since, run.seen_version = RunState.QUEUED, now, -1
-            run.retry_at = now + _backoff_s(run)
+            run.retry_at = now + backoff_s(run)
             yield from self._place(run, now)
 
     # ---- time and the client --------------------------------------------------------------------
@@ -389,7 +388,7 @@ class BrokerState:
             elif now >= run.deadline_at:
                 if run.instance is not None:
                     yield AbandonAttempt(run_id=run_id, attempt=run.attempt)
-                yield from self._end(run, now, _too_late(run))
+                yield from self._end(run, now, too_late(run))
             elif run.instance is None:
                 if run.moving_to is None:
                     yield from self._place(run, now)
@@ -425,11 +424,11 @@ class BrokerState:
             finish_reasons=tuple(reason for reason in run.finishes if reason is not None),
             usage=usage,
             charge_usu=charge_usu,
-            first_token_s=_since_start(run),
+            first_token_s=since_start_s(run),
             total_s=now - run.started_at,
             placement=placement,
         )
-        outcome = _outcome(run, now, RunState.COMPLETED, usage, charge_usu, None)
+        outcome = get_outcome(run, now, RunState.COMPLETED, usage, charge_usu, None)
         yield from self._close(run, outcome)
         yield Emit(run_id=completed.run, event=completed)
 
@@ -441,7 +440,7 @@ class BrokerState:
         charge_usu = run.charge_usu(usage)
         cancelled = isinstance(error, RequestCancelled)
         state = RunState.CANCELLED if cancelled else RunState.FAILED
-        yield from self._close(run, _outcome(run, now, state, usage, charge_usu, error.code))
+        yield from self._close(run, get_outcome(run, now, state, usage, charge_usu, error.code))
         yield Emit(
             run_id=run.ticket.request.id,
             event=RunFailed(
@@ -467,49 +466,3 @@ class BrokerState:
         if run.instance is not None:
             self.fleet.release(run.instance, run.ticket.request.id)
             run.instance, run.silent_until = None, None
-
-
-def _outcome(
-    run: Progress,
-    now: float,
-    state: RunState,
-    usage: Usage,
-    charge_usu: int,
-    failure_code: str | None,
-) -> Outcome:
-    return Outcome(
-        ticket=run.ticket,
-        state=state,
-        placement=run.placement,
-        attempts=run.attempt,
-        usage=usage,
-        charge_usu=charge_usu,
-        first_token_s=_since_start(run),
-        total_s=now - run.started_at,
-        failure_code=failure_code,
-    )
-
-
-def _since_start(run: Progress) -> float | None:
-    return None if run.first_token_at is None else run.first_token_at - run.started_at
-
-
-def _too_late(run: Progress) -> DeadlineExceeded:
-    return DeadlineExceeded(deadline_s=run.ticket.request.deadline_s, attempts=run.attempt)
-
-
-def _broken(run: Progress, instance: str, error: FabricError) -> StreamBroken:
-    if run.ticket.request.sampling.reproducible:
-        return StreamBroken(
-            instance=instance,
-            num_tokens=run.num_tokens,
-            cause=error.code,
-            why="only a single choice can be continued elsewhere",
-        )
-    return StreamBroken(instance=instance, num_tokens=run.num_tokens, cause=error.code)
-
-
-def _backoff_s(run: Progress) -> float:
-    """Return a pause with full jitter that is the same for the same run and attempt."""
-    drawn = blake2b(f"{run.ticket.request.id}/{run.attempt}".encode(), digest_size=4).digest()
-    return float(BACKOFF_S * 2**run.attempt * int.from_bytes(drawn) / 2**32)

@@ -31,8 +31,8 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 
     Raises:
         ValueError: The file is not GGUF.
-        NotImplementedError: transformers has no conversion for its architecture. (Conversion
-            raises KeyError and others too, for files it does not foresee.)
+        Exception: Whatever transformers raises for an architecture it cannot convert and for files
+            it does not foresee; ``load_model`` makes a ``ModelNotLoadable`` of it.
     """
     with _quick_conversion():
         header = conversion.load_gguf_checkpoint(str(path))

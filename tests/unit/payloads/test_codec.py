@@ -91,6 +91,7 @@ def test_safetensors_reads_what_we_write(name: str) -> None:
 
 def test_safetensors_reads_bfloat16_for_torch() -> None:
     tensor = torch.randn(4, 2, dtype=torch.bfloat16)
+    # safetensors' own reader, which unpickles nothing: the independent witness of our bytes.
     assert torch.equal(safetensors.torch.load(encode([tensor]))["0"], tensor)
 
 

@@ -168,6 +168,7 @@ def test_threads_share_a_store(store) -> None:
 
 
 def test_proxy_resolves_in_another_process(store) -> None:
+    # Parsl ships proxies as pickles, within one trust domain; the payload itself is never one.
     proxy = store.proxy(np.arange(100_000))
     read = """
 import pickle, sys

@@ -106,6 +106,7 @@ def test_the_hubs_errors_keep_class_and_sentence(
 
 
 def test_an_error_survives_pickling_between_workers() -> None:
+    # Parsl carries a user's own exceptions as pickles; nothing here comes from a peer.
     error = UnknownModel(model="nope", known=["toy"])
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is UnknownModel

@@ -1,0 +1,62 @@
+"""How runs end, and how long one waits before its next attempt: pure functions of its progress."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+from fabric.broker.progress import Progress
+from fabric.broker.signals import Outcome
+from fabric.errors import DeadlineExceeded, FabricError, StreamBroken
+from fabric.messages import RunState, Usage
+
+BACKOFF_S = 0.2
+
+
+def get_outcome(
+    run: Progress,
+    now: float,
+    state: RunState,
+    usage: Usage,
+    charge_usu: int,
+    failure_code: str | None,
+) -> Outcome:
+    """Return the end of a run at ``now``, as it is settled and recorded."""
+    return Outcome(
+        ticket=run.ticket,
+        state=state,
+        placement=run.placement,
+        attempts=run.attempt,
+        usage=usage,
+        charge_usu=charge_usu,
+        first_token_s=since_start_s(run),
+        total_s=now - run.started_at,
+        failure_code=failure_code,
+    )
+
+
+def since_start_s(run: Progress) -> float | None:
+    """Return the seconds to the first token, if there was one."""
+    return None if run.first_token_at is None else run.first_token_at - run.started_at
+
+
+def too_late(run: Progress) -> DeadlineExceeded:
+    """Return what a run ends with whose deadline is over."""
+    return DeadlineExceeded(deadline_s=run.ticket.request.deadline_s, attempts=run.attempt)
+
+
+def broken(run: Progress, instance: str, error: FabricError) -> StreamBroken:
+    """Return what a stream ends with that cannot go on elsewhere, and why it cannot."""
+    if run.ticket.request.sampling.reproducible:
+        return StreamBroken(
+            instance=instance,
+            num_tokens=run.num_tokens,
+            cause=error.code,
+            why="only a single choice can be continued elsewhere",
+        )
+    return StreamBroken(instance=instance, num_tokens=run.num_tokens, cause=error.code)
+
+
+def backoff_s(run: Progress) -> float:
+    """Return a pause with full jitter that is the same for the same run and attempt."""
+    drawn = blake2b(f"{run.ticket.request.id}/{run.attempt}".encode(), digest_size=4).digest()
+    return float(BACKOFF_S * 2**run.attempt * int.from_bytes(drawn) / 2**32)
