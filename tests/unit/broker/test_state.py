@@ -2,235 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from decimal import Decimal
-from typing import Any, TypeVar
-
 import pytest
 
-from fabric.broker.select import Offer
-from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import (
     AbandonAttempt,
     Admitted,
-    AttemptEvent,
-    AttemptLost,
     CancelAttempt,
     ClientGone,
     Emit,
     HoldMoved,
     HoldRefused,
-    Instruction,
     MoveHold,
-    ReplicaJoined,
-    ReplicaLeft,
-    ReplicaReported,
     SendTask,
     Settle,
-    StateEvent,
-    Tick,
     Ticket,
     Void,
 )
-from fabric.broker.state import BrokerState
 from fabric.errors import (
     ContextExceeded,
     EngineStopped,
     FabricError,
     RequestCancelled,
-    SessionLost,
 )
-from fabric.ledger import Rate
 from fabric.messages import (
-    Accepted,
-    Event,
-    Failed,
     Failure,
-    Finished,
-    Hello,
-    Limits,
-    Load,
     Placed,
     PromptScored,
-    Request,
     RunCompleted,
-    RunFailed,
     RunState,
     Sampling,
     ScoredToken,
-    TextInput,
     Token,
     Usage,
 )
-from fabric.messages.events import FinishReason
-
-DIGEST = "sha256:aa"
-LATE = 1_000.0
-"""When the tests begin: long after the hub came up, so that no replica is expected any more."""
-GENERAL = "allocation:astro:*"
-T = TypeVar("T")
-
-
-def offer(site: str, **changes: Any) -> Offer:
-    fields: dict[str, Any] = {
-        "site": site,
-        "allocation": GENERAL,
-        "available_usu": 10_000,
-        "max_charge_usu": 500,
-        "expected_charge_usu": 10,
-    }
-    return Offer(**{**fields, **changes})
-
-
-def rate(site: str, output_usu: int) -> Rate:
-    return Rate(
-        model="*",
-        site=site,
-        effective_from=datetime(2026, 1, 1, tzinfo=UTC),
-        prompt_usu=Decimal(1),
-        cached_prompt_usu=Decimal(0),
-        output_usu=Decimal(output_usu),
-    )
-
-
-def make_ticket(
-    run_id: str = "run_1",
-    *,
-    sampling: Sampling | None = None,
-    offers: Sequence[Offer] = (),
-    project: str = "astro",
-    **changes: Any,
-) -> Ticket:
-    offers = offers or (offer("alpha"), offer("beta"))
-    sampling = sampling or Sampling(max_tokens=4, temperature=0.0)
-    request = Request(
-        id=run_id, model="smol", input=TextInput(text="Why?"), sampling=sampling, **changes
-    )
-    return Ticket(
-        request=request,
-        project=project,
-        key_id="key_1",
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-        model="smol@1",
-        digest=DIGEST,
-        offers={one.site: one for one in offers},
-        rates={one.site: rate(one.site, 20 if one.site == "beta" else 10) for one in offers},
-        held_allocation=GENERAL,
-        held_usu=500,
-        prompt_tokens_bound=5,
-        max_output_tokens=4,
-    )
-
-
-class Rig:
-    """A state with a clock, and all the instructions it has given."""
-
-    def __init__(self, *sites: str, started_at: float = 0.0, **settings: Any) -> None:
-        self.state = BrokerState(BrokerSettings(**settings), started_at=started_at)
-        self.now = LATE
-        self.done: list[Instruction] = []
-        for site in sites:
-            self.join(site)
-
-    def feed(self, event: StateEvent) -> list[Instruction]:
-        out = self.state.handle(event)
-        self.done += out
-        return out
-
-    def join(self, site: str, instance: str | None = None, **changes: Any) -> list[Instruction]:
-        hello = Hello(
-            instance=instance or f"{site}-1",
-            site=site,
-            model="smol@1",
-            digest=changes.pop("digest", DIGEST),
-            limits=Limits(context_tokens=64, max_rows=4, cache_tokens=256),
-            dtype="float32",
-            engine="test",
-        )
-        return self.feed(
-            ReplicaJoined(
-                now=self.now, hello=hello, streams=changes.pop("streams", True), joined_at=0.0
-            )
-        )
-
-    def leave(self, instance: str, *, lost: bool = True) -> list[Instruction]:
-        return self.feed(ReplicaLeft(now=self.now, instance=instance, lost=lost))
-
-    def admit(self, run_id: str = "run_1", **changes: Any) -> SendTask | None:
-        ticket = make_ticket(run_id, **changes)
-        out = self.feed(Admitted(now=self.now, started_at=self.now, ticket=ticket))
-        return next((one for one in out if isinstance(one, SendTask)), None)
-
-    def tick(self, seconds: float = 0.0) -> list[Instruction]:
-        self.now += seconds
-        return self.feed(Tick(now=self.now))
-
-    def say(self, sent: SendTask, event: Event) -> list[Instruction]:
-        return self.feed(
-            AttemptEvent(now=self.now, run_id=sent.run_id, attempt=sent.task.attempt, event=event)
-        )
-
-    def accept(self, sent: SendTask, prompt_tokens: int = 3) -> None:
-        self.say(sent, Accepted(**key(sent), prompt_tokens=prompt_tokens))
-
-    def token(
-        self, sent: SendTask, position: int, finish: FinishReason | None = None, choice: int = 0
-    ) -> list[Instruction]:
-        token = Token(
-            **key(sent),
-            choice=choice,
-            position=position,
-            token_id=100 + position,
-            text=f"t{position}",
-            finish_reason=finish,
-        )
-        return self.say(sent, token)
-
-    def finish(self, sent: SendTask, num_tokens: int, **usage: Any) -> list[Instruction]:
-        fields: dict[str, Any] = {"prompt_tokens": 3, "output_tokens": num_tokens, **usage}
-        return self.say(
-            sent, Finished(**key(sent), finish_reasons=("length",), usage=Usage(**fields))
-        )
-
-    def fail(self, sent: SendTask, error: FabricError, **usage: Any) -> list[Instruction]:
-        failed = Failed(**key(sent), failure=Failure.of(error), usage=Usage(**usage))
-        return self.say(sent, failed)
-
-    def lose(self, sent: SendTask) -> list[Instruction]:
-        error = SessionLost(instance=sent.instance, reason="the cable was pulled")
-        return self.feed(
-            AttemptLost(now=self.now, run_id=sent.run_id, attempt=sent.task.attempt, error=error)
-        )
-
-    def all(self, kind: type[T]) -> list[T]:
-        return [one for one in self.done if isinstance(one, kind)]
-
-    def emitted(self, kind: type[T]) -> list[T]:
-        return [one.event for one in self.all(Emit) if isinstance(one.event, kind)]
-
-    def failure(self) -> Failure:
-        [failed] = self.emitted(RunFailed)
-        return failed.failure
-
-
-def key(sent: SendTask) -> dict[str, Any]:
-    return {"task_id": sent.run_id, "attempt": sent.task.attempt}
-
-
-def only(out: Sequence[Instruction], kind: type[T]) -> T:
-    [found] = [one for one in out if isinstance(one, kind)]
-    return found
-
-
-def admit(rig: Rig, **changes: Any) -> SendTask:
-    sent = rig.admit(**changes)
-    assert sent is not None
-    rig.accept(sent)
-    return sent
-
-
-SEEDLESS = Sampling(max_tokens=4, temperature=0.7)
+from fabric.testing.broker_rig import (
+    LATE,
+    SEEDLESS,
+    Rig,
+    admit,
+    key,
+    make_ticket,
+    offer,
+    only,
+)
 
 
 def test_a_run_completes_and_settles_once_before_its_client_hears_of_it() -> None:
@@ -605,140 +419,3 @@ def test_a_replica_lost_while_the_hold_moves_is_not_sent_to() -> None:
     assert not [
         one for one in rig.feed(HoldMoved(now=rig.now, run_id="run_1")) if isinstance(one, SendTask)
     ]
-
-
-def test_a_draining_replica_gets_nothing_new_and_finishes_what_it_has() -> None:
-    rig = Rig("alpha")
-    sent = admit(rig)
-    rig.feed(ReplicaReported(now=rig.now, instance="alpha-1", load=Load(), draining=True))
-    assert rig.admit("run_2") is None
-    rig.token(sent, 0, "stop")
-    rig.finish(sent, 1)
-    assert rig.emitted(RunCompleted)
-
-
-def test_failures_in_a_row_eject_a_replica_and_one_trial_brings_it_back() -> None:
-    rig = Rig("alpha", "beta", eject_after=5, eject_s=10.0)
-    for number in range(5):
-        sent = rig.admit(f"run_{number}", sites=("alpha",), sampling=SEEDLESS)
-        assert sent is not None
-        rig.token(sent, 0)
-        rig.lose(sent)
-    assert rig.admit("run_a", sites=("alpha",)) is None
-    out = rig.tick(10.1)
-    trial = only(out, SendTask)
-    assert trial.run_id == "run_a"
-    # While the trial runs, nothing else is sent there.
-    assert rig.admit("run_b", sites=("alpha",)) is None
-    rig.token(trial, 0, "stop")
-    rig.finish(trial, 1)
-    assert only(rig.tick(0.1), SendTask).run_id == "run_b"
-
-
-def test_a_failed_trial_puts_the_replica_out_again() -> None:
-    rig = Rig("alpha", "beta", eject_after=1, eject_s=10.0)
-    sent = rig.admit("run_0", sites=("alpha",), sampling=SEEDLESS)
-    assert sent is not None
-    rig.token(sent, 0)
-    rig.lose(sent)
-    rig.tick(10.1)
-    trial = rig.admit("run_1", sites=("alpha",), sampling=SEEDLESS)
-    assert trial is not None
-    rig.token(trial, 0)
-    rig.lose(trial)
-    assert rig.admit("run_2", sites=("alpha",)) is None
-
-
-def test_never_more_than_half_of_the_replicas_are_ejected() -> None:
-    rig = Rig("alpha", "beta", eject_after=1)
-    for site in ("alpha", "beta"):
-        sent = rig.admit(f"run_{site}", sites=(site,), sampling=SEEDLESS)
-        assert sent is not None
-        rig.token(sent, 0)
-        rig.lose(sent)
-    assert rig.admit("run_a", sites=("alpha",)) is None
-    assert rig.admit("run_b", sites=("beta",)) is not None
-
-
-def test_a_single_replica_is_never_ejected() -> None:
-    rig = Rig("alpha", eject_after=1)
-    sent = admit(rig, sampling=SEEDLESS)
-    rig.token(sent, 0)
-    rig.lose(sent)
-    assert rig.admit("run_2") is not None
-
-
-def test_a_user_cannot_eject_a_replica_with_bad_requests() -> None:
-    rig = Rig("alpha", "beta", eject_after=2)
-    for number in range(6):
-        sent = rig.admit(f"run_{number}", sites=("alpha",))
-        assert sent is not None
-        rig.fail(sent, ContextExceeded(prompt_tokens=99, max_tokens=4, context_tokens=64))
-
-
-def test_the_only_replica_gets_a_pause_before_it_is_asked_again() -> None:
-    rig = Rig("alpha")
-    sent = admit(rig)
-    out = rig.fail(sent, EngineStopped(reason="busy"))
-    assert not [one for one in out if isinstance(one, SendTask)]
-    again = only(rig.tick(0.5), SendTask)
-    assert (again.instance, again.task.attempt) == ("alpha-1", 2)
-
-
-def test_the_loss_of_a_site_fails_over_a_burst_at_once() -> None:
-    rig = Rig("alpha")
-    lost = [rig.admit(f"run_{number}") for number in range(32)]
-    rig.join("beta")
-    rig.leave("alpha-1")
-    for sent in lost:
-        assert sent is not None
-        assert only(rig.lose(sent), SendTask).instance == "beta-1"
-
-
-def test_a_retry_beyond_the_budget_waits_for_it() -> None:
-    rig = Rig("alpha", "beta", retry_burst=1.0, retry_min_per_s=2.0, retry_ratio=0.0)
-    first, second = (rig.admit(f"run_{number}", sites=("alpha",)) for number in range(2))
-    rig.join("alpha", "alpha-2")
-    assert first is not None
-    assert second is not None
-    rig.tick()
-    assert only(rig.lose(first), SendTask)
-    assert rig.lose(second) == []
-    assert rig.tick(0.4) == []
-    assert only(rig.tick(0.2), SendTask).run_id == second.run_id
-
-
-def test_a_storm_of_failures_sends_at_most_a_fifth_more_than_was_asked() -> None:
-    rig = Rig("alpha", "beta", retry_burst=32.0, retry_min_per_s=0.0)
-    num_offered, num_sent = 3_000, 0
-    todo: list[Instruction] = []
-    for number in range(num_offered):
-        sent = rig.admit(f"run_{number}")
-        if sent is not None:
-            todo.append(sent)
-        todo += rig.tick(0.05)
-        while todo:
-            sent = todo.pop()
-            if not isinstance(sent, SendTask):
-                continue
-            num_sent += 1
-            if num_sent % 2:
-                todo += rig.fail(sent, EngineStopped(reason="half of them fail"))
-            else:
-                rig.token(sent, 0, "stop")
-                rig.finish(sent, 1)
-        assert num_sent <= 1.2 * (number + 1) + 32
-    assert num_sent > num_offered
-
-
-def test_cached_prefixes_are_shared_within_a_project_only() -> None:
-    rig = Rig("alpha")
-    mine, again, other = (
-        rig.admit(run_id, project=project)
-        for run_id, project in (("run_1", "p"), ("run_2", "p"), ("run_3", "q"))
-    )
-    assert mine is not None
-    assert again is not None
-    assert other is not None
-    assert mine.task.cache_salt == again.task.cache_salt != ""
-    assert other.task.cache_salt != mine.task.cache_salt
