@@ -85,9 +85,16 @@ class ComputeLaunched:
         self._stop()
         return True
 
-    def take(self, described: Mapping[str, Any]) -> None:
-        """Take what a description of the site, asked for after the launch, says of the instance."""
-        here = {item.get("instance"): item for item in described.get("instances", ())}
+    def take(self, described: object) -> None:
+        """Take what a description of the site, asked for after the launch, says of the instance.
+
+        What is no description tells nothing, neither that the instance is there nor that it is not.
+        """
+        listed = described.get("instances") if isinstance(described, dict) else None
+        if not isinstance(listed, list):
+            logger.warning("a description of the site lists no instances")
+            return
+        here = {item.get("instance"): item for item in listed if isinstance(item, dict)}
         item = here.get(self.spec.launch.instance)
         if item is None:
             self._miss()
