@@ -93,9 +93,9 @@ def screen(items: Sequence[Item], arguments: argparse.Namespace) -> int:
 
     num_failed = num_done = 0
     with ExitStack() as stack:
-        outputs = [sys.stdout]
-        if arguments.output:
-            outputs.append(stack.enter_context(open_output(arguments.output)))
+        # The file first: whatever stops this, what was printed is in it.
+        outputs = [stack.enter_context(open_output(arguments.output))] if arguments.output else []
+        outputs.append(sys.stdout)
         run_dir = stack.enter_context(TemporaryDirectory(prefix="fabric-screen-"))
         config = get_config(arguments.parsl_executor, arguments.workers, run_dir)
         stack.enter_context(parsl.load(config))
