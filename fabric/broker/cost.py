@@ -17,12 +17,21 @@ from fabric.broker.pool import (
     PRIOR_PREFILL_TOKENS_PER_S,
 )
 from fabric.broker.settings import BrokerSettings
-from fabric.messages import ChatInput, InstanceState, Request, TextInput, TokensInput
+from fabric.messages import (
+    ChatInput,
+    InstanceState,
+    ProgramInput,
+    Request,
+    TextInput,
+    TokensInput,
+)
 
 PRIOR_OUTPUT_TOKENS = 128
 BYTES_PER_TOKEN = 4
 FAILURE_S = 2.0
 TRIED_S = 30.0
+
+_WITHOUT = {"embed": "it does not embed", "program": "it runs no programs"}
 
 
 def expected_tokens(request: Request) -> tuple[int, int]:
@@ -51,6 +60,8 @@ def prefix_key(request: Request, digest: str, num_tokens: int) -> bytes:
         case ChatInput(messages=messages):
             whole = "\0".join(f"{one.role}:{one.content}" for one in messages)
             begin = whole[: num_tokens * BYTES_PER_TOKEN]
+        case ProgramInput(program=program):
+            begin = repr((program.runs[0].text, program.runs[0].ids))[:num_tokens]
     return blake2b(f"{digest}/{begin}".encode(), digest_size=16).digest()
 
 
@@ -61,7 +72,7 @@ def lasting(request: Request, snapshot: ReplicaSnapshot, context: Context) -> st
     if (barred := barred_site(request, snapshot.site, context)) is not None:
         return barred
     if request.mode not in snapshot.modes:
-        return "it does not embed" if request.mode == "embed" else "it only embeds"
+        return _WITHOUT[request.mode] if "query" in snapshot.modes else "it only embeds"
     if request.sampling.n > snapshot.max_rows:
         return f"{request.sampling.n} choices are asked for and it runs {snapshot.max_rows} rows"
     if (length := known_length(request)) is not None and length > snapshot.context_tokens:

@@ -14,7 +14,7 @@ from fabric.engine.pooling import Kind, check_dimensions, pool
 from fabric.engine.source import ModelSource
 from fabric.engine.text import Texts
 from fabric.errors import ContextExceeded, ModelNotLoadable, RequestInvalid
-from fabric.messages import Request
+from fabric.messages import ProgramInput, Request
 
 _CHARS_PER_TOKEN = 16
 """So many times the longest text is tokenized before its length is known: encoders drop blanks."""
@@ -127,7 +127,7 @@ class Encoder:
             RequestInvalid: It is not to be embedded, or is no text of this model.
             ContextExceeded: It is too long.
         """
-        if request.mode != "embed":
+        if request.mode != "embed" or isinstance(request.input, ProgramInput):
             raise RequestInvalid(param="mode", value=request.mode, reason="this model only embeds")
         check_dimensions(request, self._model.config.hidden_size)
         ids = self._texts.prompt_ids(request.input)

@@ -11,7 +11,7 @@ from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.sampling import fresh_seed
 from fabric.engine.text import Texts, TextStream
 from fabric.errors import CacheExhausted, ContextExceeded, DigestMismatch, RequestInvalid
-from fabric.messages import Limits, Task, Usage
+from fabric.messages import Limits, ProgramInput, Task, Usage
 
 
 class Intake:
@@ -59,6 +59,10 @@ class Intake:
         request, wanted = task.request, task.request.sampling
         if task.digest != self._digest:
             raise DigestMismatch(name=request.model, expected=task.digest, actual=self._digest)
+        if isinstance(request.input, ProgramInput):
+            raise RequestInvalid(
+                param="mode", value=request.mode, reason="this instance runs no programs"
+            )
         check_dimensions(request, self._dimensions)
         if wanted.n > self._limits.max_rows:
             raise RequestInvalid(

@@ -1,8 +1,9 @@
 """The wire: frozen models of everything that crosses a process.
 
-``request`` is what a user asks, ``task`` what one attempt carries to an instance, ``events`` what
-comes back, ``session`` the frames around them, ``run`` what the hub tells its client, ``lifecycle``
-the states. All are JSON; unknown fields are refused.
+``request`` is what a user asks (``program``, ``nodes`` and ``points``: inside a forward pass),
+``task`` what one attempt carries to an instance, ``events`` what comes back, ``session`` the frames
+around them, ``run`` what the hub tells its client, ``lifecycle`` the states. All are JSON; unknown
+fields are refused.
 """
 
 from fabric.messages.constraint import Choices, Constraint, JsonSchema, Regex
@@ -14,6 +15,7 @@ from fabric.messages.events import (
     Failure,
     Finished,
     PromptScored,
+    Saves,
     ScoredToken,
     Token,
     TopLogprob,
@@ -23,6 +25,8 @@ from fabric.messages.events import (
 )
 from fabric.messages.launch import EngineOptions, InstanceSpec, InstanceStatus, Launch, Reach
 from fabric.messages.lifecycle import InstanceState, RunState
+from fabric.messages.points import PointManifest, PointSpec
+from fabric.messages.program import Program
 from fabric.messages.request import (
     EMBED_SAMPLING,
     ChatInput,
@@ -30,6 +34,7 @@ from fabric.messages.request import (
     Mode,
     ModelRef,
     Pooling,
+    ProgramInput,
     Request,
     Sampling,
     TextInput,
@@ -92,7 +97,11 @@ __all__ = [
     "ModelRef",
     "Placed",
     "Placement",
+    "PointManifest",
+    "PointSpec",
     "Pooling",
+    "Program",
+    "ProgramInput",
     "PromptScored",
     "Reach",
     "Redeem",
@@ -104,6 +113,7 @@ __all__ = [
     "RunFailed",
     "RunState",
     "Sampling",
+    "Saves",
     "ScoredToken",
     "Settled",
     "Task",

@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from fabric.errors import FabricError
+from fabric.messages.nodes import Name
+from fabric.messages.program import MAX_INLINE_BYTES
 from fabric.messages.wire import Wire
 
 FinishReason = Literal["stop", "length"]
@@ -24,13 +26,16 @@ class Usage(Wire):
     """What one attempt consumed. The engine knows no prices.
 
     ``prompt_tokens`` counts the prompt once, whatever ``n`` is; ``output_tokens`` sums over
-    choices. ``device_s`` is the attempt's share of the engine's steps: each step's seconds divided
+    choices. ``hook_bytes_in`` are a program's constants and artifacts, ``hook_bytes_out`` what it
+    saved. ``device_s`` is the attempt's share of the engine's steps: each step's seconds divided
     among its rows by their tokens.
     """
 
     prompt_tokens: int = Field(default=0, ge=0)
     cached_prompt_tokens: int = Field(default=0, ge=0)
     output_tokens: int = Field(default=0, ge=0)
+    hook_bytes_in: int = Field(default=0, ge=0)
+    hook_bytes_out: int = Field(default=0, ge=0)
     queue_s: float = Field(default=0.0, ge=0.0)
     device_s: float = Field(default=0.0, ge=0.0)
 
@@ -151,6 +156,23 @@ def unpack_floats(data: str) -> list[float]:
     return packed.tolist()
 
 
+class Saves(_TaskEvent):
+    """What a run of a program saved, as one safetensors file.
+
+    ``step`` counts as in ``fabric.messages.program`` and is given with what is streamed; without
+    it this is the rest, once the run has ended. The file is inline in base64 (``data``) or, above
+    ``MAX_INLINE_BYTES``, a ``handle`` to where it is kept.
+    """
+
+    type: Literal["saves"] = "saves"
+    run: Name
+    step: int | None = Field(default=None, ge=0)
+    names: tuple[Name, ...]
+    size: int = Field(ge=0)
+    data: str | None = Field(default=None, repr=False, max_length=-(-MAX_INLINE_BYTES // 3) * 4)
+    handle: dict[str, object] | None = None
+
+
 class Finished(_TaskEvent):
     """All choices are done."""
 
@@ -168,5 +190,6 @@ class Failed(_TaskEvent):
 
 
 Event = Annotated[
-    Accepted | PromptScored | Token | Embedding | Finished | Failed, Field(discriminator="type")
+    Accepted | PromptScored | Token | Embedding | Saves | Finished | Failed,
+    Field(discriminator="type"),
 ]

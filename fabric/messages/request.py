@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from fabric.messages.constraint import Constraint
+from fabric.messages.program import Program, ProgramRun
 from fabric.messages.wire import Wire
 
 MAX_CHOICES = 16
@@ -27,8 +28,9 @@ CostPart = Literal["queue", "service", "data", "price", "risk"]
 Weights = dict[CostPart, Annotated[float, Field(ge=0.0, le=100.0)]]
 """What a second of each part counts."""
 
-Mode = Literal["query", "embed"]
-"""What is asked of a model: to generate, or to turn the prompt into one vector."""
+Mode = Literal["query", "embed", "program"]
+"""What is asked of a model: to generate, to turn the prompt into one vector, or to run a program
+inside its forward passes."""
 
 Pooling = Literal["mean", "last"]
 """Which hidden states of the prompt's tokens make its vector: their mean, or the last one."""
@@ -67,6 +69,13 @@ class ChatInput(Wire):
 
     kind: Literal["chat"] = "chat"
     messages: tuple[ChatMessage, ...] = Field(min_length=1)
+
+
+class ProgramInput(Wire):
+    """An intervention program, whose runs have the prompts."""
+
+    kind: Literal["program"] = "program"
+    program: Program
 
 
 class Sampling(Wire):
@@ -119,7 +128,8 @@ class Sampling(Wire):
 
 
 EMBED_SAMPLING = Sampling(max_tokens=0)
-"""Of every request of mode ``embed``: nothing is generated."""
+"""Of every request of mode ``embed``, where nothing is generated, and of mode ``program``, whose
+runs say for themselves how they go on."""
 
 
 class Request(Wire):
@@ -135,7 +145,9 @@ class Request(Wire):
     id: str = Field(default_factory=lambda: new_id("run"))
     mode: Mode = "query"
     model: ModelRef
-    input: Annotated[TextInput | TokensInput | ChatInput, Field(discriminator="kind")]
+    input: Annotated[
+        TextInput | TokensInput | ChatInput | ProgramInput, Field(discriminator="kind")
+    ]
     sampling: Sampling = Sampling()
     pooling: Pooling | None = None
     dimensions: int | None = Field(default=None, ge=1)
@@ -156,12 +168,20 @@ class Request(Wire):
 
     @model_validator(mode="after")
     def _embeds_or_generates(self) -> Request:
-        if self.mode == "query" and (self.pooling, self.dimensions) != (None, None):
+        if self.mode != "embed" and (self.pooling, self.dimensions) != (None, None):
             raise ValueError("pooling and dimensions are for the mode 'embed' alone")
         if self.mode == "embed" and isinstance(self.input, ChatInput):
             raise ValueError("a conversation cannot be embedded; send its text")
         if self.mode == "embed" and self.sampling != EMBED_SAMPLING:
             raise ValueError("the mode 'embed' takes no sampling but max_tokens 0")
+        return self
+
+    @model_validator(mode="after")
+    def _is_a_program_or_not(self) -> Request:
+        if (self.mode == "program") != isinstance(self.input, ProgramInput):
+            raise ValueError("the mode 'program' and the input kind 'program' go together")
+        if self.mode == "program" and self.sampling != EMBED_SAMPLING:
+            raise ValueError("the mode 'program' takes no sampling: its runs say how they go on")
         return self
 
     def prompt_tokens_bound(self) -> int:
@@ -176,5 +196,11 @@ class Request(Wire):
                 return len(ids)
             case TextInput(text=text):
                 return len(text.encode()) + (2 if self.mode == "embed" else 1)
+            case ProgramInput(program=program):
+                return sum(_num_prompt_tokens(run) for run in program.runs)
             case ChatInput(messages=messages):
                 return 256 + sum(32 + len(m.content.encode()) for m in messages)
+
+
+def _num_prompt_tokens(run: ProgramRun) -> int:
+    return len(run.ids or ()) if run.text is None else len(run.text.encode()) + 1

@@ -32,6 +32,7 @@ from fabric.messages import (
     Finished,
     Limits,
     Load,
+    ProgramInput,
     PromptScored,
     Request,
     ScoredToken,
@@ -63,6 +64,8 @@ def count_prompt_tokens(request: Request) -> int:
             return max(1, len(text.split()))
         case ChatInput(messages=messages):
             return sum(1 + len(message.content.split()) for message in messages)
+        case ProgramInput():
+            return request.prompt_tokens_bound()
 
 
 def embed(request: Request) -> list[float]:

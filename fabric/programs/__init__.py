@@ -1,0 +1,1 @@
+"""Intervention programs without a model: checked against its points, bounded and priced."""
