@@ -183,4 +183,5 @@ class Instance:
             engine=info.engine,
             direct_url=self._direct_url,
             deadline_s=deadline_s,
+            points=info.points,
         )

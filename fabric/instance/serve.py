@@ -46,6 +46,7 @@ from fabric.messages import (
     Metered,
     Redeem,
     Redeemed,
+    Saves,
     Settled,
     Task,
     Token,
@@ -126,7 +127,7 @@ class _Outbox:
     def sendable(self) -> Iterator[Event]:
         """Yield the pending events in order, until a token has no credit."""
         while self.pending:
-            if isinstance(self.pending[0], Token):
+            if isinstance(self.pending[0], Token | Saves):
                 if self.credit == 0:
                     return
                 self.credit -= 1
@@ -208,7 +209,9 @@ class _Session:
                 outbox = self._outboxes.get((task_id, attempt))
                 if outbox is not None:
                     outbox.muted = True
-                    outbox.pending = deque(e for e in outbox.pending if not isinstance(e, Token))
+                    outbox.pending = deque(
+                        e for e in outbox.pending if not isinstance(e, Token | Saves)
+                    )
                     self._flush(outbox)
                     self._stop(outbox)
                 elif self._peer != "guest":
@@ -304,7 +307,7 @@ class _Session:
             if isinstance(event, Failed) and event.failure.code == EngineStopped.code:
                 # An engine nobody stopped has failed: leave, so that another one is started.
                 self._drain.set()
-            if not (outbox.ended or (outbox.muted and isinstance(event, Token))):
+            if not (outbox.ended or (outbox.muted and isinstance(event, Token | Saves))):
                 outbox.pending.append(event)
                 self._flush(outbox)
 

@@ -16,7 +16,12 @@ from fabric.cli.admin.database import (
 )
 from fabric.cli.output import Column, Output, note, to_json
 
-SCOPES = click.Choice(["query", "admin", "site"])
+SCOPES = click.Choice(
+    [
+        *("query", "admin", "site"),
+        *("program:read", "program:write", "program:gradient", "program:weights"),
+    ]
+)
 
 
 @click.group()
