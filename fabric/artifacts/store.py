@@ -88,7 +88,8 @@ class Artifacts:
             artifact_id: Its id; a fresh one by default.
             run: Which run saved them.
             part: Which run of that run's program.
-            limit_bytes: The most they may have, if less than the settings allow.
+            limit_bytes: The most they may have, if less than the settings allow; with a run, the
+                most that all it has kept may have.
 
         Raises:
             BodyTooLarge: There are more.
@@ -120,7 +121,7 @@ class Artifacts:
                 created_at=now,
                 expires_at=now + timedelta(seconds=self.settings.ttl_s),
             )
-            await self._offload(self._add, record, begun)
+            await self._offload(self._add, record, begun, limit)
         except OSError as error:
             raise StorageFull(reason=str(error)) from error
         finally:
@@ -161,14 +162,18 @@ class Artifacts:
 
     # ---- on the database's thread ---------------------------------------------------------------
 
-    def _add(self, record: ArtifactRecord, begun: Path) -> None:
+    def _add(self, record: ArtifactRecord, begun: Path, limit_bytes: int) -> None:
         taken = select(func.sum(artifacts.c.num_bytes)).where(
             artifacts.c.project == record.project, artifacts.c.expires_at > self._clock()
         )
+        of_run = taken.where(artifacts.c.run == record.run)
         with self._database.transaction() as connection:
             total = record.num_bytes + int(connection.execute(taken).scalar() or 0)
             if total > self.settings.project_bytes:
                 raise ArtifactsFull(num_bytes=total, limit_bytes=self.settings.project_bytes)
+            kept = int(connection.execute(of_run).scalar() or 0)
+            if record.run is not None and record.num_bytes + kept > limit_bytes:
+                raise BodyTooLarge(limit_bytes=limit_bytes)
             try:
                 connection.execute(insert(artifacts), asdict(record))
             except IntegrityError as error:

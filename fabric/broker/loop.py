@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import cast
 
@@ -16,6 +16,7 @@ from fabric.broker.admit import Admission
 from fabric.broker.conclude import Also, Conclusion, End
 from fabric.broker.metering import Metering
 from fabric.broker.observe import Observer, Silent
+from fabric.broker.programs import ProgramBounds, get_bounds
 from fabric.broker.replicas import ReplicaView
 from fabric.broker.run import Run
 from fabric.broker.select import Context, select
@@ -56,15 +57,18 @@ from fabric.errors import (
 from fabric.ledger import Ledger
 from fabric.messages import (
     Event,
+    InstanceState,
     Metered,
     Placed,
     Placement,
+    PointManifest,
     Request,
     RunCompleted,
     RunFailed,
     Task,
     Token,
 )
+from fabric.programs import Checked
 from fabric.sql.offload import Offload
 
 logger = logging.getLogger(__name__)
@@ -177,13 +181,21 @@ class Broker:
 
     # ---- requests -------------------------------------------------------------------------------
 
-    async def submit(self, identity: Identity, request: Request, *, deferred: bool = False) -> Run:
+    async def submit(
+        self,
+        identity: Identity,
+        request: Request,
+        *,
+        deferred: bool = False,
+        bounds: ProgramBounds | None = None,
+    ) -> Run:
         """Admit a request and return its run, which is on its way.
 
         Args:
             identity: Who asks.
             request: What is asked.
             deferred: Whether its end waits for ``conclude`` before it is written.
+            bounds: Of a program, what it may take.
 
         Raises:
             TooManyRequests: The key has as many requests in flight as it may have.
@@ -203,7 +215,10 @@ class Broker:
         self._admission.enter(identity)
         self._admitting.add(request.id)
         try:
-            ticket = await self._admission.admit(identity, request, self._foresee)
+            scope = "query" if bounds is None else "program:read"
+            ticket = await self._admission.admit(
+                identity, request, self._foresee, scope=scope, bounds=bounds
+            )
             self._check_open(request)
         except BaseException:
             self._admission.leave(identity.key_id)
@@ -236,16 +251,64 @@ class Broker:
         if ends := [end for end in popped if end is not None]:
             await self._conclusion.together(ends, also)
 
-    async def explain(self, identity: Identity, request: Request) -> Placement:
+    async def explain(
+        self, identity: Identity, request: Request, *, bounds: ProgramBounds | None = None
+    ) -> Placement:
         """Return where the request would go now and why, without holding or sending anything.
 
         Raises:
             NoReplica: Nowhere; the error says why, by instance.
             FabricError: As ``submit`` does.
         """
-        context = await self._admission.prospect(identity, request)
+        context = await self._admission.prospect(identity, request, bounds)
         replicas = self._state.fleet.snapshots(time.monotonic())
         return select(request, replicas, context, whole=True)
+
+    # ---- programs -------------------------------------------------------------------------------
+
+    def points(self, digest: str) -> PointManifest | None:
+        """Return where programs may read and write in a version, if an instance of it is there."""
+        hellos = (one.hello for one in self._state.fleet if one.state is not InstanceState.LOST)
+        return next((one.points for one in hellos if one.digest == digest and one.points), None)
+
+    def bound(
+        self, checked: Checked, manifest: PointManifest, request: Request, *, program: str
+    ) -> ProgramBounds:
+        """Return what a checked program may take, by the rates of the replicas that may run it.
+
+        Args:
+            checked: What was found valid.
+            manifest: The points it was checked against.
+            request: What is asked.
+            program: The program's digest, as it was sent.
+        """
+        snapshots = self._state.fleet.snapshots(time.monotonic())
+        return get_bounds(
+            checked,
+            manifest,
+            [one for one in snapshots if one.digest == manifest.digest],
+            digest=program,
+            prompt_tokens=request.prompt_tokens_bound(),
+            tier=request.tier,
+        )
+
+    async def quote(
+        self, identity: Identity, request: Request, bounds: ProgramBounds
+    ) -> Mapping[str, int]:
+        """Return the most a program would cost at each site, in micro-SU.
+
+        Raises:
+            FabricError: As ``submit`` does, but for the balance.
+        """
+        context = await self._admission.prospect(identity, request, bounds)
+        return {site: offer.max_charge_usu for site, offer in context.offers.items()}
+
+    def payer(self, run_id: str, instance: str) -> tuple[str, int] | None:
+        """Return whose a program is that is at an instance now, and the most it may save."""
+        run = self._state.runs.get(run_id)
+        if run is None or run.instance != instance or run.ticket.bounds is None:
+            return None
+        return run.ticket.project, run.ticket.bounds.hook_bytes_out
 
     def _is_known(self, run_id: str) -> bool:
         return run_id in self._runs or run_id in self._admitting or run_id in self._metering
@@ -261,7 +324,14 @@ class Broker:
 
     # ---- raw calls ------------------------------------------------------------------------------
 
-    async def redeem(self, ticket: TicketRecord, request: Request, *, instance: str) -> None:
+    async def redeem(
+        self,
+        ticket: TicketRecord,
+        request: Request,
+        *,
+        instance: str,
+        bounds: ProgramBounds | None = None,
+    ) -> None:
         """Admit a request that a user sent to this instance, and hold its largest charge.
 
         Raises:
@@ -279,7 +349,9 @@ class Broker:
             snapshots = self._state.fleet.snapshots(time.monotonic())
             return select(request, [one for one in snapshots if one.instance == instance], context)
 
-        await self._metering.redeem(ticket, request, instance=instance, foresee=foresee)
+        await self._metering.redeem(
+            ticket, request, instance=instance, foresee=foresee, bounds=bounds
+        )
 
     async def settle(self, instance: str, metered: Metered) -> None:
         """Charge what an instance says a redeemed request consumed, once.

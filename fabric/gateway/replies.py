@@ -154,7 +154,7 @@ class _Stream:
                     case RunFailed():
                         if not (self._opened or ends):
                             raise event.failure.to_error()
-                        yield _broken(event)
+                        yield broken(event)
                         return
         last = DONE
         if self._include_usage:
@@ -190,7 +190,7 @@ class _Stream:
             if index not in self._opened:
                 pieces.append(self._opening(index))
             if choice == len(end.finish_reasons) - 1:
-                self._news = _completed_object(end)
+                self._news = completed_object(end)
             pieces.append(self._chunk(self._shape.ending(index, reason)))
         return pieces
 
@@ -201,7 +201,7 @@ class _Stream:
         return frame(f'{self._head}{choice}]{self._tail},"fabric":{ours}}}')
 
 
-def _broken(event: RunFailed) -> bytes:
+def broken(event: RunFailed) -> bytes:
     """Return the end of a stream that broke: no ``[DONE]`` follows it."""
     ours = {"run": event.run, "charge_usu": event.charge_usu}
     error = error_object(event.failure.to_error())
@@ -226,7 +226,7 @@ def _placed_object(run_id: str, event: Placed) -> Json:
     }
 
 
-def _completed_object(end: RunCompleted) -> Json:
+def completed_object(end: RunCompleted) -> Json:
     return {
         "run": end.run,
         "site": end.site,
@@ -244,9 +244,9 @@ def _completed_object(end: RunCompleted) -> Json:
 def _whole_object(ends: Sequence[RunCompleted]) -> Json:
     """Return the ``fabric`` object of a whole reply: of its run, or of all with their sum."""
     if len(ends) == 1:
-        return _completed_object(ends[0])
+        return completed_object(ends[0])
     return {
-        "runs": [_completed_object(end) for end in ends],
+        "runs": [completed_object(end) for end in ends],
         "charge_usu": sum(end.charge_usu for end in ends),
     }
 

@@ -24,20 +24,25 @@ from websockets.asyncio.connection import Connection
 from fabric.engine.interface import Engine
 from fabric.errors import DigestMismatch, FabricError
 from fabric.instance.canary import sing
+from fabric.instance.depot import Depot
 from fabric.instance.dial import dial
 from fabric.instance.direct import direct_route
 from fabric.instance.meter import Meter
 from fabric.instance.serve import Peer, serve_session
 from fabric.messages import Hello, InstanceSpec, InstanceState, InstanceStatus
 
-EngineFactory = Callable[[InstanceSpec], Engine]
+Keep = Callable[[bytes], dict[str, object]]
+"""Takes a result too large to travel inline, and returns its handle at once; on any thread."""
+
+EngineFactory = Callable[[InstanceSpec, Keep | None], Engine]
 
 
 def main(get_engine: EngineFactory) -> NoReturn:
     """Run the instance that standard input describes, and end the process.
 
     Args:
-        get_engine: Returns an engine that has not been started; may import what it needs.
+        get_engine: Returns an engine that has not been started; may import what it needs. It is
+            also given where large results go, if the instance has a hub to leave them at.
     """
     spec = InstanceSpec.model_validate_json(sys.stdin.readline())
     instance = Instance(spec, get_engine)
@@ -68,6 +73,10 @@ class Instance:
         self._started_at = time.monotonic()
         self._drain = asyncio.Event()
         self._meter = Meter(spec.launch.instance)
+        self._depot: Depot | None = None
+        if spec.session_url is not None:
+            launch = spec.launch
+            self._depot = Depot(spec.session_url, launch.token, instance=launch.instance)
         self._direct_url: str | None = None
         self._num_sessions = 0
         self._idle = asyncio.Event()
@@ -139,7 +148,7 @@ class Instance:
         return load.result()
 
     def _start_engine(self) -> Engine:
-        engine = self._get_engine(self._spec)
+        engine = self._get_engine(self._spec, self._depot and self._depot.keep)
         engine.start()
         launch, digest = self._launch, engine.info.digest
         if launch.digest is not None and launch.digest != digest:
@@ -162,7 +171,13 @@ class Instance:
         self._num_sessions += 1
         try:
             await serve_session(
-                connection, self._engine, self._hello(), self._drain, peer=peer, meter=self._meter
+                connection,
+                self._engine,
+                self._hello(),
+                self._drain,
+                peer=peer,
+                meter=self._meter,
+                depot=self._depot,
             )
         finally:
             self._num_sessions -= 1
