@@ -25,7 +25,8 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        BalanceUnavailable
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
     │                        EngineStopped
-    ├── ProgramError
+    ├── ProgramError         ProgramInvalid, PointUnknown, PointRefused, ProgramTooLarge,
+    │                        ProgramFailed
     ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
     │                        UnknownStore, StoreUnreachable
     ├── VersionError         DigestMismatch, FunctionDrifted, ManifestInvalid, ReplicationFailed,
@@ -103,7 +104,6 @@ from fabric.errors.data import (
     DiskTooSmall,
     FunctionDrifted,
     ManifestInvalid,
-    ProgramError,
     ReplicationFailed,
     VersionError,
 )
@@ -144,6 +144,14 @@ from fabric.errors.planning import (
     ShapeInvalid,
     UnknownDevice,
     UnknownShape,
+)
+from fabric.errors.programs import (
+    PointRefused,
+    PointUnknown,
+    ProgramError,
+    ProgramFailed,
+    ProgramInvalid,
+    ProgramTooLarge,
 )
 from fabric.errors.routing import (
     DeadlineExceeded,
@@ -240,8 +248,13 @@ __all__ = [
     "PlacementError",
     "PlanError",
     "PlanImpossible",
+    "PointRefused",
+    "PointUnknown",
     "PortInUse",
     "ProgramError",
+    "ProgramFailed",
+    "ProgramInvalid",
+    "ProgramTooLarge",
     "ProjectForeign",
     "ProjectNotChosen",
     "ProtocolViolation",
