@@ -145,7 +145,7 @@ class Admission:
     ) -> Context:
         """Check a request and return what a choice for it rests on. Raises as ``admit`` does, but
         for the balance, which the choice weighs."""
-        _require(identity, "query" if bounds is None else "program:read", bounds)
+        require(identity, "query" if bounds is None else "program:read")
         facts = await self._read(identity.project, request.model)
         return self._check(request, facts, bounds).context
 

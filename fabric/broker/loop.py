@@ -7,16 +7,17 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import cast
 
 from fabric.auth import Identity, TicketRecord
 from fabric.broker.admit import Admission
 from fabric.broker.conclude import Also, Conclusion, End
+from fabric.broker.desk import ProgramDesk
 from fabric.broker.metering import Metering
 from fabric.broker.observe import Observer, Silent
-from fabric.broker.programs import ProgramBounds, get_bounds
+from fabric.broker.programs import ProgramBounds
 from fabric.broker.replicas import ReplicaView
 from fabric.broker.run import Run
 from fabric.broker.select import Context, select
@@ -57,18 +58,15 @@ from fabric.errors import (
 from fabric.ledger import Ledger
 from fabric.messages import (
     Event,
-    InstanceState,
     Metered,
     Placed,
     Placement,
-    PointManifest,
     Request,
     RunCompleted,
     RunFailed,
     Task,
     Token,
 )
-from fabric.programs import Checked
 from fabric.sql.offload import Offload
 
 logger = logging.getLogger(__name__)
@@ -118,6 +116,7 @@ class Broker:
         self._state = BrokerState(
             self._settings, started_at=time.monotonic(), salt_key=secrets.token_bytes(32)
         )
+        self.programs = ProgramDesk(self._state, self._admission)
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()
         self._runs: dict[str, Run] = {}
@@ -263,52 +262,6 @@ class Broker:
         context = await self._admission.prospect(identity, request, bounds)
         replicas = self._state.fleet.snapshots(time.monotonic())
         return select(request, replicas, context, whole=True)
-
-    # ---- programs -------------------------------------------------------------------------------
-
-    def points(self, digest: str) -> PointManifest | None:
-        """Return where programs may read and write in a version, if an instance of it is there."""
-        hellos = (one.hello for one in self._state.fleet if one.state is not InstanceState.LOST)
-        return next((one.points for one in hellos if one.digest == digest and one.points), None)
-
-    def bound(
-        self, checked: Checked, manifest: PointManifest, request: Request, *, program: str
-    ) -> ProgramBounds:
-        """Return what a checked program may take, by the rates of the replicas that may run it.
-
-        Args:
-            checked: What was found valid.
-            manifest: The points it was checked against.
-            request: What is asked.
-            program: The program's digest, as it was sent.
-        """
-        snapshots = self._state.fleet.snapshots(time.monotonic())
-        return get_bounds(
-            checked,
-            manifest,
-            [one for one in snapshots if one.digest == manifest.digest],
-            digest=program,
-            prompt_tokens=request.prompt_tokens_bound(),
-            tier=request.tier,
-        )
-
-    async def quote(
-        self, identity: Identity, request: Request, bounds: ProgramBounds
-    ) -> Mapping[str, int]:
-        """Return the most a program would cost at each site, in micro-SU.
-
-        Raises:
-            FabricError: As ``submit`` does, but for the balance.
-        """
-        context = await self._admission.prospect(identity, request, bounds)
-        return {site: offer.max_charge_usu for site, offer in context.offers.items()}
-
-    def payer(self, run_id: str, instance: str) -> tuple[str, int] | None:
-        """Return whose a program is that is at an instance now, and the most it may save."""
-        run = self._state.runs.get(run_id)
-        if run is None or run.instance != instance or run.ticket.bounds is None:
-            return None
-        return run.ticket.project, run.ticket.bounds.hook_bytes_out
 
     def _is_known(self, run_id: str) -> bool:
         return run_id in self._runs or run_id in self._admitting or run_id in self._metering

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.requests import ClientDisconnect
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse
 
 from fabric.artifacts import ArtifactRecord, Artifacts
 from fabric.errors import NotFound, ProgramError, RequestCancelled
@@ -28,9 +28,7 @@ INSTANCE_PATH = "/v1/fabric/instance/artifacts"
 router = APIRouter(
     prefix="/v1/fabric", tags=["programs"], dependencies=[Depends(Needs("program:read"))]
 )
-instances = APIRouter(
-    prefix="/v1/fabric", tags=["sites"], dependencies=[Depends(NeedsInstance())]
-)
+instances = APIRouter(prefix="/v1/fabric", tags=["sites"], dependencies=[Depends(NeedsInstance())])
 
 ArtifactId = Annotated[str, Query(pattern=r"^art_[0-9a-f]{32}$")]
 RunId = Annotated[str, Query(min_length=1, max_length=64)]
@@ -118,7 +116,7 @@ async def _payer(request: Request, run: str) -> tuple[str, int]:
         NotFound: It is not at the instance.
     """
     hub, instance = hub_of(request), launch_of(request).instance
-    if (found := hub.broker.payer(run, instance)) is not None:
+    if (found := hub.broker.programs.payer(run, instance)) is not None:
         return found
     redeemed = await hub.offload(hub.catalog.redemption, run)
     if redeemed is None or redeemed.instance != instance or redeemed.due_at <= utc_now():

@@ -50,8 +50,8 @@ async def gather(program: Program, project: str, artifacts: Artifacts | None) ->
     specs = {} if data is None else await asyncio.to_thread(read_header, data)
     taken = await _take(program, project, artifacts)
     if taken:
-        program, data = await asyncio.to_thread(_merge, program, data, taken)
-        specs = read_header(data)
+        program, merged = await asyncio.to_thread(_merge, program, data, taken)
+        data, specs = merged, read_header(merged)
     if data is None or program.consts is None:
         return Materials(program, specs)
     constants = program.consts

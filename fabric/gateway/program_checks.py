@@ -31,7 +31,7 @@ async def get_points(hub: Hub, model: str) -> PointManifest:
         NoReplica: No instance of it is there that runs programs.
     """
     version = await hub.offload(hub.catalog.resolve, model)
-    points = None if version.digest is None else hub.broker.points(version.digest)
+    points = None if version.digest is None else hub.broker.programs.points(version.digest)
     if points is None:
         replicas = [one for one in hub.broker.replicas() if one.digest == version.digest]
         reasons = {one.instance: "it runs no programs" for one in replicas}
@@ -68,5 +68,5 @@ async def prepare(hub: Hub, project: str, request: Request, *, raw: bool = False
     if not raw:
         request = request.model_copy(update={"input": ProgramInput(program=found.program)})
         await asyncio.to_thread(check_frame, request)
-    bounds = hub.broker.bound(checked, points, request, program=digest)
+    bounds = hub.broker.programs.bound(checked, points, request, program=digest)
     return Prepared(request, bounds)

@@ -181,7 +181,7 @@ class ProgramReply:
 
     def _end(self, end: RunCompleted) -> None:
         usage = end.usage
-        hooks = {
+        hooks: Json = {
             "hook_bytes_in": usage.hook_bytes_in,
             "hook_bytes_out": usage.hook_bytes_out,
             "device_s": usage.device_s,

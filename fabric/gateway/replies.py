@@ -227,6 +227,7 @@ def _placed_object(run_id: str, event: Placed) -> Json:
 
 
 def completed_object(end: RunCompleted) -> Json:
+    """Return the ``fabric`` object of a run that was answered."""
     return {
         "run": end.run,
         "site": end.site,

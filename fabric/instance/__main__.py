@@ -9,7 +9,7 @@ from fabric.instance.process import Keep, main
 from fabric.messages import InstanceSpec
 
 
-def get_torch_engine(spec: InstanceSpec, keep: Keep | None = None) -> Engine:
+def get_torch_engine(spec: InstanceSpec, _keep: Keep | None = None) -> Engine:
     """Return the engine for the model a launch describes; imports torch."""
     from fabric.engine.config import EngineConfig
     from fabric.engine.source import ModelSource

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import hashlib
 import secrets
+import ssl
 import threading
 from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
@@ -41,6 +42,7 @@ class Depot:
         self._url = f"{parts.scheme.replace('ws', 'http', 1)}://{parts.netloc}{path}"
         self._headers = {"Authorization": f"Bearer {token}"}
         self._instance = instance
+        self._tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
         self._kept: dict[str, bytes] = {}
 
@@ -67,7 +69,7 @@ class Depot:
         """
         name, data = self._take(saves)
         query = {"artifact": name, "run": saves.task_id, "part": saves.run}
-        async with self._client() as http:
+        async with await self._open() as http:
             try:
                 reply = await http.put(self._url, params=query, content=_pieces(data))
             except httpx.HTTPError as error:
@@ -88,7 +90,7 @@ class Depot:
                 query = {"artifact": name, "run": task.id}
             case _:
                 raise ProgramInvalid(reason="the handle of its constants is not an artifact's")
-        async with self._client() as http:
+        async with await self._open() as http:
             try:
                 data = await self._get(http, query, constants.size)
             except httpx.HTTPError as error:
@@ -119,8 +121,11 @@ class Depot:
         with self._lock:
             return name, self._kept.pop(name, b"")
 
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(headers=self._headers, timeout=TIMEOUT_S)
+    async def _open(self) -> httpx.AsyncClient:
+        if self._tls is None:
+            # Reading the system's certificates takes a tenth of a second: not on the loop.
+            self._tls = await asyncio.to_thread(httpx.create_ssl_context)
+        return httpx.AsyncClient(headers=self._headers, timeout=TIMEOUT_S, verify=self._tls)
 
     def _lost(self, error: httpx.HTTPError) -> SessionLost:
         reason = f"the hub did not serve its artifacts ({type(error).__name__})"

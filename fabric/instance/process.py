@@ -148,7 +148,7 @@ class Instance:
         return load.result()
 
     def _start_engine(self) -> Engine:
-        engine = self._get_engine(self._spec, self._depot and self._depot.keep)
+        engine = self._get_engine(self._spec, self._depot.keep if self._depot else None)
         engine.start()
         launch, digest = self._launch, engine.info.digest
         if launch.digest is not None and launch.digest != digest:
