@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from fabric.broker.programs import ProgramBounds, get_digest
+from fabric.broker.programs import MAX_DEVICE_S, ProgramBounds, get_digest
 from fabric.errors import NoReplica, ProgramInvalid
 from fabric.gateway.constants import gather
 from fabric.gateway.hub import Hub
@@ -66,7 +66,10 @@ async def prepare(hub: Hub, project: str, request: Request, *, raw: bool = False
         check, found.program, points, found.specs, caps=CAPS[request.tier]
     )
     if not raw:
-        request = request.model_copy(update={"input": ProgramInput(program=found.program)})
+        allowed_s = min(found.program.limits.device_s, MAX_DEVICE_S[request.tier])
+        limits = found.program.limits.model_copy(update={"device_s": allowed_s})
+        program = found.program.model_copy(update={"limits": limits})
+        request = request.model_copy(update={"input": ProgramInput(program=program)})
         await asyncio.to_thread(check_frame, request)
     bounds = hub.broker.programs.bound(checked, points, request, program=digest)
     return Prepared(request, bounds)

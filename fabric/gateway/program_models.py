@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from fabric.errors import ProgramTooLarge
+from fabric.gateway.refusals import refusal_of
 from fabric.messages import EMBED_SAMPLING, ModelRef, Program, ProgramInput, Request
 from fabric.messages.nodes import Save
 from fabric.messages.request import SiteName
@@ -32,15 +33,22 @@ class ProgramBody(Wire):
     quote: bool = False
 
     def to_request(self) -> Request:
-        """Return what is asked. Nothing is streamed to a client that did not ask for it."""
+        """Return what is asked. Nothing is streamed to a client that did not ask for it.
+
+        Raises:
+            RequestInvalid: Its fields do not go together.
+        """
         program = self.program if self.stream else _unstreamed(self.program)
         fields = self.model_dump(exclude={"program", "quote"})
-        return Request(
-            mode="program",
-            input=ProgramInput(program=program),
-            sampling=EMBED_SAMPLING,
-            **fields,
-        )
+        try:
+            return Request(
+                mode="program",
+                input=ProgramInput(program=program),
+                sampling=EMBED_SAMPLING,
+                **fields,
+            )
+        except ValidationError as error:
+            raise refusal_of(error) from None
 
 
 def check_frame(request: Request) -> None:

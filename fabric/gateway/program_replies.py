@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from starlette.responses import Response
 
 from fabric.artifacts import ArtifactRecord, Artifacts
 from fabric.broker.programs import ProgramBounds
-from fabric.errors import NotFound, ProtocolViolation
+from fabric.errors import FabricError, NotFound, ProtocolViolation
 from fabric.gateway.exchange import Exchange
-from fabric.gateway.replies import Json, broken, completed_object, usage_object
+from fabric.gateway.refusals import error_object
+from fabric.gateway.replies import Json, completed_object, usage_object
 from fabric.gateway.sse import DONE, EventStream, frame
 from fabric.messages import Placed, RunCompleted, RunFailed, Saves, Token
 
@@ -68,6 +70,7 @@ class ProgramReply:
         self._by_choice = list(self._parts.values())
         self._left_bytes = MAX_REPLY_BYTES
         self._site = ""
+        self._charge_usu = 0
 
     async def whole(self) -> Response:
         """Return the reply once the program has ended.
@@ -75,8 +78,9 @@ class ProgramReply:
         Raises:
             FabricError: It failed.
         """
-        async for _ in self._news():
-            pass
+        async with aclosing(self._news()) as news:
+            async for _ in news:
+                pass
         body = json.dumps(self._result)
         return Response(body, headers={"x-fabric-site": self._site}, media_type="application/json")
 
@@ -92,38 +96,24 @@ class ProgramReply:
 
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
         has_begun = False
-        async for event in self._news(streams=True):
-            match event:
-                case Token():
-                    news: Json = {
-                        "object": "program.token",
-                        "run": self._by_choice[event.choice].id,
-                        "token_id": event.token_id,
-                        "text": event.text,
-                    }
-                case Saves():
-                    news = {
-                        "object": "program.saves",
-                        "run": event.run,
-                        "step": event.step,
-                        "names": event.names,
-                        "data": event.data,
-                        "handle": await self._handle(event),
-                    }
-                case RunFailed():
-                    if not has_begun:
-                        raise event.failure.to_error()
-                    yield broken(event)
-                    return
-            has_begun = True
-            yield frame(json.dumps(news))
-        yield frame(json.dumps(self._result)) + DONE
+        try:
+            async with aclosing(self._news()) as news:
+                async for one in news:
+                    yield frame(json.dumps(one))
+                    has_begun = True
+        except FabricError as error:
+            if not has_begun:
+                raise
+            ours = {"run": self._exchange.runs[0].id, "charge_usu": self._charge_usu}
+            yield frame(json.dumps({"error": error_object(error), "fabric": ours}))
+        else:
+            yield frame(json.dumps(self._result)) + DONE
 
-    async def _news(self, *, streams: bool = False) -> AsyncIterator[Token | Saves | RunFailed]:
+    async def _news(self) -> AsyncGenerator[Json, None]:
         """Collect; yield what a stream tells before its end.
 
         Raises:
-            FabricError: The program failed, and it is not for a stream to say so.
+            FabricError: The program failed.
         """
         async with self._exchange as exchange:
             async for _, event in exchange.events():
@@ -131,24 +121,35 @@ class ProgramReply:
                     case Placed():
                         self._site = event.placement.site
                     case Token():
-                        self._take_token(event)
-                        yield event
+                        yield self._take_token(event)
                     case Saves(step=None):
                         await self._take_saves(event)
                     case Saves():
-                        yield event
+                        yield {
+                            "object": "program.saves",
+                            "run": event.run,
+                            "step": event.step,
+                            "names": event.names,
+                            "data": event.data,
+                            "handle": await self._handle(event),
+                        }
                     case RunCompleted():
                         self._end(event)
                     case RunFailed():
-                        if not streams:
-                            raise event.failure.to_error()
-                        yield event
+                        self._charge_usu = event.charge_usu
+                        raise event.failure.to_error()
 
-    def _take_token(self, token: Token) -> None:
+    def _take_token(self, token: Token) -> Json:
         part = self._by_choice[token.choice]
         part.tokens.append(token.token_id)
         part.text.append(token.text)
         part.finish_reason = token.finish_reason
+        return {
+            "object": "program.token",
+            "run": part.id,
+            "token_id": token.token_id,
+            "text": token.text,
+        }
 
     async def _take_saves(self, saves: Saves) -> None:
         part = self._parts[saves.run]

@@ -154,7 +154,7 @@ class _Stream:
                     case RunFailed():
                         if not (self._opened or ends):
                             raise event.failure.to_error()
-                        yield broken(event)
+                        yield _broken(event)
                         return
         last = DONE
         if self._include_usage:
@@ -201,7 +201,7 @@ class _Stream:
         return frame(f'{self._head}{choice}]{self._tail},"fabric":{ours}}}')
 
 
-def broken(event: RunFailed) -> bytes:
+def _broken(event: RunFailed) -> bytes:
     """Return the end of a stream that broke: no ``[DONE]`` follows it."""
     ours = {"run": event.run, "charge_usu": event.charge_usu}
     error = error_object(event.failure.to_error())
