@@ -86,10 +86,8 @@ class Shelf:
                 await reader.readline()
         await self.open.wait()
         body = self.body or (self.given if verb == "GET" else b"{}")
-        writer.write(
-            f"HTTP/1.1 {self.status} X\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
-            + body
-        )
+        reply = f"HTTP/1.1 {self.status} X\r\ncontent-length: {len(body)}\r\n"
+        writer.write(f"{reply}connection: close\r\n\r\n".encode() + body)
         await writer.drain()
         writer.close()
 
