@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fabric.engine.cache import BLOCK_TOKENS, KvCache
+from fabric.engine.lowrank import Delta
 from fabric.engine.native import load_native
 
 
@@ -23,13 +24,15 @@ class Chunk:
     """Consecutive tokens of one row.
 
     ``start`` is the position of the first; keys and values of the positions before it are in
-    ``blocks``, the row's table. Logits are wanted of the last ``num_wanted`` tokens.
+    ``blocks``, the row's table. Logits are wanted of the last ``num_wanted`` tokens. ``deltas``
+    change the model's linear layers for these tokens alone.
     """
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
     num_wanted: int
+    deltas: tuple[Delta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

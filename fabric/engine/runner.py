@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from fabric.engine.attention import Chunk, Scoring, StepAttention
 from fabric.engine.cache import KvCache, LayerShape
+from fabric.engine.lowrank import LayerSize, LowRankLayers, Span
 
 __all__ = ["ATTENTION", "Attend", "Chunk", "Runner", "run_ragged", "use_our_attention"]
 
@@ -38,12 +40,19 @@ class Runner:
         model: Set to our attention (``use_our_attention``).
         layers: The shape of each layer's keys and values.
         num_blocks: Cache blocks that can be given out.
+        linears: The layers that chunks' deltas can change; see ``LowRankLayers``.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: Sequence[LayerShape], *, num_blocks: int
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[LayerShape],
+        *,
+        num_blocks: int,
+        linears: Mapping[str, LayerSize] = MappingProxyType({}),
     ) -> None:
         self.model = model
+        self.lowrank = LowRankLayers(model, linears)
         self.num_blocks = num_blocks
         self.cache = KvCache(layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
 
@@ -69,7 +78,8 @@ class Runner:
             scoring = Scoring.of(scale, options, q_NHD.shape[2])
             return attention(layer, q_NHD, k_NKD, v_NKD, scoring)
 
-        return run_ragged(self.model, chunks, attend)
+        with self.lowrank.applied(_spans(chunks)):
+            return run_ragged(self.model, chunks, attend)
 
     def forward_hidden(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
         """Run one step; return its logits as ``forward`` does, and all tokens' last hidden states
@@ -110,6 +120,16 @@ def run_ragged(model: PreTrainedModel, chunks: Sequence[Chunk], attend: Attend) 
         _attend.reset(token)
     logits: Tensor = output.logits[0].float()
     return logits
+
+
+def _spans(chunks: Sequence[Chunk]) -> list[Span]:
+    """Return which of the step's tokens are changed, and how."""
+    spans, start = [], 0
+    for chunk in chunks:
+        stop = start + len(chunk.tokens)
+        spans += [Span(start=start, stop=stop, delta=delta) for delta in chunk.deltas]
+        start = stop
+    return spans
 
 
 def use_our_attention(model: PreTrainedModel) -> None:

@@ -27,6 +27,7 @@ from fabric.engine.native import load_native
 from fabric.engine.probe import (
     LEAST_BLOCKS,
     observe_layers,
+    observe_linears,
     reference_logits,
     verify_runner,
 )
@@ -174,10 +175,11 @@ class TorchEngine:
                 f" {(LEAST_BLOCKS + 1) * block_bytes} bytes"
                 " of the smallest cache",
             )
+        linears = observe_linears(model)
         expected = reference_logits(model)
         pack_linears(model)
         fuse(model)
-        runner = Runner(model, layers, num_blocks=num_blocks)
+        runner = Runner(model, layers, num_blocks=num_blocks, linears=linears)
         verify_runner(runner, expected, name=self._name)
         cache_tokens = num_blocks * BLOCK_TOKENS
         limits = Limits(

@@ -14,6 +14,7 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        ConstraintInvalid), BodyInvalid,
     │                        UnknownModel, UnknownSite, ContextExceeded, BodyTooLarge,
     │                        TooManyRequests, Duplicate, FilesFull, FileInUse, BatchOver,
+    │                        LowRankInvalid, AdapterInvalid, AdaptersFull,
     │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
     ├── PlacementError       NoReplica, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
@@ -23,7 +24,7 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
     │                        BalanceUnavailable
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
-    │                        EngineStopped
+    │                        EngineStopped, AdapterMemoryFull, AdapterUnavailable
     ├── ProgramError
     ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
     │                        UnknownStore, StoreUnreachable
@@ -39,6 +40,13 @@ value, what to do) and ``detail`` (JSON-safe fields). Across processes goes ``Fa
 (``fabric.messages``), which is rebuilt here by code.
 """
 
+from fabric.errors.adapters import (
+    AdapterInvalid,
+    AdapterMemoryFull,
+    AdaptersFull,
+    AdapterUnavailable,
+    LowRankInvalid,
+)
 from fabric.errors.admission import (
     AdmissionError,
     BodyInvalid,
@@ -174,6 +182,10 @@ from fabric.errors.tickets import (
 )
 
 __all__ = [
+    "AdapterInvalid",
+    "AdapterMemoryFull",
+    "AdapterUnavailable",
+    "AdaptersFull",
     "AdmissionError",
     "AllocationClosed",
     "AlreadyRunning",
@@ -219,6 +231,7 @@ __all__ = [
     "LedgerInconsistent",
     "LoginFailed",
     "LoginRequired",
+    "LowRankInvalid",
     "ManifestInvalid",
     "ModelNotLoadable",
     "NoReplica",
