@@ -59,10 +59,7 @@ class Intake:
         request, wanted = task.request, task.request.sampling
         if task.digest != self._digest:
             raise DigestMismatch(name=request.model, expected=task.digest, actual=self._digest)
-        if isinstance(request.input, ProgramInput):
-            raise RequestInvalid(
-                param="mode", value=request.mode, reason="this instance runs no programs"
-            )
+        assert not isinstance(request.input, ProgramInput), "programs have an intake of their own"
         check_dimensions(request, self._dimensions)
         if wanted.n > self._limits.max_rows:
             raise RequestInvalid(

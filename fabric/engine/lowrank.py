@@ -119,14 +119,15 @@ class LowRankLayers:
 
     @contextmanager
     def applied(self, spans: Sequence[Span]) -> Iterator[None]:
-        """Run what is inside with the deltas counting for their tokens."""
+        """Run what is inside with the deltas counting for their tokens, and no others."""
+        before = self._step
         if spans:
             self._wrap()
-            self._step = _Step(spans)
+        self._step = _Step(spans) if spans else None
         try:
             yield
         finally:
-            self._step = None
+            self._step = before
 
     def _move(self, x: Tensor) -> Tensor:
         return x.detach().to(self._device, self._dtype).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from fabric.engine.sampling import Score
 from fabric.engine.text import TextStream
 from fabric.messages import Sampling, Task, Usage
 from fabric.messages.events import FinishReason
+
+if TYPE_CHECKING:
+    from fabric.engine.programs.task import RunProgram
 
 _PATIENCE_S = {"interactive": 0.0, "standard": 10.0, "batch": 120.0}
 """How much later than it came a task of each tier is due."""
@@ -59,6 +63,8 @@ class Row:
         while len(self.names) < num_blocks:
             before = self.names[-1] if self.names else self.active.prefix_start
             begin = len(self.names) * BLOCK_TOKENS
+            if self.active.program is not None:
+                before = self.active.program.name_before(before, range(begin, begin + BLOCK_TOKENS))
             self.names.append(next_name(before, self.tokens[begin : begin + BLOCK_TOKENS]))
         return self.names[:num_blocks]
 
@@ -123,10 +129,13 @@ class ActiveTask:
     deaf: bool = False
     """Whether its sink has raised; nobody is left to run it for."""
 
+    program: RunProgram | None = None
+    """What it is a run of, if it is one."""
+
     @property
     def sampling(self) -> Sampling:
         """How its tokens are chosen."""
-        return self.task.request.sampling
+        return self.task.request.sampling if self.program is None else self.program.sampling
 
     @property
     def due_at(self) -> float:
@@ -144,6 +153,20 @@ class ActiveTask:
         """Choices that run: the first until the prompt is done, then all that have not ended."""
         rows = self.rows if self.forked else self.rows[:1]
         return [row for row in rows if row.finish_reason is None]
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens at its start that need not run where others have computed them."""
+        most = max(len(row.tokens) for row in self.live_rows) - 1
+        return most if self.program is None else min(most, self.program.execution.first_read)
+
+    def restart(self) -> None:
+        """Forget what was computed of a task that gave its blocks up."""
+        self.scores = [] if self.scores_due else self.scores
+        self.hidden_H = None
+        if self.program is not None:
+            self.program.execution.restart()
+            self.rows[0].tokens = list(self.prompt)
 
     @property
     def embeds(self) -> bool:

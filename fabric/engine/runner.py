@@ -11,8 +11,10 @@ K key-value heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,13 +24,25 @@ from fabric.engine.attention import Chunk, Scoring, StepAttention
 from fabric.engine.cache import KvCache, LayerShape
 from fabric.engine.lowrank import LayerSize, LowRankLayers, Span
 
-__all__ = ["ATTENTION", "Attend", "Chunk", "Runner", "run_ragged", "use_our_attention"]
+__all__ = ["ATTENTION", "Attend", "Chunk", "Runner", "StepHooks", "run_ragged", "use_our_attention"]
 
 ATTENTION = "fabric"
 """The name of our attention in transformers' registries."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, "float | None", Mapping[str, object]], Tensor]
 """(layer, q_NHD, k_NKD, v_NKD, scale, options of the module) -> out_NHD."""
+
+
+
+class StepHooks(Protocol):
+    """What acts inside a forward pass."""
+
+    def hooked(self) -> AbstractContextManager[None]:
+        """Run the model inside this."""
+
+    def around(self, attend: Attend) -> Attend:
+        """Return the attention that the model shall call."""
+
 
 _attend: ContextVar[Attend] = ContextVar("fabric_attend")
 
@@ -56,11 +70,12 @@ class Runner:
         self.num_blocks = num_blocks
         self.cache = KvCache(layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
 
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], programs: StepHooks | None = None) -> Tensor:
         """Run one step.
 
         Args:
             chunks: At least one, of different rows; single-token ones first for speed.
+            programs: What acts inside it.
 
         Returns:
             The wanted logits in the chunks' order, [W, V] in float32.
@@ -79,7 +94,10 @@ class Runner:
             return attention(layer, q_NHD, k_NKD, v_NKD, scoring)
 
         with self.lowrank.applied(_spans(chunks)):
-            return run_ragged(self.model, chunks, attend)
+            if programs is None:
+                return run_ragged(self.model, chunks, attend)
+            with programs.hooked():
+                return run_ragged(self.model, chunks, programs.around(attend))
 
     def forward_hidden(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
         """Run one step; return its logits as ``forward`` does, and all tokens' last hidden states
@@ -97,8 +115,13 @@ class Runner:
         return logits_WV, seen[0].float()
 
 
-def run_ragged(model: PreTrainedModel, chunks: Sequence[Chunk], attend: Attend) -> Tensor:
-    """Run the model over the chunks' tokens with this attention; return logits [W, V], float32."""
+def run_ragged(
+    model: PreTrainedModel, chunks: Sequence[Chunk], attend: Attend, *, grad: bool = False
+) -> Tensor:
+    """Run the model over the chunks' tokens with this attention; return logits [W, V], float32.
+
+    With ``grad`` it remembers what gradients need.
+    """
     ids: list[int] = []
     positions: list[int] = []
     wanted: list[int] = []
@@ -109,7 +132,7 @@ def run_ragged(model: PreTrainedModel, chunks: Sequence[Chunk], attend: Attend) 
     # A context variable, because the registered function is one for all engines of the process.
     token = _attend.set(attend)
     try:
-        with torch.inference_mode():
+        with torch.enable_grad() if grad else torch.inference_mode():
             output = model(
                 input_ids=torch.tensor([ids], device=model.device),
                 position_ids=torch.tensor([positions], device=model.device),

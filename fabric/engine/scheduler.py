@@ -147,14 +147,15 @@ class Scheduler:
         """Admit what fits and return the next step, single-token runs first."""
         self._admit(now)
         runs = self._plan_decoding()
-        budget = self._budget(len(runs))
+        budget, first = self._budget(len(runs)), True
         for active in list(self._admitted):
             for row in active.live_rows:
                 if not row.decodes and budget > 0 and active in self._admitted:
-                    run = self._plan_prefill(row, budget)
+                    run = self._plan_prefill(row, budget, first=first)
                     if run is not None:
                         runs.append(run)
                         budget -= run.num_tokens
+                        first = False
         admitted = set(self._admitted)
         runs = [run for run in runs if run.row.active in admitted]
         return sorted(runs, key=lambda run: run.num_tokens > 1)
@@ -181,11 +182,15 @@ class Scheduler:
         within = self._costs.largest(pause_s, least=least, most=self._step_tokens)
         return min(most, within - num_decoding)
 
-    def _plan_prefill(self, row: Row, budget: int) -> Run | None:
+    def _plan_prefill(self, row: Row, budget: int, *, first: bool) -> Run | None:
         active = row.active
         if not row.blocks and not active.reads_all:
             self._find(row)
         num_tokens = min(row.num_remaining, budget)
+        if active.program is not None:
+            num_tokens = active.program.num_due(row, budget, first=first)
+            if num_tokens == 0:
+                return None
         if active.scores_due:
             num_tokens = min(num_tokens, _SCORED_TOKENS)
         completes = num_tokens == row.num_remaining and not active.forked
@@ -202,7 +207,7 @@ class Scheduler:
 
     def _find(self, row: Row) -> None:
         """Start a row with the blocks that others have computed, its last token excepted."""
-        names = row.block_names((len(row.tokens) - 1) // BLOCK_TOKENS)
+        names = row.block_names(row.active.num_reusable // BLOCK_TOKENS)
         row.blocks = self._blocks.find(names)
         row.num_cached = row.num_sound = len(row.blocks) * BLOCK_TOKENS
         row.num_named = len(row.blocks)
@@ -226,9 +231,7 @@ class Scheduler:
     def _preempt(self, active: ActiveTask) -> None:
         self._admitted.remove(active)
         self._release(active)
-        if active.scores_due:
-            active.scores = []
-        active.hidden_H = None
+        active.restart()
         self.num_preempted += 1
         self.add(active)
 
@@ -268,7 +271,7 @@ class Scheduler:
         for row in active.live_rows:
             needed += -(-len(row.tokens) // BLOCK_TOKENS)
             if not active.reads_all:
-                names = row.block_names((len(row.tokens) - 1) // BLOCK_TOKENS)
+                names = row.block_names(active.num_reusable // BLOCK_TOKENS)
                 num_found, num_free = self._blocks.num_findable(names)
                 needed -= num_found - num_free
         promised = sum(
@@ -284,7 +287,9 @@ def _due_at(active: ActiveTask) -> float:
 
 
 def _run(row: Row, num_tokens: int) -> Run:
-    if row.active.scores_due and row.num_cached < len(row.active.prompt):
+    if row.active.program is not None:
+        num_wanted = row.active.program.num_wanted(row, num_tokens)
+    elif row.active.scores_due and row.num_cached < len(row.active.prompt):
         num_wanted = num_tokens
     else:
         num_wanted = int(num_tokens == row.num_remaining)

@@ -25,7 +25,8 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        BalanceUnavailable
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
     │                        EngineStopped, AdapterMemoryFull, AdapterUnavailable
-    ├── ProgramError
+    ├── ProgramError         ProgramInvalid, PointUnknown, PointRefused, ProgramTooLarge,
+    │                        ProgramFailed
     ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
     │                        UnknownStore, StoreUnreachable
     ├── VersionError         DigestMismatch, FunctionDrifted, ManifestInvalid, ReplicationFailed,
@@ -107,7 +108,6 @@ from fabric.errors.data import (
     DiskTooSmall,
     FunctionDrifted,
     ManifestInvalid,
-    ProgramError,
     ReplicationFailed,
     VersionError,
 )
@@ -148,6 +148,14 @@ from fabric.errors.planning import (
     ShapeInvalid,
     UnknownDevice,
     UnknownShape,
+)
+from fabric.errors.programs import (
+    PointRefused,
+    PointUnknown,
+    ProgramError,
+    ProgramFailed,
+    ProgramInvalid,
+    ProgramTooLarge,
 )
 from fabric.errors.routing import (
     DeadlineExceeded,
@@ -248,8 +256,13 @@ __all__ = [
     "PlacementError",
     "PlanError",
     "PlanImpossible",
+    "PointRefused",
+    "PointUnknown",
     "PortInUse",
     "ProgramError",
+    "ProgramFailed",
+    "ProgramInvalid",
+    "ProgramTooLarge",
     "ProjectForeign",
     "ProjectNotChosen",
     "ProtocolViolation",

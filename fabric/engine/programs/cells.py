@@ -27,6 +27,9 @@ class Place:
         return self.rows is None and self.heads is None and self.dims is None
 
 
+WHOLE = Place(None, None, None)
+
+
 class Cell(Protocol):
     """A point of one run in one step."""
 
@@ -121,8 +124,7 @@ class HeadsCell:
 
     def mark(self) -> Tensor:
         """Return zeros [n, H, O] that count as part of the contributions."""
-        whole = Place(None, None, None)
-        parts = self._parts(whole)
+        parts = self._parts(WHOLE)
         zeros_nHO = torch.stack(parts, 1).detach().mul(0.0).requires_grad_()
         for head, part_nO in enumerate(parts):
             self._known[head] = part_nO + zeros_nHO[:, head]

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fabric.engine.programs.cells import Cell, Place, TensorCell
+from fabric.engine.programs.cells import WHOLE, Cell, Place, TensorCell
 from fabric.engine.programs.edits import changed
 from fabric.engine.programs.values import (
     DTYPES,
@@ -52,6 +52,8 @@ class Sources:
     saved: Callable[[str, str], Tensor]
     artifact: Callable[[ops.Artifact], Tensor]
     model: ModelCalls
+    entry: Tensor | None = None
+    """With what it enters the stack where it starts in the middle, [positions, hidden]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +103,9 @@ class Execution:
         self._nodes = run.nodes
         self._args = [arguments(node) for node in run.nodes]
         self._points = [_point(node) for node in run.nodes]
-        self._plans: dict[frozenset[int], StepPlan] = {}
+        self._plans: dict[tuple[frozenset[int], bool], StepPlan] = {}
         self._streamed = -1
+        self._to_send: list[tuple[int, dict[str, Value]]] = []
         self.restart()
 
     def restart(self) -> None:
@@ -121,7 +124,7 @@ class Execution:
     @cached_property
     def first_touched(self) -> int:
         """The first prompt position at which a node acts: from there on the prompt runs whole."""
-        return self._first(_TOUCHING)
+        return 0 if self.run.start_at else self._first(_TOUCHING)
 
     @cached_property
     def first_read(self) -> int:
@@ -159,9 +162,9 @@ class Execution:
         self._fresh = set()
         if not self._prepared:
             self._prepare()
-        active = frozenset(self._active(start, count))
+        active = frozenset(self._active(start, count)), self._step == 0
         if active not in self._plans:
-            self._plans[active] = self._plan_of(active)
+            self._plans[active] = self._plan_of(active[0])
         self._plan = self._plans[active]
         self._evaluate(self._plan.opening)
         return self._plan
@@ -169,6 +172,10 @@ class Execution:
     def visit(self, point: str, cell: Cell, base: int) -> None:
         """Evaluate the nodes from a point on; ``base`` is the position of the cell's first row."""
         nodes = self._plan.at[point]
+        if point == self._entry:
+            assert self._sources.entry is not None
+            x = self._sources.entry[base : base + cell.num_rows]
+            cell.put(WHOLE, x.to(cell.take(WHOLE)))
         if point not in self._wrt:
             self._evaluate(nodes, cell, base)
             return
@@ -178,16 +185,27 @@ class Execution:
         self._marked[point] = cell.mark(), base
         self._evaluate(nodes[num_before:], cell, base)
 
-    def end(self) -> dict[str, Value]:
-        """End a step; return what it has to stream, by save."""
+    def end(self) -> None:
+        """End a step."""
         streamed = {}
         for k in sorted(self._fresh):
             node = self._nodes[k]
             if isinstance(node, ops.Save) and node.stream and self._step > self._streamed:
                 streamed[node.name] = _reduced(node, self._parts[k].values[-1])
+        if streamed:
+            self._to_send.append((self._step, streamed))
         self._streamed = max(self._streamed, self._step)
         self._marked.clear()
-        return streamed
+
+    def take_streamed(self) -> list[tuple[int, dict[str, Value]]]:
+        """Return, once, what is to be streamed: steps and their saves by name."""
+        taken, self._to_send = self._to_send, []
+        return taken
+
+    def take_seconds(self) -> float:
+        """Return, once, the seconds that its nodes took."""
+        taken, self.seconds = self.seconds, 0.0
+        return taken
 
     def results(self, *, streamed: bool) -> dict[str, Value]:
         """Return the saves, joined over the steps; ``streamed`` ones only if asked for."""
@@ -215,6 +233,11 @@ class Execution:
     def _wrt(self) -> frozenset[str]:
         return frozenset(node.wrt for node in self._nodes if isinstance(node, ops.Grad))
 
+    @cached_property
+    def _entry(self) -> str | None:
+        start = self.run.start_at
+        return None if start is None else f"layers.{start.layer}.in"
+
     def _prepare(self) -> None:
         """Evaluate what has one value for all steps."""
         self._prepared = True
@@ -237,6 +260,8 @@ class Execution:
         for k in fresh:
             if isinstance(node := self._nodes[k], ops.Grad):
                 at.setdefault(node.wrt, [])
+        if self._entry and self._step == 0:
+            at.setdefault(self._entry, [])
         return StepPlan(tuple(opening), {point: tuple(nodes) for point, nodes in at.items()})
 
     def _evaluate(self, nodes: Sequence[int], cell: Cell | None = None, base: int = 0) -> None:

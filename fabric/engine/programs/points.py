@@ -96,7 +96,7 @@ class Points:
         context_tokens: int,
         weights: Mapping[str, tuple[int, ...]],
     ) -> PointManifest:
-        """Run a few tokens and return what programs may read and write.
+        """Find the points and return what programs may read and write.
 
         Args:
             name: What the instance calls the model.
@@ -116,12 +116,14 @@ class Points:
             vocabulary=vocabulary,
             context_tokens=context_tokens,
             num_parameters=sum(torch.Size(shape).numel() for shape in weights.values()),
-            points=self._specs(vocabulary),
+            points=self.find(),
             weights=dict(weights),
         )
 
-    def _specs(self, vocabulary: int) -> tuple[PointSpec, ...]:
+    def find(self) -> tuple[PointSpec, ...]:
+        """Run a few tokens and find the points, their taps with them."""
         anatomy = self.anatomy
+        vocabulary: int = self._model.get_input_embeddings().weight.shape[0]
         outer = [
             _Site(name="logits", tap=Tap(side="logits"), tail=(vocabulary,), dtype="float32"),
             _Site(name="sample", tap=Tap(side="sample"), dtype="int64"),

@@ -9,10 +9,11 @@ V vocabulary, H query heads, K key-value heads, D head size, S keys of one run, 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from fabric.engine.programs.cells import Cell, HeadsCell, TensorCell
 from fabric.engine.programs.execution import Execution, StepPlan
 from fabric.engine.programs.model import RunModel, nested
 from fabric.engine.programs.points import Points, Tap, given
-from fabric.engine.programs.values import MAX_VALUE_BYTES, Value
+from fabric.engine.programs.values import MAX_VALUE_BYTES
 from fabric.engine.runner import Attend
 from fabric.errors import FabricError, ProgramFailed, ProgramTooLarge
 
@@ -46,6 +47,7 @@ class RunStep:
         start: The position of the first.
         wanted: Where its logits begin among the wanted ones, and how many they are.
         blocks: Its table in the cache.
+        until: When (``time.perf_counter``) its ``limit_s`` seconds are over.
     """
 
     execution: Execution
@@ -55,9 +57,10 @@ class RunStep:
     start: int
     wanted: tuple[int, int]
     blocks: Sequence[int] = ()
+    until: float = math.inf
+    limit_s: float = math.inf
     plan: StepPlan = StepPlan((), {})
     error: FabricError | None = None
-    streamed: dict[str, Value] = field(default_factory=dict)
 
     @property
     def rows(self) -> slice:
@@ -69,12 +72,20 @@ class RunStep:
         """Its tokens among those whose logits are wanted."""
         return slice(self.wanted[0], sum(self.wanted))
 
+    @property
+    def acts(self) -> bool:
+        """Whether nodes may act on its tokens."""
+        return self.start + self.count > self.execution.first_touched
+
     def attempt(self, action: Callable[[], object]) -> None:
         """Do something for the run; what goes wrong is kept and ends it. Its time is its own."""
         if self.error is not None:
             return
         started = time.perf_counter()
         try:
+            if started > self.until:
+                over = self.limit_s + started - self.until
+                raise ProgramTooLarge(cap="limits.device_s", value=over, limit=self.limit_s)
             action()
         except FabricError as error:
             self.error = error
@@ -172,11 +183,14 @@ class ProgramStep:
         return token if cell.changed is None else int(cell.changed[0])
 
     def end(self) -> None:
-        """End the step for its runs; gather what they stream."""
+        """End the step for its runs."""
         for run in self.runs:
-            run.attempt(lambda run=run: run.streamed.update(run.execution.end()))  # type: ignore[misc]
+            if run.acts:
+                run.attempt(run.execution.end)
 
     def _open(self, run: RunStep) -> None:
+        if not run.acts:
+            return
         run.plan = run.execution.begin(run.start, run.count)
         for point in run.plan.at:
             self._at.setdefault(point, []).append(run)
