@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from logging import getLogger
 
 from fabric.engine.blocks import CacheBlocks
 from fabric.engine.config import EngineConfig
 from fabric.engine.costs import StepCosts
+from fabric.engine.drafts import Drafter
 from fabric.engine.intake import Intake
 from fabric.engine.interface import EventSink
 from fabric.engine.reports import Reports
 from fabric.engine.rows import ActiveTask
 from fabric.engine.runner import Runner
 from fabric.engine.scheduler import Run, Scheduler
-from fabric.engine.step import Chosen, run_step
+from fabric.engine.speculation import Speculator
+from fabric.engine.step import Chosen, Outcome, run_step
 from fabric.errors import (
     DeadlineExceeded,
     EngineError,
@@ -40,10 +43,16 @@ class Batch:
         intake: Makes tasks ready to run.
         reports: Makes their events.
         config: Row and step limits.
+        drafter: Guesses tokens; ``None``: nothing is guessed.
     """
 
     def __init__(
-        self, runner: Runner, intake: Intake, reports: Reports, config: EngineConfig
+        self,
+        runner: Runner,
+        intake: Intake,
+        reports: Reports,
+        config: EngineConfig,
+        drafter: Drafter | None = None,
     ) -> None:
         self._runner = runner
         self._intake = intake
@@ -58,6 +67,7 @@ class Batch:
             step_tokens=config.step_tokens,
             slowdown=config.slowdown,
         )
+        self._speculator = drafter and Speculator(drafter, self._scheduler, self._costs)
         self._prefill, self._decode = _Rate(), _Rate()
         self._busy_s = 0.0
 
@@ -75,6 +85,8 @@ class Batch:
             num_preempted=self._scheduler.num_preempted,
             prefix_queried_tokens=self._blocks.num_queried_tokens,
             prefix_found_tokens=self._blocks.num_found_tokens,
+            drafted_tokens=self._speculator.num_drafted if self._speculator else 0,
+            accepted_tokens=self._speculator.num_accepted if self._speculator else 0,
             busy_s=self._busy_s,
             step_s=self._costs.predict(self._scheduler.num_running),
             prefill_wait_s=self._costs.predict(self._scheduler.num_due_tokens),
@@ -124,13 +136,18 @@ class Batch:
         involved = list(dict.fromkeys(run.row.active for run in runs))
         started = time.perf_counter()
         try:
+            if self._speculator:
+                runs = self._speculator.extend(runs)
+            model_started = time.perf_counter()
             outcome = run_step(runs, self._runner, self._scheduler)
         except Exception as error:
             _logger.exception("a step failed", extra={"num_runs": len(runs)})
             for active in involved:
                 self._fail(active, _step_error(error))
             return
-        self._account(runs, time.perf_counter() - started)
+        ended = time.perf_counter()
+        self._costs.add(sum(run.num_tokens for run in runs), ended - model_started)
+        self._account(runs, outcome, ended - started)
         for active in involved:
             if active in outcome.failed:
                 self._fail(active, outcome.failed[active])
@@ -142,6 +159,18 @@ class Batch:
             except Exception as error:
                 _logger.exception("a row failed", extra={"task": active.task.id})
                 self._fail(active, _row_error(error))
+        if self._speculator:
+            self._review(self._speculator, runs, outcome)
+
+    def _review(self, speculator: Speculator, runs: Sequence[Run], outcome: Outcome) -> None:
+        """Learn from guesses; what a guess has spoilt is computed again."""
+        num_chosen = Counter(c.row for chosen in outcome.chosen.values() for c in chosen)
+        for run in runs:
+            if run.draft:
+                speculator.learn(run, max(0, num_chosen[run.row] - 1))
+        for active in {row.active for row in outcome.spoilt if row.finish_reason is None}:
+            if (active.task.id, active.task.attempt) in self._tasks:
+                self._scheduler.recompute(active)
 
     def _drop_overdue(self) -> None:
         now = time.monotonic()
@@ -153,17 +182,22 @@ class Batch:
                 error = DeadlineExceeded(deadline_s=task.deadline_s, attempts=task.attempt)
                 self._fail(active, error)
 
-    def _account(self, runs: Sequence[Run], seconds: float) -> None:
+    def _account(self, runs: Sequence[Run], outcome: Outcome, seconds: float) -> None:
         total = sum(run.num_tokens for run in runs)
-        self._costs.add(total, seconds)
         self._busy_s += seconds
         for run in runs:
             usage = run.row.active.usage
-            device_s = usage.device_s + seconds * run.num_tokens / total
-            run.row.active.usage = usage.model_copy(update={"device_s": device_s})
-        decoded = sum(run.num_tokens == 1 and run.row.position > 0 for run in runs)
-        self._prefill.add(total - decoded, seconds)
-        self._decode.add(decoded, seconds)
+            update: dict[str, float] = {
+                "device_s": usage.device_s + seconds * run.num_tokens / total
+            }
+            if run.draft:
+                update["drafted_tokens"] = usage.drafted_tokens + len(run.draft)
+            run.row.active.usage = usage.model_copy(update=update)
+        decoding = [run for run in runs if run.num_own == 1 and run.row.position > 0]
+        rows = {run.row for run in decoding}
+        num_chosen = sum(c.row in rows for chosen in outcome.chosen.values() for c in chosen)
+        self._prefill.add(total - sum(run.num_tokens for run in decoding), seconds)
+        self._decode.add(num_chosen, seconds)
 
     def _advance(self, active: ActiveTask, chosen: Sequence[Chosen]) -> None:
         if active.scores and active.prompt_done:
@@ -171,10 +205,14 @@ class Batch:
             active.scores, active.scored = [], True
         for choice in chosen:
             row = choice.row
+            if row.ended:
+                continue  # it ended within what was guessed for it
+            num_guessed = len(row.tokens) - row.num_cached  # a guess that was right has its keys
+            row.num_cached += num_guessed
             text = row.append(choice.token_id)
-            num_output = active.usage.output_tokens + 1
-            active.usage = active.usage.model_copy(update={"output_tokens": num_output})
+            active.count_output(num_guessed)
             if row.finish_reason:
+                self._scheduler.keep(row)
                 self._scheduler.retire(row)
             self._tell(active, self._reports.token(row, text, choice.score))
         if active.prompt_done and active.embeds:

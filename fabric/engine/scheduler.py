@@ -26,11 +26,18 @@ _LEAST_PREFILL = BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What one row runs in a step: ``num_tokens`` from ``row.num_cached`` on."""
+    """What one row runs in a step: ``num_tokens`` from ``row.num_cached`` on, the last of them
+    those of ``draft``, which are not the row's yet."""
 
     row: Row
     num_tokens: int
     num_wanted: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_own(self) -> int:
+        """How many of the tokens are the row's."""
+        return self.num_tokens - len(self.draft)
 
 
 class Scheduler:
@@ -102,7 +109,8 @@ class Scheduler:
 
     def retire(self, row: Row) -> None:
         """Free the blocks of a choice that has ended."""
-        self._blocks.release(row.blocks)
+        freed = self._blocks.release(row.blocks)
+        self._suspect += freed if row.spoilt else []
         row.blocks = []
 
     def take_suspect(self) -> list[int]:
@@ -124,6 +132,7 @@ class Scheduler:
             own = [active.fork_blocks.pop()] if active.fork_blocks else []
             row.blocks = shared + own
             row.num_cached = row.num_sound = first.num_cached
+            row.num_drafted = min(first.num_drafted, len(shared) * BLOCK_TOKENS)
             row.names, row.num_named = list(first.names), first.num_named
             self._blocks.share(shared)
             copies += [(first.blocks[len(shared)], block) for block in own]
@@ -142,6 +151,23 @@ class Scheduler:
             ):
                 self._blocks.name(block, name)
             row.num_named = num_full
+
+    def lend(self, row: Row, most: int) -> int:
+        """Return how many tokens more than its next one a row may hold, at most ``most``.
+
+        Nobody is preempted for guesses, and every other row can still grow by a block.
+        """
+        spare = max(0, self._blocks.num_free - self.num_running)
+        num_tokens = row.num_cached + 1
+        room = (len(row.blocks) + spare) * BLOCK_TOKENS - num_tokens
+        most = min(most, room)
+        missing = -(-(num_tokens + most) // BLOCK_TOKENS) - len(row.blocks)
+        row.blocks += self._blocks.take(max(0, missing))
+        return most
+
+    def recompute(self, active: ActiveTask) -> None:
+        """Compute a running task again later."""
+        self._preempt(active)
 
     def plan(self, now: float) -> list[Run]:
         """Admit what fits and return the next step, single-token runs first."""
@@ -243,8 +269,9 @@ class Scheduler:
                 self._suspect += self._blocks.discard(row.blocks)
             else:
                 freed = self._blocks.release(row.blocks)
-                self._suspect += freed if row.num_cached > row.num_sound else []
+                self._suspect += freed if row.spoilt or row.num_cached > row.num_sound else []
             row.blocks, row.num_cached, row.num_named, row.num_sound = [], 0, 0, 0
+            row.num_drafted = 0
 
     def _admit(self, now: float) -> None:
         while self._waiting:

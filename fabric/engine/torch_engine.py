@@ -17,6 +17,8 @@ from fabric.engine.batch import Batch, tell
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.config import EngineConfig
 from fabric.engine.constraints import Grammars
+from fabric.engine.draft_model import load_draft_model
+from fabric.engine.drafts import Drafter, LookupDrafter
 from fabric.engine.encoder_batch import EncoderBatch
 from fabric.engine.fused import fuse
 from fabric.engine.intake import Intake
@@ -164,8 +166,14 @@ class TorchEngine:
             )
         context_tokens = min(stated)
         layers = observe_layers(model, name=self._name)
+        draft = None
+        if config.draft_model is not None:
+            draft = load_draft_model(
+                config.draft_model, loaded, dtype=config.dtype, context_tokens=context_tokens
+            )
+        cached = [*layers, *(draft.layers if draft else ())]
         block_bytes = (
-            sum(layer.num_values for layer in layers) * model.dtype.itemsize * BLOCK_TOKENS
+            sum(layer.num_values for layer in cached) * model.dtype.itemsize * BLOCK_TOKENS
         )
         num_blocks = config.cache_bytes // block_bytes - 1
         if num_blocks < LEAST_BLOCKS:
@@ -210,7 +218,12 @@ class TorchEngine:
             limits=limits,
             dimensions=model.get_input_embeddings().weight.shape[1],
         )
-        return Batch(runner, intake, Reports(texts), config)
+        drafter: Drafter | None = None
+        if draft is not None:
+            drafter = draft.drafter(num_blocks=num_blocks, step_tokens=config.step_tokens)
+        elif config.speculation == "lookup":
+            drafter = LookupDrafter()
+        return Batch(runner, intake, Reports(texts), config, drafter)
 
     def _serve(self, batch: AnyBatch) -> None:
         try:
