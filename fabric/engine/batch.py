@@ -13,6 +13,7 @@ from fabric.engine.costs import StepCosts
 from fabric.engine.drafts import Drafter
 from fabric.engine.intake import Intake
 from fabric.engine.interface import EventSink
+from fabric.engine.programs.programs import Programs
 from fabric.engine.reports import Reports
 from fabric.engine.rows import ActiveTask
 from fabric.engine.runner import Runner
@@ -27,7 +28,7 @@ from fabric.errors import (
     RequestInvalid,
     RowFailed,
 )
-from fabric.messages import Event, Load, Task
+from fabric.messages import Event, Load, ProgramInput, Task
 
 _logger = getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Batch:
         reports: Makes their events.
         config: Row and step limits.
         drafter: Guesses tokens; ``None``: nothing is guessed.
+        programs: Runs intervention programs; ``None``: none can be run.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Batch:
         reports: Reports,
         config: EngineConfig,
         drafter: Drafter | None = None,
+        programs: Programs | None = None,
     ) -> None:
         self._runner = runner
         self._intake = intake
@@ -68,13 +71,16 @@ class Batch:
             slowdown=config.slowdown,
         )
         self._speculator = drafter and Speculator(drafter, self._scheduler, self._costs)
+        self._programs = programs
+        if programs is not None:
+            programs.attach(self._scheduler, tell)
         self._prefill, self._decode = _Rate(), _Rate()
         self._busy_s = 0.0
 
     @property
     def busy(self) -> bool:
         """Whether there is a task to step for."""
-        return bool(self._tasks)
+        return bool(self._tasks) or (self._programs is not None and self._programs.busy)
 
     def load(self) -> Load:
         """Return how busy the batch is."""
@@ -98,6 +104,9 @@ class Batch:
         """Make a task ready and queue it; what is wrong with it goes to its sink."""
         key = (task.id, task.attempt)
         try:
+            if isinstance(task.request.input, ProgramInput):
+                self._add_program(task, sink, received_at)
+                return
             if key in self._tasks:
                 raise RequestInvalid(
                     param="attempt", value=task.attempt, reason="this attempt is running already"
@@ -120,15 +129,29 @@ class Batch:
         """End a task whose caller wants no more of it; unknown ones are ignored."""
         if active := self._tasks.get((task_id, attempt)):
             self._fail(active, RequestCancelled())
+        elif self._programs is not None:
+            self._programs.cancel((task_id, attempt), RequestCancelled())
+            self._wipe_suspect()
 
     def fail_all(self, error: FabricError) -> None:
         """End every task with ``error``."""
+        if self._programs is not None:
+            self._programs.fail_all(error)
         for active in self._scheduler:
             self._fail(active, error)
+
+    def _add_program(self, task: Task, sink: EventSink, received_at: float) -> None:
+        if self._programs is None:
+            mode = task.request.mode
+            reason = "this instance runs no programs"
+            raise RequestInvalid(param="mode", value=mode, reason=reason)
+        self._programs.add(task, sink, received_at=received_at)
 
     def step(self) -> None:
         """Run the rows that are due once. Errors end their own task, or those of the step."""
         self._drop_overdue()
+        if self._programs is not None:
+            self._busy_s += self._programs.run_alone()
         runs = self._scheduler.plan(time.monotonic())
         self._wipe_suspect()
         if not runs:
@@ -174,8 +197,12 @@ class Batch:
 
     def _drop_overdue(self) -> None:
         now = time.monotonic()
+        if self._programs is not None:
+            self._programs.drop_overdue(now)
         for active in self._scheduler:
             task = active.task
+            if active.program is not None:
+                continue
             if active.deaf:
                 self._fail(active, RequestCancelled())
             elif now - active.received_at >= task.deadline_s:
@@ -185,11 +212,13 @@ class Batch:
     def _account(self, runs: Sequence[Run], outcome: Outcome, seconds: float) -> None:
         total = sum(run.num_tokens for run in runs)
         self._busy_s += seconds
+        own_s = {run: run.row.active.program.take_seconds() for run in runs
+                 if run.row.active.program is not None}  # fmt: skip
+        shared_s = seconds - sum(own_s.values())
         for run in runs:
             usage = run.row.active.usage
-            update: dict[str, float] = {
-                "device_s": usage.device_s + seconds * run.num_tokens / total
-            }
+            device_s = shared_s * run.num_tokens / total + own_s.get(run, 0.0)
+            update: dict[str, float] = {"device_s": usage.device_s + device_s}
             if run.draft:
                 update["drafted_tokens"] = usage.drafted_tokens + len(run.draft)
             run.row.active.usage = usage.model_copy(update=update)
@@ -200,6 +229,11 @@ class Batch:
         self._decode.add(num_chosen, seconds)
 
     def _advance(self, active: ActiveTask, chosen: Sequence[Chosen]) -> None:
+        if active.program is not None:
+            assert self._programs is not None
+            self._programs.advance(active, chosen)
+            self._wipe_suspect()
+            return
         if active.scores and active.prompt_done:
             self._tell(active, self._reports.prompt_scored(active))
             active.scores, active.scored = [], True
@@ -227,6 +261,11 @@ class Batch:
         self._tell(active, self._reports.finished(active))
 
     def _fail(self, active: ActiveTask, error: FabricError) -> None:
+        if active.program is not None:
+            assert self._programs is not None
+            self._programs.fail(active.program.owner, error)
+            self._wipe_suspect()
+            return
         self._forget(active, poisoned=isinstance(error, EngineError))
         self._tell(active, self._reports.failed(active.task, error, active.usage))
 

@@ -42,7 +42,8 @@ class Intake:
         self._digest = digest
         self._limits = limits
         self._dimensions = dimensions
-        self._prefix_key = PrefixKey()
+        self.prefix_key = PrefixKey()
+        """Of all prefixes of the engine."""
 
     def activate(self, task: Task, sink: EventSink, *, received_at: float) -> ActiveTask:
         """Return the task with a row for each choice, nothing of it run.
@@ -85,7 +86,7 @@ class Intake:
             seed=fresh_seed() if wanted.seed is None else wanted.seed,
             received_at=received_at,
             # Without a salt a task shares its prefixes with nobody but itself.
-            prefix_start=self._prefix_key.start(task.cache_salt or f"{task.id}#{task.attempt}"),
+            prefix_start=self.prefix_key.start(task.cache_salt or f"{task.id}#{task.attempt}"),
             forked=wanted.n == 1,
             usage=Usage(prompt_tokens=len(prompt)),
         )

@@ -47,10 +47,10 @@ class Engine(Protocol):
         """Queue a task and return at once.
 
         The sink gets ``Accepted``, then ``PromptScored`` if asked for, ``Token`` events (or, of the
-        mode ``embed``, one ``Embedding``; of the mode ``program``, ``Saves``), and at last ``Finished``; or ``Failed`` at any point,
-        after which nothing follows. Bad input ends the task with ``Failed`` (code
-        ``context_length_exceeded``, ``invalid_parameter``, …) and never raises. A task whose
-        ``deadline_s`` passes fails with ``deadline_exceeded``.
+        mode ``embed``, one ``Embedding``; of the mode ``program``, ``Saves`` too), and at last
+        ``Finished``; or ``Failed`` at any point, after which nothing follows. Bad input ends the
+        task with ``Failed`` (code ``context_length_exceeded``, ``invalid_parameter``, …) and never
+        raises. A task whose ``deadline_s`` passes fails with ``deadline_exceeded``.
         """
 
     def cancel(self, task_id: str, attempt: int) -> None:

@@ -12,6 +12,7 @@ from fabric.engine.blocks import next_name
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.constraints import Matcher
 from fabric.engine.interface import EventSink
+from fabric.engine.lowrank import Delta
 from fabric.engine.sampling import Score
 from fabric.engine.text import TextStream
 from fabric.messages import Sampling, Task, Usage
@@ -201,6 +202,11 @@ class ActiveTask:
         """Tokens at its start that need not run where others have computed them."""
         most = max(len(row.tokens) for row in self.live_rows) - 1
         return most if self.program is None else min(most, self.program.execution.first_read)
+
+    @property
+    def deltas(self) -> tuple[Delta, ...]:
+        """What changes the model's linear layers for it."""
+        return () if self.program is None else self.program.model.deltas
 
     def restart(self) -> None:
         """Forget what was computed of a task that gave its blocks up."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from fabric.engine.attention import Chunk, Scoring, StepAttention
 from fabric.engine.cache import KvCache, LayerShape
 from fabric.engine.lowrank import LayerSize, LowRankLayers, Span
+
+if TYPE_CHECKING:
+    from fabric.engine.programs.points import Points
 
 __all__ = ["ATTENTION", "Attend", "Chunk", "Runner", "StepHooks", "run_ragged", "use_our_attention"]
 
@@ -33,12 +36,11 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, "float | None", Mapping[str, obj
 """(layer, q_NHD, k_NKD, v_NKD, scale, options of the module) -> out_NHD."""
 
 
-
 class StepHooks(Protocol):
     """What acts inside a forward pass."""
 
     def hooked(self) -> AbstractContextManager[None]:
-        """Run the model inside this."""
+        """Run the model inside this; it may end before there are logits, if nobody wants any."""
 
     def around(self, attend: Attend) -> Attend:
         """Return the attention that the model shall call."""
@@ -68,6 +70,8 @@ class Runner:
         self.model = model
         self.lowrank = LowRankLayers(model, linears)
         self.num_blocks = num_blocks
+        self.points: Points | None = None
+        """Where programs may act, if they may."""
         self.cache = KvCache(layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
 
     def forward(self, chunks: Sequence[Chunk], programs: StepHooks | None = None) -> Tensor:
@@ -96,10 +100,14 @@ class Runner:
         with self.lowrank.applied(_spans(chunks)):
             if programs is None:
                 return run_ragged(self.model, chunks, attend)
+            logits_WV = torch.zeros(0, 1)
             with programs.hooked():
-                return run_ragged(self.model, chunks, programs.around(attend))
+                logits_WV = run_ragged(self.model, chunks, programs.around(attend))
+            return logits_WV  # noqa: RET504 - the programs may end the pass before
 
-    def forward_hidden(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
+    def forward_hidden(
+        self, chunks: Sequence[Chunk], programs: StepHooks | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run one step; return its logits as ``forward`` does, and all tokens' last hidden states
         in the chunks' order, [N, hidden] in float32."""
         seen: list[Tensor] = []
@@ -109,7 +117,7 @@ class Runner:
 
         hook = self.model.base_model.register_forward_hook(keep)
         try:
-            logits_WV = self.forward(chunks)
+            logits_WV = self.forward(chunks, programs)
         finally:
             hook.remove()
         return logits_WV, seen[0].float()

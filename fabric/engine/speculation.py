@@ -55,6 +55,8 @@ class Speculator:
         rows = [run.row for run in runs if run.num_wanted and run.row.decodes]
         offers = {}
         for row in rows:
+            if row.active.program is not None:
+                continue  # its nodes act step by step
             num_offered = self._drafter.offers(row, min(_DEEPEST, row.num_left - 1))
             if num_offered > 0 and not row.spoilt:
                 offers[row] = num_offered

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fabric.engine.adjustments import Adjustment, adjust, changes_logits
 from fabric.engine.constraints import Matcher
+from fabric.engine.programs.step import ProgramStep, programs_of
 from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.runner import Chunk, Runner
 from fabric.engine.sampling import Draw, Score, choose, finite_rows, score
@@ -69,14 +70,18 @@ def run_step(runs: Sequence[Run], runner: Runner, scheduler: Scheduler) -> Outco
             start=run.row.num_cached,
             blocks=run.row.blocks,
             num_wanted=run.num_wanted,
+            deltas=run.row.active.deltas,
         )
         for run in runs
     ]
+    programs = programs_of(runs, runner)
     if any(run.row.active.embeds for run in runs):
-        logits_WV, hidden_NH = runner.forward_hidden(chunks)
+        logits_WV, hidden_NH = runner.forward_hidden(chunks, programs)
         _gather(runs, hidden_NH)
     else:
-        logits_WV = runner.forward(chunks)
+        logits_WV = runner.forward(chunks, programs)
+    if programs is not None:
+        logits_WV = programs.logits(logits_WV)
     finite = finite_rows(logits_WV)
     outcome = Outcome()
     due: list[_Place] = []
@@ -102,7 +107,10 @@ def run_step(runs: Sequence[Run], runner: Runner, scheduler: Scheduler) -> Outco
             due += [
                 _Place(row=row, index=end - 1) for row in _next_rows(run.row, runner, scheduler)
             ]
-    _choose_all(due, logits_WV, outcome)
+    _choose_all(due, logits_WV, outcome, programs)
+    if programs is not None:
+        programs.end()
+        outcome.failed |= programs.failed()
     return outcome
 
 
@@ -132,7 +140,9 @@ def _next_rows(row: Row, runner: Runner, scheduler: Scheduler) -> list[Row]:
     return active.rows
 
 
-def _choose_all(due: Sequence[_Place], logits_WV: Tensor, outcome: Outcome) -> None:
+def _choose_all(
+    due: Sequence[_Place], logits_WV: Tensor, outcome: Outcome, programs: ProgramStep | None
+) -> None:
     """Choose the tokens of the places; a row whose constraint leaves none fails its task."""
     constrained = _constrained(due, logits_WV.shape[1], outcome)
     if not constrained:
@@ -149,6 +159,9 @@ def _choose_all(due: Sequence[_Place], logits_WV: Tensor, outcome: Outcome) -> N
     if not all(possible):
         adjusted_RV = torch.where(torch.tensor(possible)[:, None], adjusted_RV, logits_RV)
     tokens = choose(adjusted_RV, [_draw(place) for place in due])
+    for i, place in enumerate(due):
+        if programs is not None and place.row.active.program is not None:
+            tokens[i] = programs.sample(place.row, tokens[i])
     reached = _reached(due, tokens, possible)
     scores = _score_chosen([(i, due[i].row) for i in reached if possible[i]], tokens, logits_RV)
     for i in reached:
@@ -232,7 +245,9 @@ def _score_chosen(
 def _draw(place: _Place) -> Draw:
     row, active = place.row, place.row.active
     position = row.position + len(place.ahead)
-    return Draw.of(active.sampling, seed=active.seed, choice=row.choice, position=position)
+    # Runs of a program are choices of nothing: each draws as a request of its own would.
+    choice = 0 if active.program is not None else row.choice
+    return Draw.of(active.sampling, seed=active.seed, choice=choice, position=position)
 
 
 def _score_prompt(run: Run, logits_WV: Tensor) -> None:

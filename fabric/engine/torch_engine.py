@@ -11,6 +11,7 @@ from logging import getLogger
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from fabric import __version__
 from fabric.engine.batch import Batch, tell
@@ -33,6 +34,11 @@ from fabric.engine.probe import (
     reference_logits,
     verify_runner,
 )
+from fabric.engine.programs.model import Weights
+from fabric.engine.programs.points import Points
+from fabric.engine.programs.prepare import Preparer
+from fabric.engine.programs.programs import Programs
+from fabric.engine.programs.results import Keep
 from fabric.engine.reports import Reports
 from fabric.engine.runner import Runner
 from fabric.engine.source import ModelSource
@@ -63,6 +69,8 @@ class TorchEngine:
         config: Limits and choices.
         name: What the instance calls the model.
         expected_digest: Of the tensors in the configured dtype; ``None`` takes any.
+        keep: Where results of programs go that are too large to be sent: takes a safetensors file
+            and returns its handle at once. Without it they are refused.
     """
 
     def __init__(
@@ -72,8 +80,10 @@ class TorchEngine:
         *,
         name: str,
         expected_digest: str | None = None,
+        keep: Keep | None = None,
     ) -> None:
         self._source = source
+        self._keep = keep
         self._config = config
         self._name = name
         self._expected_digest = expected_digest
@@ -184,6 +194,7 @@ class TorchEngine:
                 " of the smallest cache",
             )
         linears = observe_linears(model)
+        weights = Weights(model, self._reload)
         expected = reference_logits(model)
         pack_linears(model)
         fuse(model)
@@ -194,7 +205,14 @@ class TorchEngine:
             context_tokens=min(context_tokens, cache_tokens),
             max_rows=config.max_rows,
             cache_tokens=cache_tokens,
-            modes=("query", "embed"),
+            modes=("query", "embed", "program"),
+        )
+        runner.points = Points(model)
+        manifest = runner.points.manifest(
+            name=self._name,
+            digest=loaded.digest,
+            context_tokens=limits.context_tokens,
+            weights=weights.shapes,
         )
         texts = Texts(
             loaded.tokenizer,
@@ -207,6 +225,7 @@ class TorchEngine:
             limits=limits,
             dtype=config.dtype,
             engine=VERSIONS,
+            points=manifest,
         )
         grammars = Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, eos_ids=loaded.eos_ids)
         threading.Thread(target=grammars.read_tokenizer, name="grammars", daemon=True).start()
@@ -223,7 +242,27 @@ class TorchEngine:
             drafter = draft.drafter(num_blocks=num_blocks, step_tokens=config.step_tokens)
         elif config.speculation == "lookup":
             drafter = LookupDrafter()
-        return Batch(runner, intake, Reports(texts), config, drafter)
+        reports = Reports(texts)
+        programs = Programs(
+            Preparer(texts, manifest, limits),
+            runner,
+            weights,
+            texts,
+            reports,
+            prefix_key=intake.prefix_key,
+            eos_ids=loaded.eos_ids,
+            keep=self._keep,
+        )
+        return Batch(runner, intake, reports, config, drafter, programs)
+
+    def _reload(self) -> PreTrainedModel:
+        """Load the model again, for what packing has given up."""
+        return load_model(
+            self._source,
+            name=self._name,
+            dtype=self._config.dtype,
+            expected_digest=self.info.digest,
+        ).model
 
     def _serve(self, batch: AnyBatch) -> None:
         try:

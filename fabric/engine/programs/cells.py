@@ -115,7 +115,8 @@ class HeadsCell:
 
     def put(self, place: Place, x: Tensor) -> None:
         """Let these contributions be others; their difference goes to the output."""
-        for i, (head, before_nO) in enumerate(zip(self._heads(place), self._parts(place), strict=True)):
+        before = zip(self._heads(place), self._parts(place), strict=True)
+        for i, (head, before_nO) in enumerate(before):
             cell = TensorCell(before_nO)
             cell.put(Place(place.rows, None, place.dims), x[:, i])
             assert cell.changed is not None

@@ -24,8 +24,10 @@ def changed(node: ops.Node, h: Tensor, args: dict[str, Tensor]) -> Tensor:
     gate = _per_token(args["gate"], h) if "gate" in args else None
     match node:
         case ops.Write(mode="add", norm="none") if gate is None and "mask" not in args:
-            return h + _like(args["x"], h) * node.alpha if node.alpha != 1.0 else h + _like(
-                args["x"], h
+            return (
+                h + _like(args["x"], h) * node.alpha
+                if node.alpha != 1.0
+                else h + _like(args["x"], h)
             )
         case ops.Write():
             return _written(node, h, args, gate)

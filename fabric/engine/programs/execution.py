@@ -69,6 +69,9 @@ class StepPlan:
         return not self.opening and not self.at
 
 
+IDLE = StepPlan((), {})
+
+
 @dataclass(slots=True)
 class _Parts:
     """What a save was given so far."""
@@ -116,7 +119,7 @@ class Execution:
         self._marked: dict[str, tuple[Tensor, int]] = {}
         self._prepared = False
         self._step = self._start = self._count = 0
-        self._plan = StepPlan((), {})
+        self._plan = IDLE
         self._fresh: set[int] = set()
 
     # What the scheduler asks.
@@ -249,8 +252,7 @@ class Execution:
         at: dict[str, list[int]] = {}
         fresh: set[int] = set()
         here = opening
-        for k, node in enumerate(self._nodes):
-            point = self._points[k]
+        for k, point in enumerate(self._points):
             if point is not None and k in active:
                 here = at.setdefault(point, [])
             elif point is not None or fresh.isdisjoint(self._args[k]):
@@ -445,7 +447,7 @@ class Execution:
         firsts = [
             self._first_of(node.sel, decoding=False)
             for node in self._nodes
-            if isinstance(node, kinds)
+            if isinstance(node, _TOUCHING) and isinstance(node, kinds)
         ]
         return min((p for p in firsts if p is not None), default=self.num_prompt)
 

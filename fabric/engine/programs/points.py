@@ -143,9 +143,7 @@ class Points:
                 0,
                 _Site(name="final.norm.out", tap=norm, tail=(self._hidden,), dtype=self._dtype),
             )
-        layers = [
-            self._layer(index, parts, seen) for index, parts in enumerate(anatomy.layers)
-        ]
+        layers = [self._layer(index, parts, seen) for index, parts in enumerate(anatomy.layers)]
         return self._listed([embedding], layers, outer)
 
     def _listed(
@@ -319,9 +317,7 @@ class _Watch:
         hooks = []
         for parts in self._anatomy.layers:
             if parts.mlp_norm is not None:
-                hooks.append(
-                    parts.mlp_norm.register_forward_pre_hook(self._move, with_kwargs=True)
-                )
+                hooks.append(parts.mlp_norm.register_forward_pre_hook(self._move, with_kwargs=True))
             for module in (parts.layer, parts.mlp, parts.attention, *_inside(parts), *_post(parts)):
                 if module is not None:
                     hooks.append(module.register_forward_pre_hook(self._keep_in, with_kwargs=True))

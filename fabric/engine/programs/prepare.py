@@ -10,8 +10,14 @@ from torch import Tensor
 
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.text import Texts
-from fabric.errors import CacheExhausted, ContextExceeded, ProgramInvalid, RequestInvalid
-from fabric.messages import Limits, PointManifest, Program, TextInput
+from fabric.errors import (
+    CacheExhausted,
+    ContextExceeded,
+    DigestMismatch,
+    ProgramInvalid,
+    RequestInvalid,
+)
+from fabric.messages import Limits, PointManifest, Program, Task, TextInput
 from fabric.messages import nodes as ops
 from fabric.messages.program import ProgramRun
 from fabric.programs import CAPS, Checked, check, read_constants, read_header
@@ -39,15 +45,19 @@ class Preparer:
         self._manifest = manifest
         self._limits = limits
 
-    def prepare(self, program: Program, *, tier: str) -> Prepared:
+    def prepare(self, program: Program, *, task: Task) -> Prepared:
         """Return the program, checked with everything known.
 
         Raises:
+            DigestMismatch: The task is for another version of the model.
             ProgramError: It is not valid, too large, or asks for what the model cannot serve.
             ContextExceeded: A run is longer than the context.
             CacheExhausted: A run would not even fit an empty cache.
             RequestInvalid: A prompt has ids that the model does not know.
         """
+        if task.digest != self._manifest.digest:
+            name, actual = task.request.model, self._manifest.digest
+            raise DigestMismatch(name=name, expected=task.digest, actual=actual)
         data = read_constants(program)
         if program.consts is not None and data is None:
             raise ProgramInvalid(
@@ -55,9 +65,8 @@ class Preparer:
             )
         specs = {} if data is None else read_header(data)
         runs = tuple(self._known(run) for run in program.runs)
-        checked = check(
-            program.model_copy(update={"runs": runs}), self._manifest, specs, caps=CAPS[tier]
-        )
+        known = program.model_copy(update={"runs": runs})
+        checked = check(known, self._manifest, specs, caps=CAPS[task.request.tier])
         for run in runs:
             self._fits(run)
         return Prepared(checked=checked, constants={} if data is None else load(data))

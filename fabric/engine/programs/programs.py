@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from logging import getLogger
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ from fabric.engine.reports import Reports
 from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.runner import Runner
 from fabric.engine.scheduler import Scheduler
-from fabric.engine.step import Chosen
 from fabric.engine.text import Texts, TextStream
 from fabric.errors import (
     DeadlineExceeded,
@@ -38,6 +38,9 @@ from fabric.messages import nodes as ops
 from fabric.messages.program import ProgramRun
 from fabric.programs import CheckedRun
 
+if TYPE_CHECKING:
+    from fabric.engine.step import Chosen
+
 _logger = getLogger(__name__)
 
 Tell = Callable[[EventSink, Event], bool]
@@ -52,10 +55,9 @@ class Programs:
         weights: The model's parameters.
         texts: The model's tokenizer.
         reports: Makes events.
-        scheduler: Of the batch.
-        tell: Gives a sink its event.
-        keep: Where results go that are too large to be sent.
+        prefix_key: Of the engine's prefixes.
         eos_ids: Tokens that end a run, unless it ignores them.
+        keep: Where results go that are too large to be sent.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Programs:
         texts: Texts,
         reports: Reports,
         *,
+        prefix_key: PrefixKey,
         eos_ids: frozenset[int],
         keep: Keep | None = None,
     ) -> None:
@@ -73,13 +76,12 @@ class Programs:
         self._texts, self._reports, self._keep = texts, reports, keep
         self._eos_ids = eos_ids
         self._gradients = GradientLane(weights)
-        self._prefix_key = PrefixKey()
+        self._prefix_key = prefix_key
         self._tasks: dict[tuple[str, int], ProgramTask] = {}
 
-    def attach(self, scheduler: Scheduler, tell: Tell, prefix_key: PrefixKey) -> None:
-        """Work with a batch: its queue, its sinks, its names of prefixes."""
+    def attach(self, scheduler: Scheduler, tell: Tell) -> None:
+        """Work with a batch: its queue, and how it tells a sink its event."""
         self._scheduler, self._tell = scheduler, tell
-        self._prefix_key = prefix_key
 
     @property
     def busy(self) -> bool:
@@ -99,7 +101,7 @@ class Programs:
             )
         assert isinstance(task.request.input, ProgramInput)
         program = task.request.input.program
-        prepared = self._preparer.prepare(program, tier=task.request.tier)
+        prepared = self._preparer.prepare(program, task=task)
         num_prompt = sum(len(run.run.ids or ()) for run in prepared.checked.runs)
         owner = ProgramTask(
             task=task,
@@ -263,9 +265,7 @@ class Programs:
             program=program,
         )
         stream = TextStream(self._texts, ())
-        active.rows = [
-            Row(active=active, choice=program.index, tokens=list(prompt), stream=stream)
-        ]
+        active.rows = [Row(active=active, choice=program.index, tokens=list(prompt), stream=stream)]
         return active
 
     def _execution(self, owner: ProgramTask, checked: CheckedRun, model: RunModel) -> Execution:
@@ -299,9 +299,7 @@ class Programs:
             )
             execution = self._execution(owner, checked, model)
             try:
-                self._gradients.run(
-                    execution, model, seconds=limit_s - owner.usage.device_s
-                )
+                self._gradients.run(execution, model, seconds=limit_s - owner.usage.device_s)
             finally:
                 seconds = time.perf_counter() - started
                 self._take_usage(owner, Usage(device_s=seconds))
@@ -344,9 +342,6 @@ class Programs:
 
     def _say(self, owner: ProgramTask, event: Event) -> None:
         owner.deaf = not self._tell(owner.sink, event) or owner.deaf
-
-    def __iter__(self) -> Iterator[ProgramTask]:
-        return iter(list(self._tasks.values()))
 
 
 def _has_gradients(checked: CheckedRun) -> bool:

@@ -12,20 +12,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fabric.engine.attention import Scoring
+from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.programs.cells import Cell, HeadsCell, TensorCell
-from fabric.engine.programs.execution import Execution, StepPlan
+from fabric.engine.programs.execution import IDLE, Execution, StepPlan
 from fabric.engine.programs.model import RunModel, nested
 from fabric.engine.programs.points import Points, Tap, given
 from fabric.engine.programs.values import MAX_VALUE_BYTES
-from fabric.engine.runner import Attend
+from fabric.engine.runner import Attend, Runner
 from fabric.errors import FabricError, ProgramFailed, ProgramTooLarge
+
+if TYPE_CHECKING:
+    from fabric.engine.rows import ActiveTask, Row
+    from fabric.engine.scheduler import Run
 
 Keys = Callable[[int, "RunStep"], tuple[Tensor, Tensor]]
 """(layer, run) -> the run's keys and values in the cache, [S, K, D] each."""
@@ -46,7 +52,7 @@ class RunStep:
         count: How many there are.
         start: The position of the first.
         wanted: Where its logits begin among the wanted ones, and how many they are.
-        blocks: Its table in the cache.
+        row: Of the batch; ``None`` where it shares none.
         until: When (``time.perf_counter``) its ``limit_s`` seconds are over.
     """
 
@@ -56,10 +62,10 @@ class RunStep:
     count: int
     start: int
     wanted: tuple[int, int]
-    blocks: Sequence[int] = ()
+    row: Row | None = None
     until: float = math.inf
     limit_s: float = math.inf
-    plan: StepPlan = StepPlan((), {})
+    plan: StepPlan = IDLE
     error: FabricError | None = None
 
     @property
@@ -139,7 +145,8 @@ class ProgramStep:
                 stack.callback(handle.remove)
             if (last := self._last_layer()) is not None:
                 stack.callback(last.register_forward_pre_hook(_stop).remove)
-            yield
+            with suppress(Stopped):
+                yield
 
     def around(self, attend: Attend) -> Attend:
         """Return the attention with the points inside it served."""
@@ -173,8 +180,11 @@ class ProgramStep:
         """Serve the logits."""
         return self._serve("logits", logits_WV, wanted=True)
 
-    def sample(self, run: RunStep, token: int) -> int:
-        """Serve the token that a run's step chose; return the one that it shall be."""
+    def sample(self, row: Row, token: int) -> int:
+        """Serve the token that a row's step chose; return the one that it shall be."""
+        run = next(run for run in self.runs if run.row is row)
+        told = run.execution.told
+        token = told[row.position] if row.position < len(told) else token
         if "sample" not in run.plan.at:
             return token
         cell = TensorCell(torch.tensor([token]))
@@ -187,6 +197,14 @@ class ProgramStep:
         for run in self.runs:
             if run.acts:
                 run.attempt(run.execution.end)
+
+    def failed(self) -> dict[ActiveTask, FabricError]:
+        """Return the tasks whose run failed, with its error."""
+        return {
+            run.row.active: run.error
+            for run in self.runs
+            if run.row is not None and run.error is not None
+        }
 
     def _open(self, run: RunStep) -> None:
         if not run.acts:
@@ -329,10 +347,11 @@ class ProgramStep:
             parts = list(output) if isinstance(output, tuple) else [output]
             parts = [part.clone() if isinstance(part, Tensor) else part for part in parts]
             for run in runs:
+                call = run.model.private_call
                 rows = run.wanted_rows if module is head else run.rows
                 own: list[object] = []
                 run.attempt(lambda run=run, rows=rows, own=own: own.extend(  # type: ignore[misc]
-                    _parts_of(run.model.private_call(module, [_cut(arg, rows) for arg in args]))
+                    _parts_of(call(module, [_cut(module, arg, rows) for arg in args]))
                 ))  # fmt: skip
                 for part, new in zip(parts, own, strict=False):
                     if isinstance(part, Tensor) and isinstance(new, Tensor):
@@ -351,6 +370,41 @@ class ProgramStep:
         return anatomy.layers[last].layer if last < len(anatomy.layers) else None
 
 
+def programs_of(runs: Sequence[Run], runner: Runner) -> ProgramStep | None:
+    """Return the programs of a step, begun; ``None`` if there are none."""
+    found: list[RunStep] = []
+    begin = wanted = 0
+    for run in runs:
+        if (program := run.row.active.program) is not None:
+            found.append(
+                RunStep(
+                    execution=program.execution,
+                    model=program.model,
+                    begin=begin,
+                    count=run.num_tokens,
+                    start=run.row.num_cached,
+                    wanted=(wanted, run.num_wanted),
+                    row=run.row,
+                )
+            )
+        begin, wanted = begin + run.num_tokens, wanted + run.num_wanted
+    if not found:
+        return None
+    assert runner.points is not None
+
+    def keys(layer: int, run: RunStep) -> tuple[Tensor, Tensor]:
+        assert run.row is not None
+        num_keys = run.start + run.count
+        blocks = torch.tensor([run.row.blocks[: -(-num_keys // BLOCK_TOKENS)]])
+        k_1MKD, v_1MKD = runner.cache.read(layer, blocks)
+        return k_1MKD[0, :num_keys], v_1MKD[0, :num_keys]
+
+    step = ProgramStep(found, runner.points, keys, alone=len(found) == len(runs))
+    with torch.inference_mode():
+        step.begin()
+    return step
+
+
 def _stop(*_: object) -> None:
     if not nested():
         raise Stopped
@@ -362,13 +416,15 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
 
 def _flat(x: Tensor) -> Tensor:
     """Return a module's tensor without its batch axis of one: [N, ...]."""
-    return x[0] if x.dim() > 2 or (x.dim() == 2 and x.shape[0] == 1 and x.dtype == torch.long) else x
+    return x[0] if x.dim() > 2 else x
 
 
-def _cut(arg: object, rows: slice) -> object:
+def _cut(module: nn.Module, arg: object, rows: slice) -> object:
+    """Return a run's part of what a module is called with."""
     if not isinstance(arg, Tensor):
         return arg
-    return arg[:, rows] if _flat(arg) is not arg else arg[rows]
+    batched = arg.dim() > 2 or isinstance(module, nn.Embedding)
+    return arg[:, rows] if batched else arg[rows]
 
 
 def _parts_of(output: object) -> list[object]:

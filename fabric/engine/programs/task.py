@@ -13,7 +13,7 @@ from fabric.engine.programs.execution import Execution
 from fabric.engine.programs.model import RunModel
 from fabric.engine.programs.prepare import Prepared
 from fabric.engine.programs.values import Value
-from fabric.engine.rows import ActiveTask
+from fabric.engine.rows import ActiveTask, Row
 from fabric.messages import Sampling, Task, Usage
 from fabric.messages.program import ProgramRun
 from fabric.programs import CheckedRun
@@ -31,6 +31,36 @@ class RunProgram:
     sampling: Sampling
     variant: bytes
     """Of its keys and values from ``execution.first_changed`` on."""
+
+    def name_before(self, before: bytes, positions: range) -> bytes:
+        """Return what precedes the name of the block at these positions: with the first one that
+        the run changes, a chain of its own begins."""
+        first = self.execution.first_changed
+        if first is None or first not in positions:
+            return before
+        return hashlib.blake2b(self.variant, digest_size=len(before), key=before).digest()
+
+    def num_due(self, row: Row, budget: int, *, first: bool) -> int:
+        """Return how many tokens of its prompt a step runs; 0 if it has no room for them.
+
+        From the first position on at which nodes act, the prompt runs in one step, whatever the
+        budget is, if no other prompt runs in it.
+        """
+        before = self.execution.first_touched - row.num_cached
+        if before > 0:
+            return min(before, budget, row.num_remaining)
+        return row.num_remaining if first or row.num_remaining <= budget else 0
+
+    def num_wanted(self, row: Row, num_tokens: int) -> int:
+        """Return of how many of the last tokens of a chunk logits are wanted."""
+        if self.execution.run.stop_at is not None:
+            return 0
+        wanted = self.execution.num_wanted(row.num_cached, num_tokens)
+        return max(wanted, int(num_tokens == row.num_remaining))
+
+    def take_seconds(self) -> float:
+        """Return, once, the seconds that its nodes took."""
+        return self.execution.take_seconds()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
