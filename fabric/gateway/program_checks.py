@@ -14,6 +14,9 @@ from fabric.messages import PointManifest, ProgramInput, Request
 from fabric.messages.nodes import Artifact
 from fabric.programs import CAPS, check
 
+GRACE_S = 60.0
+"""How much longer than a program its gathered constants are kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -60,7 +63,7 @@ async def prepare(hub: Hub, project: str, request: Request, *, raw: bool = False
         raise ProgramInvalid(reason="raw calls take no stored results; ask the hub")
     points = await get_points(hub, request.model)
     digest = await asyncio.to_thread(get_digest, program)
-    found = await gather(program, project, hub.artifacts)
+    found = await gather(program, project, hub.artifacts, ttl_s=request.deadline_s + GRACE_S)
     # Beside the loop, because a large program takes a while.
     checked = await asyncio.to_thread(
         check, found.program, points, found.specs, caps=CAPS[request.tier]
