@@ -139,7 +139,7 @@ class _RunOfOne:
         self._num_steps = max(1, run.gen.max_tokens)
         self._known: dict[int, Known] = {}
         self._saved: dict[int, list[tuple[int, Known]]] = {}
-        self._latched: dict[int, bool] = {}
+        self._latched: dict[int, float] = {}
         self._marked: dict[str, Tensor] = {}
         self._step = 0
         self._cursor = 0
@@ -317,14 +317,14 @@ class _RunOfOne:
         return torch.stack([x.mean(), spread, x.min(), x.max(), x.square().sum().sqrt()])
 
     def _gate(self, index: int, node: n.Gate, arg: Known) -> Known:
-        x = arg.x.reshape(-1)
-        compared: Tensor = getattr(torch, node.cmp)(x, torch.tensor(node.threshold))
-        opened: list[bool] = []
-        for each in compared.tolist():
-            latched = node.latch and self._latched.get(index, False)
-            opened.append(bool(each) or latched)
-            self._latched[index] = opened[-1]
-        return Known(torch.tensor(opened, dtype=torch.float32), arg.at if arg.x.dim() else None)
+        known = pure(node, [arg], index)
+        if not node.latch:
+            return known
+        opened: list[float] = []
+        for each in known.x.tolist():
+            self._latched[index] = max(each, self._latched.get(index, 0.0))
+            opened.append(self._latched[index])
+        return Known(torch.tensor(opened), known.at)
 
     def _gradient(self, node: n.Grad, scalar: Tensor) -> Known:
         at = self._positions(node, self._step)
