@@ -24,6 +24,7 @@ from fabric.errors import (
     LedgerError,
     NoReplica,
     RateMissing,
+    RequestInvalid,
     TooManyRequests,
     UnknownSite,
 )
@@ -224,6 +225,9 @@ class Admission:
             if site not in facts.sites:
                 raise UnknownSite(site=site, known=facts.sites)
         version = facts.version
+        if request.mode == "program" and bounds is None:
+            reason = "programs have a route of their own, which checks and bounds them"
+            raise RequestInvalid(param="mode", value=request.mode, reason=reason)
         if bounds is None:
             prompt_tokens, output_tokens = _bounds(request, version.context_tokens)
         else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from fabric.auth import Identity
 from fabric.broker.admit import Admission
@@ -19,6 +20,19 @@ class ProgramDesk:
     def __init__(self, state: BrokerState, admission: Admission) -> None:
         self._state = state
         self._admission = admission
+
+    @contextmanager
+    def counted(self, identity: Identity) -> Iterator[None]:
+        """Count a program that is being checked as one in flight.
+
+        Raises:
+            TooManyRequests: The key has as many in flight as it may have.
+        """
+        self._admission.enter(identity)
+        try:
+            yield
+        finally:
+            self._admission.leave(identity.key_id)
 
     def points(self, digest: str) -> PointManifest | None:
         """Return where programs may read and write in a version, if an instance of it is there."""

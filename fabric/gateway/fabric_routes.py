@@ -142,7 +142,7 @@ async def explain(request: Request) -> Placement:
     fields = _fields(await request.body())
     if "program" in fields:
         body = (await read_body(request, ProgramBody)).to_request()
-        prepared = await prepare(hub, caller.project, body)
+        prepared = await prepare(hub, caller, body)
         return await hub.broker.explain(caller, prepared.request, bounds=prepared.bounds)
     if "messages" in fields:
         asked = (await read_body(request, ChatBody)).to_request()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from fabric.auth import Identity
 from fabric.broker.programs import MAX_DEVICE_S, ProgramBounds, get_digest
 from fabric.errors import NoReplica, ProgramInvalid
 from fabric.gateway.constants import gather
@@ -42,12 +43,12 @@ async def get_points(hub: Hub, model: str) -> PointManifest:
     return points
 
 
-async def prepare(hub: Hub, project: str, request: Request, *, raw: bool = False) -> Prepared:
+async def prepare(hub: Hub, caller: Identity, request: Request, *, raw: bool = False) -> Prepared:
     """Check a program against the model it is for, with all that it takes from elsewhere.
 
     Args:
         hub: Knows models, points and artifacts.
-        project: Who asks.
+        caller: Who asks.
         request: Of the mode ``program``.
         raw: Whether an instance has it already, and would only be told whether to run it.
 
@@ -56,7 +57,14 @@ async def prepare(hub: Hub, project: str, request: Request, *, raw: bool = False
         NotFound: It takes an artifact that the project does not have.
         UnknownModel: The model is not in the catalog.
         NoReplica: No instance of it is there that runs programs.
+        TooManyRequests: The caller has as many in flight as it may have.
     """
+    with hub.broker.programs.counted(caller):
+        async with hub.checks:
+            return await _prepare(hub, caller.project, request, raw)
+
+
+async def _prepare(hub: Hub, project: str, request: Request, raw: bool) -> Prepared:
     assert isinstance(request.input, ProgramInput)
     program = request.input.program
     if raw and any(isinstance(node, Artifact) for run in program.runs for node in run.nodes):

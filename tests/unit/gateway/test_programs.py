@@ -335,6 +335,36 @@ def test_a_program_nobody_can_pay_for_is_refused(
     assert refused(reply) == (402, "insufficient_balance")
 
 
+def test_a_key_has_no_more_programs_in_flight_than_it_may(
+    hub: RunningHub, engine: FixedDelayEngine
+) -> None:
+    engine.first_token_s = 0.5
+    _, key = hub.keys.add_key(PROJECT, scopes=SCOPES, max_concurrent=2)
+    headers = {"authorization": f"Bearer {key}"}
+    with (
+        httpx.Client(base_url=hub.base_url, headers=headers, timeout=30) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        replies = list(pool.map(lambda _: post(client, one_run()), range(8)))
+    codes = sorted(reply.status_code for reply in replies)
+    assert set(codes) == {200, 429}
+    assert codes.count(200) >= 2
+
+
+def test_a_programs_values_are_in_no_log_and_no_table(
+    hub: RunningHub, client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    program = one_run(text="canaryprompt and more", id="canaryrun")
+    program["consts"] = constants(zeros({"canaryname": ("F32", (3,))}))
+    ok(post(client, program))
+    refused(post(client, {**program, "limits": {"result_bytes": 1}}))
+    assert "canary" not in caplog.text
+    directory = hub.files_dir.parent
+    for path in directory.glob("hub.sqlite*"):
+        assert b"canary" not in path.read_bytes()
+
+
 # ---- the middle of things ------------------------------------------------------------------------
 
 
@@ -345,7 +375,9 @@ def test_a_client_that_leaves_frees_the_rows_and_the_hold(
     body = {"model": MODEL, "program": one_run(gen={"max_tokens": 1000}), "stream": True}
     with client.stream("POST", "/v1/fabric/programs", json=body) as reply:
         run = reply.headers["x-request-id"]
-        next(reply.iter_bytes())
+        assert reply.status_code == 200, reply.read()
+        pieces = reply.iter_bytes()
+        assert b"program.token" in next(pieces)
         assert engine.load().num_running == 1
     wait_until(lambda: engine.load().num_running == 0, timeout_s=10)
     wait_until(lambda: is_settled(hub), timeout_s=10)
