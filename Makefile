@@ -35,7 +35,7 @@ demo: install $(if $(filter globus,$(FEDERATION)),system)  ## A hub and two site
 	@$(if $(filter globus,$(FEDERATION)),$(BIN)/python -m fabric.testing.globus.demo,$(BIN)/fabric demo)
 
 test: install system lint types  ## Lint, types and every test.
-	@$(BIN)/python -m pytest
+	@.ci/tests $(BIN)/python
 
 lint: install  ## Style, spelling.
 	@$(BIN)/ruff check .
