@@ -21,7 +21,7 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        HubNotConnected, ServiceUnreachable, ServiceBusy, ServiceRefused,
     │                        TaskLost, TaskTimedOut, TaskFailed
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
-    │                        BalanceUnavailable
+    │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
     │                        EngineStopped
     ├── ProgramError
@@ -78,7 +78,10 @@ from fabric.errors.compute import (
     ConstraintFailed,
     EngineError,
     EngineStopped,
+    JobRefused,
+    JobsFailing,
     LaunchError,
+    LaunchImpossible,
     ModelNotLoadable,
     RowFailed,
     SchedulerFailed,
@@ -211,10 +214,13 @@ __all__ = [
     "HubNotConnected",
     "HubUnreachable",
     "InsufficientBalance",
+    "JobRefused",
+    "JobsFailing",
     "KeyExpired",
     "KeyInvalid",
     "KeyMissing",
     "LaunchError",
+    "LaunchImpossible",
     "LedgerError",
     "LedgerInconsistent",
     "LoginFailed",
