@@ -9,9 +9,9 @@ from fabric.errors import PermissionDenied
 
 SCOPES = frozenset({"query", "admin", "site", "launch"})
 """``query``: send requests, explain them, read the project's runs. ``admin``: change the catalog,
-keys and accounts. ``site``: as one site's agent, ask for launches there. ``launch``: bring one's own
-instances, in jobs that one's own allocation of a machine pays. None implies another. A ticket
-has a scope of its own, ``ticket``, which no key can have and no route asks for."""
+keys and accounts. ``site``: as one site's agent, ask for launches there. ``launch``: bring
+instances, in jobs that one's own allocation of a machine pays. None implies another. A ticket has a
+scope of its own, ``ticket``, which no key can have and no route asks for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

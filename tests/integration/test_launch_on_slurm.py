@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from fabric.cli.launching import INSTANCE_MODULE
+from fabric.errors import FabricError, NotFound, PermissionDenied
 from fabric.sdk import Fabric
 from fabric.testing.hub import PROJECT, RunningHub, running_hub
 from fabric.testing.instance import MODULE
@@ -69,9 +70,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
         hub.catalog.add_model(
             "brought", "1", source="fixed-delay:token_s=0.02", context_tokens=2048
         )
-        hub.catalog.add_model(
-            "broken", "1", source="fixed-delay:broken=1", context_tokens=2048
-        )
+        hub.catalog.add_model("broken", "1", source="fixed-delay:broken=1", context_tokens=2048)
         yield hub
 
 
@@ -195,3 +194,133 @@ def test_a_launch_serves_its_owner_and_ends_when_asked(user: User, hub: RunningH
     assert "its owner ended it" in done.stderr, done.stderr
     assert states(user.shown(launch["name"])) == ["stopped"]
     assert user.slurm.run("squeue", "-h") == ""
+
+
+def test_a_job_hands_over_to_the_next_without_a_failed_request(user: User) -> None:
+    """A walltime of a minute, four streams at once all the while."""
+    launch = user.launch("--wait", "--keep-alive-until", "10m", walltime="00:01:00")
+    name, stop = launch["name"], threading.Event()
+
+    def ask() -> list[str]:
+        answers = []
+        with Fabric(user.hub.base_url, user.key) as fabric:
+            while not stop.is_set():
+                stream = fabric.stream("hello", model=MODEL, max_tokens=60, temperature=0)
+                answers.append("".join(chunk.text for chunk in stream))
+        return answers
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        try:
+            after = user.wait(
+                name, lambda shown: states(shown)[0] == "stopped" and "ready" in states(shown)
+            )
+        finally:
+            stop.set()
+        answers = [answer for one in asking for answer in one.result()]
+    assert after["jobs"][0]["detail"] == "its successor is ready"
+    assert len(set(answers)) == 1
+    assert len(answers) > 8
+
+
+def test_a_cancelled_job_is_noticed_and_replaced_while_it_is_wanted(user: User) -> None:
+    launch = user.launch("--wait", "--keep-alive-until", "10m", "--replicas", "2")
+    name = launch["name"]
+    both = user.wait(name, lambda shown: states(shown) == ["ready", "ready"])
+    job_of = {job["instance"]: job["job_id"] for job in both["jobs"]}
+    with Fabric(user.hub.base_url, user.key) as fabric:
+        stream = fabric.stream("hello", model=MODEL, max_tokens=600, temperature=0)
+        text = next(stream).text
+        # Instances tell their load every two seconds.
+        while not (running := [one.instance for one in fabric.instances() if one.num_running]):
+            text += next(stream).text
+        (busy,) = running
+        user.slurm.run("scancel", "--signal=KILL", "--full", job_of[busy])
+        # The stream goes on at the other instance, from the token it had come to.
+        text += "".join(chunk.text for chunk in stream)
+    assert text.split() == [f"word{i}" for i in range(600)]
+    after = user.wait(name, lambda shown: states(shown).count("ready") == 2)
+    assert sorted(states(after)) == ["failed", "ready", "ready"]
+    (ended,) = (job for job in after["jobs"] if job["state"] == "failed")
+    assert ended["job_id"] == job_of[busy]
+    assert "its job ended" in ended["detail"]
+
+
+def test_jobs_that_keep_failing_are_not_submitted_for_ever(user: User) -> None:
+    done = user.run(
+        *("launch", "broken@1", "--site", MACHINE, "--walltime", "00:05:00", "--wait"),
+        *("--keep-alive-until", "1h"),
+    )
+    assert done.returncode != 0
+    assert "it was told so" in done.stderr
+    assert "Its log is" in done.stderr
+    assert "Traceback" not in done.stderr
+    launched = json.loads(user.run("instances", "--all", "--format", "json").stdout)
+    assert [states(one) for one in launched] == [["failed"] * 3]
+    assert user.slurm.run("squeue", "-h") == ""
+
+
+def test_a_launch_waits_behind_a_full_cluster_and_says_why(user: User) -> None:
+    user.slurm.run("sbatch", "-N2", "--exclusive", "-t1", "--wrap", "sleep 600", "-o", "/dev/null")
+    launch = user.launch()
+    waiting = user.wait(launch["name"], lambda shown: "Resources" in shown["jobs"][0]["detail"])
+    assert states(waiting) == ["pending"]
+    user.slurm.run("scancel", "-n", "wrap")
+    user.wait(launch["name"], lambda shown: states(shown) == ["ready"])
+
+
+def test_a_launcher_that_was_killed_finds_its_jobs_again(user: User) -> None:
+    launch = user.launch("--wait")
+    (watching,) = (
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "fabric.cli.launching" in (process.info["cmdline"] or ())
+        and launch["name"] in process.info["cmdline"][-1]
+    )
+    watching.send_signal(signal.SIGKILL)
+    watching.wait(10)
+    left = user.run("instances")
+    assert f"Nobody watches {launch['name']}" in left.stderr
+    assert user.fabric.complete("hello", model=MODEL, max_tokens=1).text == "word0"
+
+    assert user.run("instances", "--watch").returncode == 0
+    stopped = user.run("stop", launch["name"])
+    assert "its owner ended it" in stopped.stderr, stopped.stderr
+    assert [job["job_id"] for job in user.shown(launch["name"])["jobs"]] == [
+        launch["jobs"][0]["job_id"]
+    ]
+    assert user.slurm.run("squeue", "-h") == ""
+
+
+def test_a_dead_node_ends_its_instance(user: User) -> None:
+    launch = user.launch("--wait")
+    node = user.slurm.run("squeue", "-h", "-o", "%N").strip()
+    try:
+        user.slurm.kill_node(node)
+        shown = user.wait(launch["name"], lambda shown: states(shown) == ["failed"])
+        assert "its job ended" in shown["jobs"][0]["detail"]
+    finally:
+        user.slurm.start_node(node)
+
+
+def test_an_idle_instance_leaves(user: User) -> None:
+    launch = user.launch("--wait", "--idle-stop", "3s")
+    shown = user.wait(launch["name"], lambda shown: shown["ended_at"] is not None)
+    assert states(shown) == ["stopped"]
+    assert shown["detail"] == "it had nothing to do for 3 s"
+
+
+def test_a_private_instance_is_its_owners_alone(user: User, hub: RunningHub) -> None:
+    launch = user.launch("--wait", "--sharing", "private")
+    instance = launch["jobs"][0]["instance"]
+    with Fabric(hub.base_url, hub.api_key) as colleague:
+        with pytest.raises(FabricError) as caught:
+            colleague.complete("hello", model=MODEL, max_tokens=1, deadline_s=2)
+        assert caught.value.code in ("no_replica", "rate_missing")
+        assert [site.name for site in colleague.sites() if site.replicas] == []
+        with pytest.raises(PermissionDenied):
+            colleague.drain_instance(instance)
+    _, other = hub.keys.add_key(PROJECT, scopes=("query", "launch"))
+    with Fabric(hub.base_url, other) as other_key, pytest.raises(NotFound):
+        other_key.drain_instance(instance)
+    assert user.fabric.complete("hello", model=MODEL, max_tokens=1).text == "word0"

@@ -90,9 +90,7 @@ class Until(click.ParamType):
 )
 @click.option("--max-rows", type=click.IntRange(1), help="Rows of the engine.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Of the weights.")
-@click.option(
-    "--dry-run", is_flag=True, help="Print the plan and the script; submit nothing."
-)
+@click.option("--dry-run", is_flag=True, help="Print the plan and the script; submit nothing.")
 @click.option("--wait", "is_waiting", is_flag=True, help="Show how far it is until it is ready.")
 @client_options
 def launch(

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 
 from fabric.launch.jobs.order import Order
 from fabric.launch.jobs.records import JobRecord
+from fabric.launch.jobs.submit import get_warning_s
 from fabric.messages import InstanceState
 
 MAX_FAILURES = 3
@@ -135,7 +136,9 @@ def _successor_due(job: JobRecord, order: Order, now: datetime, outlook: Outlook
     wait_s = outlook.wait_s
     if wait_s is None:
         wait_s = UNKNOWN_WAIT_SHARE * order.walltime_s
-    early = timedelta(seconds=wait_s + outlook.load_s + MARGIN_S)
+    # It must be ready before this one is told to drain.
+    early_s = wait_s + outlook.load_s + MARGIN_S + get_warning_s(order.walltime_s)
+    early = timedelta(seconds=early_s)
     return now >= job.deadline_at - early
 
 

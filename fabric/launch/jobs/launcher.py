@@ -62,6 +62,10 @@ class OwnInstanceLike(Protocol):
         """Its id."""
 
     @property
+    def connected(self) -> bool:
+        """Whether the hub has its session."""
+
+    @property
     def num_running(self) -> int:
         """Rows that run."""
 
@@ -121,6 +125,7 @@ class Launcher:
         self._plan: LaunchPlan | None = None
         self._planned_at = -FORECAST_S
         self._submitter: Submitter | None = None
+        self._joined: frozenset[str] = frozenset()
         self._busy_at: dict[str, datetime] = {}
         self._asked_at: dict[str, datetime] = {}
         self._changed_at = time.monotonic()
@@ -192,8 +197,21 @@ class Launcher:
         except SchedulerFailed as error:
             logger.warning("%s", error.message)
             return
+        self._joined = self._ask_joined(waiting)
         for job in waiting:
             self._note(job, states[str(job.job_id)])
+
+    def _ask_joined(self, jobs: Sequence[JobRecord]) -> frozenset[str]:
+        """Return which instances the hub has, if one says it is ready and was not known to be."""
+        new = [job.instance for job in jobs if job.ready_at is None]
+        statuses = (self._folder.status(instance) for instance in new)
+        if not any(one is not None and one.state == InstanceState.READY for one in statuses):
+            return frozenset()
+        try:
+            return frozenset(one.instance for one in self._hub.instances() if one.connected)
+        except FabricError as error:
+            logger.warning("not asked who has joined: %s", error.message)
+            return frozenset()
 
     def _note(self, job: JobRecord, state: JobState) -> None:
         """Bring a job's record up to what its scheduler and its instance say."""
@@ -229,6 +247,9 @@ class Launcher:
             state = job.state
         if state.final:
             return {}  # the job's own end follows, and says how
+        is_new = state is InstanceState.READY and job.ready_at is None
+        if is_new and job.instance not in self._joined:
+            return {"state": InstanceState.LOADING, "detail": "joining the pool"}
         changes: dict[str, object] = {"state": state}
         if state is not job.state or state is InstanceState.LOADING:
             changes["detail"] = status.detail

@@ -152,7 +152,8 @@ class ParslSubmitter:
                 return LocalProvider(**common)
             case "slurm":
                 is_qos = queue is not None and queue.kind == "qos"
-                signal = f"#SBATCH --signal=B:USR1@{warning_s}\n"
+                # A job that Slurm ran again by itself would come back as an instance that is gone.
+                signal = f"#SBATCH --signal=B:USR1@{warning_s}\n#SBATCH --no-requeue\n"
                 return SlurmProvider(
                     partition=None if is_qos else self._queue,
                     qos=self._queue if is_qos else None,

@@ -9,9 +9,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from fabric.errors import SettingInvalid
 from fabric.testing.guarded import Guarded
@@ -148,11 +150,11 @@ class Slurm:
         self._nodes[name] = self._daemon("slurmd", "-D", "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """End a node's daemon and the jobs on it, as a power cut would."""
+        """End a node's daemon and all that runs there, as a power cut would."""
         self._nodes.pop(name).kill()
-        for pid in self._job_pids(name):
-            with_group = os.getpgid(pid)
-            os.killpg(with_group, 9)
+        for process in self._jobs_on(name):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def count(self, state: str) -> int:
         """Return how many nodes are in a state, such as ``idle``."""
@@ -181,14 +183,14 @@ class Slurm:
             check=False,
         )
 
-    def _job_pids(self, name: str) -> list[int]:
-        import psutil
-
-        mark = f"spool-{name}/job"
+    def _jobs_on(self, name: str) -> list[psutil.Process]:
         found = []
-        for process in psutil.process_iter(["cmdline"]):
-            if mark in " ".join(process.info["cmdline"] or ()):
-                found.append(process.pid)
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                environ = process.environ()
+                is_ours = environ.get("SLURM_CONF") == str(self.config)
+                if is_ours and environ.get("SLURMD_NODENAME") == name:
+                    found.append(process)
         return found
 
     def _configure(self) -> None:
