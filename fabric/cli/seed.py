@@ -77,7 +77,7 @@ def _make_keys(keys: Keys, sites: Sequence[SiteSpec], project: str, label: str) 
     for key in keys.keys(project):
         if key.label == label and key.revoked_at is None:
             keys.revoke(key.id)
-    _, api_key = keys.add_key(project, label=label)
+    _, api_key = keys.add_key(project, label=label, scopes=("query", "launch"))
     tokens = {
         site.name: keys.add_key(project, label=label, scopes=("site",), site=site.name)[1]
         for site in sites

@@ -39,7 +39,7 @@ SITE = {
         "scheduler": "slurm",
         "nodes": {"cpu": {"count": 2, "cores": 2, "memory_gb": 4, "devices": 0}},
         "queues": {
-            "main": {
+            "debug": {
                 "kind": "partition",
                 "nodes": "cpu",
                 "default": True,
@@ -47,7 +47,7 @@ SITE = {
                 "max_walltime": "01:00:00",
                 "units_per_node_hour": 2.0,
             },
-            "debug": {"kind": "partition", "nodes": "cpu", "max_walltime": "00:05:00"},
+            "small": {"kind": "partition", "nodes": "cpu", "max_walltime": "00:05:00"},
         },
         "charge": {"unit": "node-hour"},
         "sources": ["the test"],
@@ -158,7 +158,7 @@ def test_dry_run_prints_the_plan_and_the_very_script(user: User) -> None:
     assert "1 node-hour at most, a job" in done.stdout
     assert "#SBATCH --time=30" in done.stdout
     assert "#SBATCH --signal=B:USR1@120" in done.stdout
-    assert "#SBATCH --partition=main" in done.stdout
+    assert "#SBATCH --partition=debug" in done.stdout
     assert user.slurm.run("squeue", "-h") == ""
     assert user.fabric.instances() == ()
 
@@ -166,9 +166,9 @@ def test_dry_run_prints_the_plan_and_the_very_script(user: User) -> None:
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (("--walltime", "02:00:00"), "main lets a job of 1 node run for 01:00:00 at most"),
-        (("--walltime", "00:10:00", "--nodes", "3"), "main takes jobs of at most 2 nodes"),
-        (("--walltime", "00:10:00", "--queue", "none"), "has the queues debug, main"),
+        (("--walltime", "02:00:00"), "debug lets a job of 1 node run for 01:00:00 at most"),
+        (("--walltime", "00:10:00", "--nodes", "3"), "debug takes jobs of at most 2 nodes"),
+        (("--walltime", "00:10:00", "--queue", "none"), "has the queues debug, small"),
         (("--walltime", "10"), "write hours, minutes and seconds"),
     ],
 )

@@ -271,6 +271,9 @@ class Launcher:
             final, detail = InstanceState.STOPPED, job.detail or "it left"
         elif state.word == "TIMEOUT" or (over and job.ready_at is not None):
             final, detail = InstanceState.EXPIRED, "its walltime was over"
+        elif over:
+            final = InstanceState.FAILED
+            detail = "its walltime was over before it was ready; ask for more"
         elif said is InstanceState.STOPPED and job.ready_at is not None:
             final, detail = InstanceState.STOPPED, "it was asked to leave"
         else:

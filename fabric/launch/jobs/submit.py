@@ -40,7 +40,7 @@ class Submitter(Protocol):
         """End a job, if there still is one."""
 
     def render(self, command: Sequence[str], name: str) -> str:
-        """Return the batch script that ``submit`` would hand over."""
+        """Return the batch script that ``submit`` would hand over, and with which command."""
 
 
 def get_warning_s(walltime_s: float) -> int:
@@ -100,10 +100,14 @@ class ParslSubmitter:
     def render(self, command: Sequence[str], name: str) -> str:
         """Return the batch script. See ``Submitter.render``."""
         provider = self._get()
+        if not hasattr(provider, "execute_wait"):  # of this machine: a script with nothing to ask
+            return f"{provider.worker_init}\nexec {shlex.join(command)}\n"
         scripts: list[str] = []
 
         def read_script(line: str, *_: object, **__: object) -> tuple[int, str, str]:
-            scripts.append(Path(shlex.split(line)[-1]).read_text())
+            *words, path = line.split()
+            script = Path(path).read_text().rstrip()
+            scripts.append(f"{script}\n\n# Submitted by: {' '.join(words)} {Path(path).name}\n")
             return 1, "", "nothing is submitted"
 
         # The provider writes the script as it does for a submission; only its command is not run.

@@ -54,15 +54,16 @@ InactiveLimit=0
 KillWait=2
 OverTimeLimit=0
 MinJobAge=300
-{accounting}{nodes}PartitionName=main Nodes=ALL Default=YES MaxTime=01:00:00 State=UP
-PartitionName=debug Nodes=n1 MaxTime=00:05:00 State=UP
+{accounting}{nodes}PartitionName=debug Nodes=ALL Default=YES MaxTime=01:00:00 State=UP
+PartitionName=small Nodes=n1 MaxTime=00:05:00 State=UP
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=4000\n"
 
 
 @dataclass(slots=True, kw_only=True)
 class Slurm:
-    """A cluster of ``num_nodes`` nodes, ``n1`` on, with the partitions ``main`` and ``debug``.
+    """A cluster of ``num_nodes`` nodes, ``n1`` on, with the partitions ``debug``
+    (all of it, for an hour) and ``small`` (``n1``, for five minutes).
 
     Every node is this machine: two cores of its own as far as Slurm knows.
 
@@ -158,7 +159,7 @@ class Slurm:
 
     def count(self, state: str) -> int:
         """Return how many nodes are in a state, such as ``idle``."""
-        done = self.try_run("sinfo", "-h", "-p", "main", "-t", state, "-o", "%D")
+        done = self.try_run("sinfo", "-h", "-p", "debug", "-t", state, "-o", "%D")
         text = done.stdout.strip()
         return int(text) if done.returncode == 0 and text else 0
 
