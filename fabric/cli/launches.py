@@ -73,7 +73,9 @@ def find_version(fabric: Fabric, model: str) -> str:
     return known[-1].id
 
 
-def prepare(order: Order, fabric: Fabric, *, keep: bool) -> tuple[LaunchPlan, LaunchFolder]:
+def prepare(
+    order: Order, fabric: Fabric, *, keep: bool, module: str = "fabric.instance"
+) -> tuple[LaunchPlan, LaunchFolder]:
     """Plan an order and make its folder, unless it is only looked at.
 
     Raises:
@@ -93,6 +95,7 @@ def prepare(order: Order, fabric: Fabric, *, keep: bool) -> tuple[LaunchPlan, La
             site=site,
             queue=plan.queue,
             hub_url=fabric.base_url,
+            module=module,
             created_at=datetime.now(UTC),
         )
     )
@@ -191,9 +194,8 @@ def _left(job: JobRecord) -> str:
 def _failed(folder: LaunchFolder, reason: str) -> BlockFailed:
     record = folder.launch()
     jobs = folder.jobs()
-    log = folder.instance_log(jobs[-1].instance) if jobs else folder.log_path
     return BlockFailed(
         site=record.order.machine if record else folder.name,
         reason=reason.rstrip("."),
-        log_path=str(log if log.exists() else folder.log_path),
+        log_path=str(folder.best_log(jobs[-1].instance if jobs else None)),
     )

@@ -15,9 +15,6 @@ from fabric.launch.jobs.history import History
 from fabric.launch.jobs.launcher import Launcher, history_path
 from fabric.sdk import Fabric
 
-INSTANCE_MODULE = "FABRIC_INSTANCE_MODULE"
-"""Names another module for jobs to run; for tests, where the model does not matter."""
-
 
 def watch(folder: LaunchFolder, fabric: Fabric) -> bool:
     """Watch a launch in this process until it is over; return whether nobody else did.
@@ -28,9 +25,8 @@ def watch(folder: LaunchFolder, fabric: Fabric) -> bool:
     with folder.watched() as ours:
         if not ours:
             return False
-        module = os.environ.get(INSTANCE_MODULE, "fabric.instance")
         history = History(history_path(folder.path.parent))
-        Launcher(folder, fabric, history, module=module).run()
+        Launcher(folder, fabric, history).run()
         return True
 
 

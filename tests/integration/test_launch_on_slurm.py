@@ -19,7 +19,6 @@ import psutil
 import pytest
 import yaml
 
-from fabric.cli.launching import INSTANCE_MODULE
 from fabric.errors import FabricError, NotFound, PermissionDenied
 from fabric.sdk import Fabric
 from fabric.testing.hub import PROJECT, RunningHub, running_hub
@@ -101,7 +100,6 @@ class User:
             "FABRIC_API_KEY": self.key,
             "FABRIC_STATE_DIR": str(self.state),
             "XDG_CONFIG_HOME": str(folder / "config"),
-            INSTANCE_MODULE: MODULE,
             "COLUMNS": "120",
         }
         self.fabric = Fabric(hub.base_url, self.key)
@@ -119,7 +117,7 @@ class User:
     def launch(self, *args: str, model: str = MODEL, walltime: str = "00:05:00") -> dict[str, Any]:
         done = self.run(
             *("launch", model, "--site", MACHINE, "--walltime", walltime),
-            *("--format", "json", *args),
+            *("--format", "json", "--module", MODULE, *args),
         )
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
@@ -249,7 +247,7 @@ def test_a_cancelled_job_is_noticed_and_replaced_while_it_is_wanted(user: User) 
 def test_jobs_that_keep_failing_are_not_submitted_for_ever(user: User) -> None:
     done = user.run(
         *("launch", "broken@1", "--site", MACHINE, "--walltime", "00:05:00", "--wait"),
-        *("--keep-alive-until", "1h"),
+        *("--keep-alive-until", "1h", "--module", MODULE),
     )
     assert done.returncode != 0
     assert "it was told so" in done.stderr

@@ -92,6 +92,7 @@ class Until(click.ParamType):
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Of the weights.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the script; submit nothing.")
 @click.option("--wait", "is_waiting", is_flag=True, help="Show how far it is until it is ready.")
+@click.option("--module", default="fabric.instance", hidden=True)
 @client_options
 def launch(
     model: str,
@@ -102,6 +103,7 @@ def launch(
     is_waiting: bool,
     max_rows: int | None,
     dtype: str | None,
+    module: str,
     **asked: object,
 ) -> None:
     """Start MODEL in jobs of your own on a machine where you have an account.
@@ -118,7 +120,7 @@ def launch(
         Order,
         given | {"model": version, "options": {k: v for k, v in options.items() if v is not None}},
     )
-    plan, folder = launches.prepare(order, fabric, keep=not dry_run)
+    plan, folder = launches.prepare(order, fabric, keep=not dry_run, module=module)
     if dry_run:
         script = launches.render(plan)
         if output.is_json:

@@ -99,7 +99,6 @@ class Launcher:
         folder: Its records.
         hub: Where its instances join.
         history: What later launches learn from.
-        module: What a job runs by ``python -m``.
         clock: The time in UTC.
     """
 
@@ -109,7 +108,6 @@ class Launcher:
         hub: InstanceHub,
         history: History,
         *,
-        module: str = "fabric.instance",
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         record = folder.launch()
@@ -118,7 +116,6 @@ class Launcher:
         self._folder = folder
         self._hub = hub
         self._history = history
-        self._module = module
         self._clock = clock
         self._record: LaunchRecord = record
         self._jobs = {job.instance: job for job in folder.jobs()}
@@ -328,7 +325,7 @@ class Launcher:
             order,
             self._folder.write_spec(spec),
             self._folder.instance_log(launch.instance),
-            self._module,
+            self._record.module,
         )
         job = JobRecord(
             instance=launch.instance,
@@ -384,7 +381,7 @@ class Launcher:
                 launch=self._folder.name,
                 num_failures=min(num_failed, MAX_FAILURES),
                 reason=over.reason.rstrip("."),
-                log_path=str(self._folder.instance_log(self._sorted()[-1].instance)),
+                log_path=str(self._folder.best_log(self._sorted()[-1].instance)),
             )
 
     def _write_end(self, state: InstanceState, detail: str) -> None:

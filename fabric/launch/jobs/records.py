@@ -32,7 +32,7 @@ _Record = TypeVar("_Record", bound=Wire)
 class LaunchRecord(Wire):
     """A launch: what was asked for and where.
 
-    ``ended_reason`` says why it is over; ``stop`` that its owner asked for its end.
+    ``module`` is what its jobs run by ``python -m``; ``stop`` says that its owner wants it to end.
     """
 
     name: str
@@ -40,6 +40,7 @@ class LaunchRecord(Wire):
     site: SiteSpec
     queue: str | None
     hub_url: str
+    module: str = "fabric.instance"
     created_at: datetime
     state: InstanceState = InstanceState.PENDING
     detail: str = ""
@@ -161,6 +162,15 @@ class LaunchFolder:
     def instance_log(self, instance: str) -> Path:
         """Return where an instance's output goes."""
         return self.path / "jobs" / f"{instance}.log"
+
+    def best_log(self, instance: str | None) -> Path:
+        """Return where to look for why a job failed: its instance's log, its script's, ours."""
+        own = [self.instance_log(instance)] if instance else []
+        scripts = sorted(self.scripts.glob("*.stderr"), reverse=True)
+        return next(
+            (path for path in (*own, *scripts) if path.exists() and path.stat().st_size),
+            self.log_path,
+        )
 
     def forget_secrets(self, instance: str) -> None:
         """Remove what holds the token of an instance that has ended."""
