@@ -60,7 +60,7 @@ class LaunchImpossible(LaunchError):
     """What a launch asks for cannot be had at that machine."""
 
     code = "launch_impossible"
-    http_status = 422
+    http_status = 400
 
     def __init__(self, *, param: str, value: object, reason: str) -> None:
         super().__init__(
