@@ -27,15 +27,20 @@ class Prepared:
     bounds: ProgramBounds
 
 
-async def get_points(hub: Hub, model: str) -> PointManifest:
-    """Return where programs may read and write in a model.
+async def get_points(hub: Hub, caller: Identity, model: str) -> PointManifest:
+    """Return where programs may read and write in a model, as instances tell it that serve the
+    caller.
 
     Raises:
         UnknownModel: The model is not in the catalog.
         NoReplica: No instance of it is there that runs programs.
     """
     version = await hub.offload(hub.catalog.resolve, model)
-    points = None if version.digest is None else hub.broker.programs.points(version.digest)
+    found = await hub.offload(hub.catalog.sites)
+    sites = {one.name for one in found if one.may_use(caller.project, caller.key_id)}
+    points = None
+    if version.digest is not None:
+        points = hub.broker.programs.points(version.digest, sites)
     if points is None:
         replicas = [one for one in hub.broker.replicas() if one.digest == version.digest]
         reasons = {one.instance: "it runs no programs" for one in replicas}
@@ -61,17 +66,17 @@ async def prepare(hub: Hub, caller: Identity, request: Request, *, raw: bool = F
     """
     with hub.broker.programs.counted(caller):
         async with hub.checks:
-            return await _prepare(hub, caller.project, request, raw)
+            return await _prepare(hub, caller, request, raw)
 
 
-async def _prepare(hub: Hub, project: str, request: Request, raw: bool) -> Prepared:
+async def _prepare(hub: Hub, caller: Identity, request: Request, raw: bool) -> Prepared:
     assert isinstance(request.input, ProgramInput)
     program = request.input.program
     if raw and any(isinstance(node, Artifact) for run in program.runs for node in run.nodes):
         raise ProgramInvalid(reason="raw calls take no stored results; ask the hub")
-    points = await get_points(hub, request.model)
+    points = await get_points(hub, caller, request.model)
     digest = await asyncio.to_thread(get_digest, program)
-    found = await gather(program, project, hub.artifacts, ttl_s=request.deadline_s + GRACE_S)
+    found = await gather(program, caller.project, hub.artifacts, ttl_s=request.deadline_s + GRACE_S)
     # Beside the loop, because a large program takes a while.
     checked = await asyncio.to_thread(
         check, found.program, points, found.specs, caps=CAPS[request.tier]

@@ -38,7 +38,7 @@ async def run_program(request: Request) -> Response | Json:
 @anyone.get("/points")
 async def read_points(request: Request, model: str) -> PointManifest:
     """Return where programs may read and write in a model (``name`` or ``name@revision``)."""
-    return await get_points(hub_of(request), model)
+    return await get_points(hub_of(request), caller_of(request), model)
 
 
 @anyone.get("/programs/schema")
