@@ -440,33 +440,59 @@ def _overlays(
 
 _JUNK = st.one_of(
     st.integers(-4, 40),
-    st.sampled_from([2**31 - 1, -(2**31), 10**30, 0.0, -1.5, float("inf"), "", "x", None, True]),
-    st.sampled_from(["layers.9.out", "layers.0.attn.nothing", "logits", "sample", "embed.out"]),
-    st.sampled_from(
-        ["first/n0", "second", "first", "float32", "int64", "bool", "prefill", "ab->a"]
-    ),
+    st.sampled_from([10**30, -1.5, float("inf"), "", "x", None, True]),
     st.lists(st.integers(-3, 70), max_size=4),
-    st.lists(st.lists(st.integers(-3, 9), min_size=2, max_size=2), max_size=3),
 )
+_STRINGS = {
+    "at": ["layers.9.out", "layers.0.out", "layers.0.attn.nothing", "logits", "sample", "embed.out",
+           "layers.1.attn.pattern", "layers.1.mlp.act", "layers.1.moe.router", "layers.0.mid"],
+    "run": ["first", "second", "third"],
+    "save": ["n0", "n1", "n2"],
+    "name": ["n0", "c0", "c1", "lm_head.weight"],
+    "phase": ["prefill", "decode", "all"],
+    "pos": ["last", "all"],
+    "mode": ["set", "add", "scale"],
+    "norm": ["none", "match", "preserve"],
+    "dtype": ["float32", "bfloat16", "int64", "bool"],
+    "reduce": ["mean", "sum", "max", "last", "norm"],
+    "site": ["final.norm", "layers.1.mlp.norm", "layers.7.mlp.norm", "layers.1.norm"],
+    "equation": ["ab,ab->a", "ab,cb->ac", "ab,ab->ba", "aa,ab->b", "ab->a", "ab,ab->c"],
+    "op": ["sum", "mean", "argmax", "max", "add", "lt", "div", "concat", "stack", "reshape",
+           "permute", "softmax", "relu", "log"],
+    "id": ["first", "second"],
+}  # fmt: skip
+_STRINGS["wrt"] = _STRINGS["at"]
 
 
 def _break(draw: st.DrawFn, data: dict[str, object]) -> None:
-    """Replace one leaf, or swap, drop or repeat an entry of a list, anywhere in a JSON value."""
-    at: object = data
+    """Replace one leaf of the runs, or exchange or drop an entry of a list."""
+    at: object = data["runs"]
+    key: object = None
     while True:
-        if isinstance(at, dict) and at:
-            key: object = draw(st.sampled_from(sorted(at)))
-        elif isinstance(at, list) and at:
+        if isinstance(at, dict):
+            key = draw(st.sampled_from(sorted(at)))
+        elif isinstance(at, list):
             key = draw(st.integers(0, len(at) - 1))
-            if draw(st.integers(0, 7)) == 0:
+            if len(at) > 1 and draw(st.integers(0, 9)) == 0:
                 other = draw(st.integers(0, len(at) - 1))
-                at[key], at[other] = at[other], at[key]  # type: ignore[call-overload]
+                at[key], at[other] = at[other], at[key]
                 return
-        else:
-            return
         inner = at[key]  # type: ignore[index]
-        if isinstance(inner, dict | list) and inner and draw(st.integers(0, 9)):
-            at = inner
-            continue
-        at[key] = draw(_JUNK)  # type: ignore[index]
-        return
+        if not isinstance(inner, dict | list) or not inner:
+            at[key] = _broken_leaf(draw, key, inner)  # type: ignore[index]
+            return
+        at = inner
+
+
+def _broken_leaf(draw: st.DrawFn, key: object, leaf: object) -> object:
+    if draw(st.integers(0, 9)) == 0:
+        return draw(_JUNK)
+    if isinstance(leaf, str) or key in ("reduce", "dtype"):
+        return draw(st.sampled_from(_STRINGS.get(str(key), [str(leaf), "other"])))
+    if isinstance(leaf, bool):
+        return not leaf
+    if isinstance(leaf, int):
+        return draw(st.sampled_from([leaf + 1, leaf - 1, 0, 1, -1, leaf + 64, 2**31 - 1]))
+    if isinstance(leaf, float):
+        return draw(st.sampled_from([-leaf, 1e30, float("nan")]))
+    return draw(st.sampled_from([0, 1, [0], [0, 1], [[0, 1]], []]))

@@ -19,6 +19,7 @@ TINIES = {family: tiny_model(family) for family in FAMILIES}
 AT_LEISURE = settings(
     deadline=None,
     derandomize=True,
+    max_examples=80,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
@@ -37,7 +38,10 @@ def held_to_what_was_inferred(checked: Checked, outcomes: dict[str, RunOutcome])
         for node, inferred in zip(run.run.nodes, run.nodes, strict=True):
             if isinstance(node, n.Save) and not node.stream:
                 x = outcome.saves[node.name]
-                assert tuple(x.shape) == inferred.shape, node
+                assert len(x.shape) == len(inferred.shape), node
+                for size, axis in zip(x.shape, inferred.shape, strict=True):
+                    # An axis has a name where the end-of-sequence token may end the run early.
+                    assert size == axis or (isinstance(axis, str) and not run.run.gen.ignore_eos)
                 assert str(x.dtype) == f"torch.{inferred.dtype}", node
                 assert (node.name in outcome.positions) == inferred.positions, node
                 num_bytes += x.numel() * x.element_size()
@@ -55,7 +59,7 @@ def test_valid_programs_pass_and_run_in_the_shapes_inferred(
     held_to_what_was_inferred(checked, tiny.oracle.run(drawn.program, drawn.constants))
 
 
-@settings(AT_LEISURE, max_examples=300)
+@settings(AT_LEISURE, max_examples=150)
 @given(st.sampled_from(sorted(TINIES)), st.data())
 def test_broken_programs_are_refused_with_a_type_or_can_be_run(
     family: str, data: st.DataObject
