@@ -193,11 +193,16 @@ def test_two_at_once_do_not_mix(client: httpx.Client) -> None:
         assert list(pool.map(ask, range(1, 17))) == list(range(1, 17))
 
 
-def test_points_and_schema_are_published(connect: Callable[..., httpx.Client]) -> None:
+def test_points_and_schema_are_published(
+    hub: RunningHub, connect: Callable[..., httpx.Client]
+) -> None:
     client = connect("query")
     points = ok(client.get("/v1/fabric/points", params={"model": MODEL}))
     assert [one["pattern"] for one in points["points"]][:2] == ["embed.out", "layers.{i}.in"]
     assert ok(client.get("/v1/fabric/programs/schema")) == json_schema()
+    # What an instance says that is not for the caller does not count for it.
+    assert hub.broker.programs.points(points["digest"], {"alpha"}) is not None
+    assert hub.broker.programs.points(points["digest"], {"elsewhere"}) is None
     assert refused(client.get("/v1/fabric/points", params={"model": "nope"}))[0] == 404
     assert refused(client.get("/v1/fabric/points"))[0] == 400
 
