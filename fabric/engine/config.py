@@ -22,6 +22,9 @@ class EngineConfig:
         slowdown: How many times longer than decoding alone a step with prefill may take; prefill
             takes what room that leaves, but always a little.
         context_tokens: The longest row; ``None``: as long as the model allows.
+        batch_invariant: Whether an answer's bits may depend on nothing but the request: not on the
+            batch, the cached part of its prompt, or how its prompt was cut. Long prompts take
+            longer.
         speculation: Whether several tokens of a row may be verified at once, and who guesses them:
             ``lookup`` in the row's own text, ``model`` by ``draft_model``. Answers stay the same.
         draft_model: Source of a smaller model with the same tokenizer.
@@ -37,6 +40,7 @@ class EngineConfig:
     step_tokens: int = 512
     slowdown: float = 1.8
     context_tokens: int | None = None
+    batch_invariant: bool = False
     speculation: Literal["off", "lookup", "model"] = "off"
     draft_model: str | None = None
 

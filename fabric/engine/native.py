@@ -39,13 +39,23 @@ class Native:
     """Typed calls of the compiled library. Tensors are on the CPU, their last dimension dense."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._pack = _declare(library.pack_linear, [_POINTER, _LONG, _LONG, _POINTER])
-        self._linear = _declare(
-            library.linear,
-            [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _LONG, _POINTER],
-        )
-        self._norms, self._rotations, self._attends = {}, {}, {}
+        self._packs, self._linears, self._norms = {}, {}, {}
+        self._gates, self._rotations, self._attends = {}, {}, {}
+        self._multiplied: set[torch.dtype] = set()
         for dtype, name in _NAMES.items():
+            self._packs[dtype] = _declare(
+                getattr(library, f"pack_linear_{name}"), [_POINTER, _LONG, _LONG, _POINTER]
+            )
+            self._linears[dtype] = _declare(
+                getattr(library, f"linear_{name}"),
+                [_POINTER, *[_LONG] * 3, *[_POINTER] * 2, _LONG, _POINTER],
+            )
+            if getattr(library, f"has_linear_{name}")():
+                self._multiplied.add(dtype)
+            self._gates[dtype] = _declare(
+                getattr(library, f"gate_{name}"),
+                [_POINTER, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER],
+            )
             self._norms[dtype] = _declare(
                 getattr(library, f"rms_norm_{name}"),
                 [_POINTER, _LONG, _POINTER, _FLOAT, _LONG, _LONG, _POINTER],
@@ -60,26 +70,34 @@ class Native:
                  _FLOAT, _LONG, _FLOAT, _POINTER],
                 ctypes.c_int,
             )  # fmt: skip
-        self.has_linear = bool(library.has_linear())
-        """Whether the processor multiplies bfloat16 natively (AVX512-BF16)."""
+
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Say whether ``linear`` takes this dtype: bfloat16 needs the processor's AVX512-BF16."""
+        return dtype in self._multiplied
 
     def takes(self, x: Tensor) -> bool:
         """Say whether the kernels can read ``x``."""
         return x.dtype in _NAMES and x.device.type == "cpu" and x.stride(-1) == 1
 
     def pack(self, weight_NK: Tensor) -> Tensor:
-        """Return a bfloat16 weight in the order ``linear`` reads it; K must be even."""
+        """Return a weight in the order ``linear`` reads it; in bfloat16 K must be even."""
         num_outputs, num_inputs = weight_NK.shape
-        packed = torch.empty(-(-num_outputs // _PANEL) * _PANEL * num_inputs, dtype=torch.bfloat16)
+        size = -(-num_outputs // _PANEL) * _PANEL * num_inputs
+        packed = torch.empty(size, dtype=weight_NK.dtype)
         weight_NK = weight_NK.contiguous()
-        self._pack(weight_NK.data_ptr(), num_outputs, num_inputs, packed.data_ptr())
+        self._packs[weight_NK.dtype](
+            weight_NK.data_ptr(), num_outputs, num_inputs, packed.data_ptr()
+        )
         return packed
 
     def linear(self, x_MK: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
-        """Return ``x`` times a packed weight plus a bias, [M, N] in bfloat16."""
+        """Return ``x`` times a packed weight plus a bias, [M, N] in its dtype.
+
+        A row's result has the same bits whatever the other rows are.
+        """
         num_rows, num_inputs = x_MK.shape
         y_MN = torch.empty(num_rows, num_outputs, dtype=x_MK.dtype)
-        self._linear(
+        self._linears[x_MK.dtype](
             x_MK.data_ptr(), x_MK.stride(0), num_rows, num_inputs, packed.data_ptr(),
             None if bias is None else bias.data_ptr(), num_outputs, y_MN.data_ptr(),
         )  # fmt: skip
@@ -93,6 +111,13 @@ class Native:
             x_MK.data_ptr(), x_MK.stride(0), weight_K.data_ptr(), eps, num_rows, size,
             y_MK.data_ptr(),
         )  # fmt: skip
+        return y_MK
+
+    def gate(self, x_MK: Tensor, a: float, b: float) -> Tensor:
+        """Return ``x`` times the logistic function of ``a x + b x³``, [M, K] in its dtype."""
+        num_rows, size = x_MK.shape
+        y_MK = torch.empty(num_rows, size, dtype=x_MK.dtype)
+        self._gates[x_MK.dtype](x_MK.data_ptr(), num_rows, size, a, b, y_MK.data_ptr())
         return y_MK
 
     def rotate(self, x_MHD: Tensor, cosine_MD: Tensor, sine_MD: Tensor) -> Tensor:

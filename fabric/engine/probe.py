@@ -108,6 +108,38 @@ def verify_runner(runner: Runner, expected: Tensor, *, name: str) -> None:
         )
 
 
+def verify_invariance(runner: Runner, *, name: str) -> None:
+    """Compare the bits of a row's logits when it runs whole, in pieces, and beside another.
+
+    Raises:
+        ModelNotLoadable: They differ, so that answers would depend on the batch.
+    """
+    tokens = _tokens(runner.model)
+    row, other = tokens[: BLOCK_TOKENS + 3], tokens[-BLOCK_TOKENS:]
+    table, others = (1, 2), (3,)
+
+    def chunk(begin: int, end: int) -> Chunk:
+        return Chunk(tokens=row[begin:end], start=begin, blocks=table, num_wanted=end - begin)
+
+    def beside(tokens: list[int]) -> Chunk:
+        return Chunk(tokens=tokens, start=0, blocks=others, num_wanted=0)
+
+    size = len(row)
+    whole = runner.forward([chunk(0, size)])
+    pieces = [runner.forward([chunk(a, b)]) for a, b in itertools.pairwise((0, 5, size - 1, size))]
+    crowd = [
+        runner.forward([beside(other[:1]), chunk(0, 2)]),
+        runner.forward([beside(other), chunk(2, size)]),
+    ]
+    runner.cache.wipe((*table, *others))
+    if not (torch.equal(torch.cat(pieces), whole) and torch.equal(torch.cat(crowd), whole)):
+        raise ModelNotLoadable(
+            model=name,
+            reason="a part of it computes other bits for a row by what runs beside it;"
+            " serve it without batch_invariant",
+        )
+
+
 def _refuse_rotations(model: PreTrainedModel, *, name: str) -> None:
     """Refuse rotary positions that depend on the longest row: the batch would change them."""
     for module in model.modules():

@@ -38,12 +38,19 @@ class Runner:
         model: Set to our attention (``use_our_attention``).
         layers: The shape of each layer's keys and values.
         num_blocks: Cache blocks that can be given out.
+        invariant: Whether a token's bits may not depend on its chunk.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: Sequence[LayerShape], *, num_blocks: int
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[LayerShape],
+        *,
+        num_blocks: int,
+        invariant: bool = False,
     ) -> None:
         self.model = model
+        self._invariant = invariant
         self.num_blocks = num_blocks
         self.cache = KvCache(layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
 
@@ -56,7 +63,7 @@ class Runner:
         Returns:
             The wanted logits in the chunks' order, [W, V] in float32.
         """
-        attention = StepAttention(chunks, self.cache)
+        attention = StepAttention(chunks, self.cache, invariant=self._invariant)
 
         def attend(
             layer: int,

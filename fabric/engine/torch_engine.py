@@ -30,6 +30,7 @@ from fabric.engine.probe import (
     LEAST_BLOCKS,
     observe_layers,
     reference_logits,
+    verify_invariance,
     verify_runner,
 )
 from fabric.engine.reports import Reports
@@ -183,10 +184,12 @@ class TorchEngine:
                 " of the smallest cache",
             )
         expected = reference_logits(model)
-        pack_linears(model)
+        pack_linears(model, invariant=config.batch_invariant)
         fuse(model)
-        runner = Runner(model, layers, num_blocks=num_blocks)
+        runner = Runner(model, layers, num_blocks=num_blocks, invariant=config.batch_invariant)
         verify_runner(runner, expected, name=self._name)
+        if config.batch_invariant:
+            verify_invariance(runner, name=self._name)
         cache_tokens = num_blocks * BLOCK_TOKENS
         limits = Limits(
             context_tokens=min(context_tokens, cache_tokens),
