@@ -1,4 +1,4 @@
-"""The CPU kernels of ``native.c``, compiled for this machine when a process first wants them.
+"""The CPU kernels of ``native.c``, compiled once for a user, a processor and a compiler.
 
 Shapes: M rows, K inputs, N outputs, B decoding rows, H query heads, D head size.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.resources
 import platform
 import shutil
@@ -16,6 +17,7 @@ import threading
 from logging import getLogger
 from pathlib import Path
 
+import platformdirs
 import torch
 from torch import Tensor
 
@@ -185,20 +187,41 @@ def _load() -> Native | None:
     if compiler is None:
         _logger.warning("no C compiler: decoding runs on torch's kernels, which are slower")
         return None
-    source = importlib.resources.files("fabric.engine") / "native.c"
-    with (
-        tempfile.TemporaryDirectory(prefix="fabric-native-") as folder,
-        importlib.resources.as_file(source) as path,
-    ):
-        target = Path(folder) / "native.so"
-        command = [compiler, *_FLAGS, "-o", str(target), str(path), "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_S)
-            return Native(ctypes.CDLL(str(target)))
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = getattr(error, "stderr", None) or str(error)
-            _logger.warning("the CPU kernels do not compile", extra={"reason": reason[-2000:]})
-            return None
+    source = (importlib.resources.files("fabric.engine") / "native.c").read_bytes()
+    try:
+        kept = _kept(source, Path(compiler))
+        if kept.is_file():
+            return Native(ctypes.CDLL(str(kept)))
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="compiling-", dir=kept.parent) as folder:
+            target = Path(folder) / kept.name
+            command = [compiler, *_FLAGS, "-o", str(target), "-x", "c", "-", "-lm"]
+            subprocess.run(
+                command, input=source, check=True, capture_output=True, timeout=_COMPILE_S
+            )
+            target.replace(kept)  # whole or not at all: other processes may be looking
+        return Native(ctypes.CDLL(str(kept)))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error).encode()
+        _logger.warning("the CPU kernels do not compile", extra={"reason": reason[-2000:].decode()})
+        return None
+
+
+def _kept(source: bytes, compiler: Path) -> Path:
+    """Return where this user keeps the kernels, compiled for this processor from this source."""
+    made_by = compiler.resolve().stat()
+    parts = (source, " ".join(_FLAGS), _processor(), made_by.st_size, made_by.st_mtime_ns)
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+    return platformdirs.user_cache_path("fabric") / "kernels" / f"native-{digest}.so"
+
+
+def _processor() -> str:
+    """Describe the processor: a directory may be shared by machines that differ in it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name"))}))
 
 
 def _declare(function: object, arguments: list[object], result: object = None):  # type: ignore[no-untyped-def]

@@ -24,14 +24,11 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Of the logits' distance to the model's own attention, relative to their norm."""
 
 
-def observe_layers(model: PreTrainedModel, *, name: str) -> tuple[LayerShape, ...]:
-    """Run a few tokens and return what each layer keeps of a token.
-
-    Shapes are observed, because configurations name them differently in every family. The model
-    is left with our attention in place.
+def refuse_unserved(model: PreTrainedModel, *, name: str) -> None:
+    """Refuse what can be known of a model before it runs.
 
     Raises:
-        ModelNotLoadable: The model's attention is not one we can compute.
+        ModelNotLoadable: The engine cannot run its kind.
     """
     if model.config.is_encoder_decoder:
         raise ModelNotLoadable(model=name, reason="it is an encoder-decoder, not a causal model")
@@ -43,6 +40,17 @@ def observe_layers(model: PreTrainedModel, *, name: str) -> tuple[LayerShape, ..
             reason=f"{type(model).__name__} does not use transformers' attention interface",
         )
     _refuse_rotations(model, name=name)
+
+
+def observe_layers(model: PreTrainedModel, *, name: str) -> tuple[LayerShape, ...]:
+    """Run a few tokens and return what each layer keeps of a token.
+
+    Shapes are observed, because configurations name them differently in every family. The model
+    is left with our attention in place.
+
+    Raises:
+        ModelNotLoadable: The model's attention is not one we can compute.
+    """
     use_our_attention(model)
     seen: dict[int, LayerShape] = {}
 

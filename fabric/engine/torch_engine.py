@@ -30,6 +30,7 @@ from fabric.engine.probe import (
     LEAST_BLOCKS,
     observe_layers,
     reference_logits,
+    refuse_unserved,
     verify_invariance,
     verify_runner,
 )
@@ -165,6 +166,10 @@ class TorchEngine:
                 model=self._name, reason="it states no context length; set context_tokens"
             )
         context_tokens = min(stated)
+        refuse_unserved(model, name=self._name)
+        expected = reference_logits(model)
+        pack_linears(model, invariant=config.batch_invariant)
+        fuse(model)
         layers = observe_layers(model, name=self._name)
         draft = None
         if config.draft_model is not None:
@@ -183,9 +188,6 @@ class TorchEngine:
                 f" {(LEAST_BLOCKS + 1) * block_bytes} bytes"
                 " of the smallest cache",
             )
-        expected = reference_logits(model)
-        pack_linears(model, invariant=config.batch_invariant)
-        fuse(model)
         runner = Runner(model, layers, num_blocks=num_blocks, invariant=config.batch_invariant)
         verify_runner(runner, expected, name=self._name)
         if config.batch_invariant:
