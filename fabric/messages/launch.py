@@ -47,7 +47,8 @@ class InstanceSpec(Wire):
     ``session_url`` is the hub's WebSocket address, or ``None`` for an instance that is reached by
     its direct route alone. Whoever shows ``direct_token`` on the direct route is the hub;
     ``guest_token`` admits users of the site, each of whose tasks carries a ticket. The process
-    writes its ``InstanceStatus`` to ``status_path``.
+    writes its ``InstanceStatus`` to ``status_path``. ``grace_s`` after SIGTERM it gives back what
+    still runs.
     """
 
     launch: Launch
@@ -58,6 +59,7 @@ class InstanceSpec(Wire):
     status_path: str
     deadline_s: float | None = None
     heartbeat_s: float = 2.0
+    grace_s: float = Field(default=6.0, ge=0.0)
 
 
 class Reach(Wire):
