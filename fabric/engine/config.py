@@ -14,6 +14,8 @@ class EngineConfig:
 
     Args:
         dtype: Of the weights and the KV cache.
+        weights: ``int8`` keeps those of linear layers in 8 bits with a scale for each output; the
+            digest and the dtype that replies name say so.
         num_threads: Threads torch uses for one operation; 0 leaves torch's default.
         cache_bytes: Memory of the KV cache.
         max_rows: The most choices that run at once.
@@ -34,6 +36,7 @@ class EngineConfig:
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    weights: Literal["as loaded", "int8"] = "as loaded"
     num_threads: int = 0
     cache_bytes: int = 512 * 2**20
     max_rows: int = 64
@@ -54,7 +57,7 @@ class EngineConfig:
             self._refuse("slowdown", "it must be at least 1")
         if self.context_tokens is not None and self.context_tokens < 1:
             self._refuse("context_tokens", "it must be at least 1")
-        for setting in ("dtype", "speculation"):
+        for setting in ("dtype", "weights", "speculation"):
             if getattr(self, setting) not in get_args(get_type_hints(EngineConfig)[setting]):
                 self._refuse(setting, "it must be one of those that the documentation names")
         if (self.speculation == "model") != (self.draft_model is not None):

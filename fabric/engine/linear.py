@@ -11,8 +11,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from fabric.engine.native import Native, load_native
+from fabric.engine.native import PANEL, Native, load_native
 
 _TYPICAL_ROWS = 32
 """The batch that oneDNN lays weights out for."""
@@ -47,13 +48,13 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
 class _Packed:
     """The weight of one layer, or of siblings that are given the same input."""
 
-    def __init__(self, linears: Sequence[nn.Linear], *, invariant: bool) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], *, invariant: bool, int8: bool) -> None:
         weight = torch.cat([linear.weight.detach() for linear in linears])
         biased = any(linear.bias is not None for linear in linears)
         bias = torch.cat([_bias_of(linear) for linear in linears]) if biased else None
         self._sizes = [linear.out_features for linear in linears]
         self._num_outputs = sum(self._sizes)
-        self._multiplier = get_multiplier(weight, bias, invariant=invariant)
+        self._multiplier = get_multiplier(weight, bias, invariant=invariant, int8=int8)
         self._members: list[PackedLinear] = []
         self._input: Tensor | None = None
         self._parts: dict[int, Tensor] = {}
@@ -84,19 +85,36 @@ class _Packed:
         return out.view(*x.shape[:-1], self._num_outputs)
 
 
-def get_multiplier(weight_NK: Tensor, bias_N: Tensor | None, *, invariant: bool) -> Multiplier:
+def get_multiplier(
+    weight_NK: Tensor, bias_N: Tensor | None, *, invariant: bool, int8: bool = False
+) -> Multiplier:
     """Return the fastest way to multiply by a weight on this CPU.
 
     Args:
         weight_NK: In float32 or bfloat16.
         bias_N: Added to every row; in the same dtype.
         invariant: Whether a row's result may not depend on the rows beside it.
+        int8: Whether to keep the weight in 8 bits, with a scale for each output.
     """
     num_outputs, num_inputs = weight_NK.shape
     native = load_native()
-    if native is not None and _suits(native, weight_NK.dtype, num_inputs):
-        return partial(_multiply_natively, native, native.pack(weight_NK), bias_N, num_outputs)
-    if weight_NK.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if native is not None and not native.multiplies(weight_NK.dtype):
+        native = None
+    if native is not None and weight_NK.dtype == torch.bfloat16 and num_inputs % 2:
+        native = None
+    if int8:
+        levels_NK, scales_N = quantize(weight_NK)
+        if native is not None and weight_NK.dtype == torch.bfloat16:
+            scales = F.pad(scales_N, (0, -num_outputs % PANEL))
+            return partial(
+                _multiply_natively, native, native.pack(levels_NK), bias_N, num_outputs, scales
+            )
+        multiply: Multiplier = partial(_multiply_levels, levels_NK, scales_N, bias_N)
+    elif native is not None:
+        return partial(
+            _multiply_natively, native, native.pack(weight_NK), bias_N, num_outputs, None
+        )
+    elif weight_NK.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK, _TYPICAL_ROWS)
         multiply = partial(_multiply_by_onednn, packed, bias_N)
     else:
@@ -104,14 +122,29 @@ def get_multiplier(weight_NK: Tensor, bias_N: Tensor | None, *, invariant: bool)
     return partial(_multiply_in_tiles, multiply) if invariant else multiply
 
 
-def _suits(native: Native, dtype: torch.dtype, num_inputs: int) -> bool:
-    return native.multiplies(dtype) and (dtype == torch.float32 or num_inputs % 2 == 0)
+def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight's levels, int8 [N, K] from -127 to 127, and its scales, float32 [N]."""
+    weight_NK = weight_NK.float()
+    scales_N = weight_NK.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (weight_NK / scales_N[:, None]).round().to(torch.int8), scales_N
 
 
 def _multiply_natively(
-    native: Native, packed: Tensor, bias_N: Tensor | None, num_outputs: int, x_MK: Tensor
+    native: Native,
+    packed: Tensor,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    scales: Tensor | None,
+    x_MK: Tensor,
 ) -> Tensor:
-    return native.linear(x_MK, packed, bias_N, num_outputs)
+    return native.linear(x_MK, packed, bias_N, num_outputs, scales)
+
+
+def _multiply_levels(
+    levels_NK: Tensor, scales_N: Tensor, bias_N: Tensor | None, x_MK: Tensor
+) -> Tensor:
+    y_MN = F.linear(x_MK, levels_NK.to(x_MK.dtype)) * scales_N
+    return (y_MN if bias_N is None else y_MN + bias_N).to(x_MK.dtype)
 
 
 def _multiply_by_onednn(packed: Tensor, bias_N: Tensor | None, x_MK: Tensor) -> Tensor:
@@ -125,7 +158,7 @@ def _multiply_in_tiles(multiply: Multiplier, x_MK: Tensor) -> Tensor:
     return torch.cat([multiply(tile) for tile in padded.split(_TILE_ROWS)])[:num_rows]
 
 
-def pack_linears(model: nn.Module, *, invariant: bool = False) -> None:
+def pack_linears(model: nn.Module, *, invariant: bool = False, int8: bool = False) -> None:
     """Pack the model's linear layers for this CPU.
 
     Weights are laid out once, not at every call. An embedding tied to a layer keeps its own copy.
@@ -133,10 +166,12 @@ def pack_linears(model: nn.Module, *, invariant: bool = False) -> None:
     Args:
         model: Its layers are replaced.
         invariant: Whether a row's result may not depend on the rows beside it.
+        int8: Whether weights are kept in 8 bits; those of the output layer are not.
     """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for names in list(_groups(model)):
         linears = [model.get_submodule(name) for name in names]
-        packed = _Packed(linears, invariant=invariant)
+        packed = _Packed(linears, invariant=invariant, int8=int8 and head not in linears)
         for name, layer in zip(names, packed.layers(linears), strict=True):
             model.set_submodule(name, layer)
 

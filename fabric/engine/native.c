@@ -78,10 +78,12 @@ int has_linear_f32(void) { return 1; }
 
 PACK(bf16, bf16, 2)
 PACK(float, f32, 1)
+PACK(int8_t, i8, 2)
 
 static inline __attribute__((always_inline)) void tile_bf16(
-    const int rows, const bf16 *x, long x_stride, const bf16 *panel, long K, const float *bias,
-    bf16 *y, long y_stride, long outputs) {
+    const int rows, const bf16 *x, long x_stride, const bf16 *panel, long K, const float *scale,
+    const float *bias, bf16 *y, long y_stride, long outputs) {
+    (void)scale;
 #ifdef __AVX512BF16__
     __m512 low[TILE], high[TILE];
 #pragma GCC unroll 12
@@ -112,11 +114,54 @@ static inline __attribute__((always_inline)) void tile_bf16(
 #endif
 }
 
+#ifdef __AVX512BF16__
+/* 32 bytes as bfloat16, which holds them exactly. */
+static inline __m512bh widen_bytes(const int8_t *bytes) {
+    __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((void *)bytes)));
+    __m512 second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((void *)(bytes + 16))));
+    return _mm512_cvtne2ps_pbh(second, first);
+}
+#endif
+
+/* Weights of 8 bits and a scale for each output. */
+static inline __attribute__((always_inline)) void tile_i8(
+    const int rows, const bf16 *x, long x_stride, const int8_t *panel, long K, const float *scale,
+    const float *bias, bf16 *y, long y_stride, long outputs) {
+#ifdef __AVX512BF16__
+    __m512 low[TILE], high[TILE];
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++) low[m] = high[m] = _mm512_setzero_ps();
+    for (long pair = 0; pair < K / 2; pair++) {
+        __m512bh w_low = widen_bytes(panel + pair * 2 * PANEL);
+        __m512bh w_high = widen_bytes(panel + pair * 2 * PANEL + PANEL);
+        _mm_prefetch(panel + (pair + AHEAD) * 2 * PANEL, _MM_HINT_T0);
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; m++) {
+            int32_t two;
+            memcpy(&two, x + m * x_stride + 2 * pair, 4);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+            low[m] = _mm512_dpbf16_ps(low[m], both, w_low);
+            high[m] = _mm512_dpbf16_ps(high[m], both, w_high);
+        }
+    }
+    uint32_t mask = outputs >= PANEL ? 0xffffffffu : (1u << outputs) - 1;
+    __m512 s_low = _mm512_loadu_ps(scale), s_high = _mm512_loadu_ps(scale + 16);
+    __m512 b_low = _mm512_loadu_ps(bias), b_high = _mm512_loadu_ps(bias + 16);
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++)
+        _mm512_mask_storeu_epi16(
+            y + m * y_stride, mask,
+            (__m512i)_mm512_cvtne2ps_pbh(_mm512_fmadd_ps(high[m], s_high, b_high),
+                                         _mm512_fmadd_ps(low[m], s_low, b_low)));
+#endif
+}
+
 typedef float lanes __attribute__((vector_size(64), aligned(4)));
 
 static inline __attribute__((always_inline)) void tile_f32(
-    const int rows, const float *x, long x_stride, const float *panel, long K, const float *bias,
-    float *y, long y_stride, long outputs) {
+    const int rows, const float *x, long x_stride, const float *panel, long K, const float *scale,
+    const float *bias, float *y, long y_stride, long outputs) {
+    (void)scale;
     lanes low[TILE], high[TILE];
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++) {
@@ -141,10 +186,11 @@ static inline __attribute__((always_inline)) void tile_f32(
     }
 }
 
-/* y [M, N] = x [M, K] times a packed weight, plus a bias. Tiles are as even as they come. */
-#define LINEAR(T, NAME, WIDEN)                                                                     \
-    void linear_##NAME(const T *x, long x_stride, long M, long K, const T *packed, const T *bias,  \
-                       long N, T *y) {                                                             \
+/* y [M, N] = x [M, K] times a packed weight, plus a bias. Tiles are as even as they come.
+ * Scales, of weights of 8 bits, fill whole panels. */
+#define LINEAR(T, W, NAME, WIDEN)                                                                  \
+    void linear_##NAME(const T *x, long x_stride, long M, long K, const W *packed,                 \
+                       const float *scales, const T *bias, long N, T *y) {                         \
         _Pragma("omp parallel for collapse(2) schedule(dynamic)") for (                            \
             long m_from = 0; m_from < M;                                                           \
             m_from += ROWS) for (long panel = 0; panel < (N + PANEL - 1) / PANEL; panel++) {       \
@@ -157,7 +203,9 @@ static inline __attribute__((always_inline)) void tile_f32(
             for (long t = 0; t < num_tiles; t++) {                                                 \
                 long from = m_from + left * t / num_tiles;                                         \
                 long rows = m_from + left * (t + 1) / num_tiles - from;                            \
-                const T *x_tile = x + from * x_stride, *w = packed + panel * PANEL * K;            \
+                const T *x_tile = x + from * x_stride;                                             \
+                const W *w = packed + panel * PANEL * K;                                           \
+                const float *scale = scales ? scales + panel * PANEL : 0;                                   \
                 T *y_tile = y + from * N + panel * PANEL;                                          \
                 switch (rows) {                                                                    \
                     CASE(1, NAME) CASE(2, NAME) CASE(3, NAME) CASE(4, NAME)                        \
@@ -169,13 +217,14 @@ static inline __attribute__((always_inline)) void tile_f32(
     }
 #define CASE(rows, NAME)                                                                           \
     case rows:                                                                                     \
-        tile_##NAME(rows, x_tile, x_stride, w, K, start, y_tile, N, outputs);                      \
+        tile_##NAME(rows, x_tile, x_stride, w, K, scale, start, y_tile, N, outputs);                      \
         break;
 
 static inline float same(float value) { return value; }
 
-LINEAR(bf16, bf16, widen)
-LINEAR(float, f32, same)
+LINEAR(bf16, bf16, bf16, widen)
+LINEAR(float, float, f32, same)
+LINEAR(bf16, int8_t, i8, widen)
 
 /* ---- everything else, for both dtypes -------------------------------------------------------- */
 

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from logging import getLogger
 from pathlib import Path
 
@@ -30,11 +31,13 @@ _FLAGS = (
     *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
 )
 _COMPILE_S = 60.0
-_PANEL = 32
+PANEL = 32
 """Outputs that lie together in a packed weight; what ``native.c`` calls PANEL."""
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_PACK = [_POINTER, _LONG, _LONG, _POINTER]
+_LINEAR = [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _POINTER]
 
 
 class Native:
@@ -44,13 +47,13 @@ class Native:
         self._packs, self._linears, self._norms = {}, {}, {}
         self._gates, self._rotations, self._attends = {}, {}, {}
         self._multiplied: set[torch.dtype] = set()
+        self._packs[torch.int8] = _declare(library.pack_linear_i8, _PACK)
+        self._linears[torch.int8] = _declare(library.linear_i8, _LINEAR)
         for dtype, name in _NAMES.items():
-            self._packs[dtype] = _declare(
-                getattr(library, f"pack_linear_{name}"), [_POINTER, _LONG, _LONG, _POINTER]
-            )
+            self._packs[dtype] = _declare(getattr(library, f"pack_linear_{name}"), _PACK)
             self._linears[dtype] = _declare(
                 getattr(library, f"linear_{name}"),
-                [_POINTER, *[_LONG] * 3, *[_POINTER] * 2, _LONG, _POINTER],
+                _LINEAR,
             )
             if getattr(library, f"has_linear_{name}")():
                 self._multiplied.add(dtype)
@@ -82,9 +85,9 @@ class Native:
         return x.dtype in _NAMES and x.device.type == "cpu" and x.stride(-1) == 1
 
     def pack(self, weight_NK: Tensor) -> Tensor:
-        """Return a weight in the order ``linear`` reads it; in bfloat16 K must be even."""
+        """Return a weight in the order ``linear`` reads it; but in float32 K must be even."""
         num_outputs, num_inputs = weight_NK.shape
-        size = -(-num_outputs // _PANEL) * _PANEL * num_inputs
+        size = -(-num_outputs // PANEL) * PANEL * num_inputs
         packed = torch.empty(size, dtype=weight_NK.dtype)
         weight_NK = weight_NK.contiguous()
         self._packs[weight_NK.dtype](
@@ -92,15 +95,30 @@ class Native:
         )
         return packed
 
-    def linear(self, x_MK: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+    def linear(
+        self,
+        x_MK: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        num_outputs: int,
+        scales: Tensor | None = None,
+    ) -> Tensor:
         """Return ``x`` times a packed weight plus a bias, [M, N] in its dtype.
 
         A row's result has the same bits whatever the other rows are.
+
+        Args:
+            x_MK: In the weight's dtype; in bfloat16 where that is int8.
+            packed: As ``pack`` gives it.
+            bias: [N] in the dtype of ``x``.
+            num_outputs: N.
+            scales: Of an int8 weight's outputs, float32, filled up to whole panels of 32.
         """
         num_rows, num_inputs = x_MK.shape
         y_MN = torch.empty(num_rows, num_outputs, dtype=x_MK.dtype)
-        self._linears[x_MK.dtype](
+        self._linears[packed.dtype](
             x_MK.data_ptr(), x_MK.stride(0), num_rows, num_inputs, packed.data_ptr(),
+            None if scales is None else scales.data_ptr(),
             None if bias is None else bias.data_ptr(), num_outputs, y_MN.data_ptr(),
         )  # fmt: skip
         return y_MN
@@ -224,6 +242,6 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name"))}))
 
 
-def _declare(function: object, arguments: list[object], result: object = None):  # type: ignore[no-untyped-def]
+def _declare(function: object, arguments: Sequence[object], result: object = None):  # type: ignore[no-untyped-def]
     function.argtypes, function.restype = arguments, result  # type: ignore[attr-defined]
     return function

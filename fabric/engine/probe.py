@@ -22,6 +22,8 @@ _NOT_COMPUTED = {"s_aux": "attention sinks"}
 _ROTATIONS_OF_THE_BATCH = ("dynamic", "longrope")
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Of the logits' distance to the model's own attention, relative to their norm."""
+_INT8_TOLERANCE = 0.2
+"""The same, where weights of 8 bits take the place of the model's."""
 
 
 def refuse_unserved(model: PreTrainedModel, *, name: str) -> None:
@@ -89,7 +91,7 @@ def reference_logits(model: PreTrainedModel) -> Tensor:
     return expected
 
 
-def verify_runner(runner: Runner, expected: Tensor, *, name: str) -> None:
+def verify_runner(runner: Runner, expected: Tensor, *, name: str, int8: bool = False) -> None:
     """Compare prefill, a second chunk and decoding with ``reference_logits``.
 
     What an option of the attention does not announce (biases, position encodings) shows here, and
@@ -108,7 +110,7 @@ def verify_runner(runner: Runner, expected: Tensor, *, name: str) -> None:
     ]
     runner.cache.wipe(table)
     distance = float((torch.cat(logits) - expected).norm() / expected.norm())
-    if not distance <= _TOLERANCE[model.dtype]:
+    if not distance <= (_INT8_TOLERANCE if int8 else _TOLERANCE[model.dtype]):
         raise ModelNotLoadable(
             model=name,
             reason=f"its logits through the engine's attention are off by {distance:.2g} of"

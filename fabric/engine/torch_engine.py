@@ -157,7 +157,11 @@ class TorchEngine:
         # The compiler runs while weights are read.
         threading.Thread(target=load_native, name="kernels", daemon=True).start()
         loaded = load_model(
-            self._source, name=self._name, dtype=config.dtype, expected_digest=self._expected_digest
+            self._source,
+            name=self._name,
+            dtype=config.dtype,
+            expected_digest=self._expected_digest,
+            weights=config.weights,
         )
         model = loaded.model
         stated = [n for n in (loaded.context_tokens, config.context_tokens) if n is not None]
@@ -168,7 +172,8 @@ class TorchEngine:
         context_tokens = min(stated)
         refuse_unserved(model, name=self._name)
         expected = reference_logits(model)
-        pack_linears(model, invariant=config.batch_invariant)
+        int8 = config.weights == "int8"
+        pack_linears(model, invariant=config.batch_invariant, int8=int8)
         fuse(model)
         layers = observe_layers(model, name=self._name)
         draft = None
@@ -189,7 +194,7 @@ class TorchEngine:
                 " of the smallest cache",
             )
         runner = Runner(model, layers, num_blocks=num_blocks, invariant=config.batch_invariant)
-        verify_runner(runner, expected, name=self._name)
+        verify_runner(runner, expected, name=self._name, int8=int8)
         if config.batch_invariant:
             verify_invariance(runner, name=self._name)
         cache_tokens = num_blocks * BLOCK_TOKENS
@@ -208,7 +213,7 @@ class TorchEngine:
             model=self._name,
             digest=loaded.digest,
             limits=limits,
-            dtype=config.dtype,
+            dtype=f"{config.dtype}, weights int8" if int8 else config.dtype,
             engine=VERSIONS,
         )
         grammars = Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, eos_ids=loaded.eos_ids)
