@@ -13,12 +13,7 @@ from fabric.engine.drafts import ModelDrafter
 from fabric.engine.fused import fuse
 from fabric.engine.linear import pack_linears
 from fabric.engine.model import LoadedModel, load_model
-from fabric.engine.probe import (
-    observe_layers,
-    reference_logits,
-    refuse_unserved,
-    verify_runner,
-)
+from fabric.engine.probe import observe_layers, reference_logits, verify_runner
 from fabric.engine.runner import Runner
 from fabric.engine.source import ModelSource
 from fabric.errors import ModelNotLoadable
@@ -71,9 +66,8 @@ def load_draft_model(
             f" {context_tokens} of the model it drafts; set context_tokens",
         )
     model = loaded.model
-    refuse_unserved(model, name=source)
+    layers = observe_layers(model, name=source)
     expected = reference_logits(model)
     pack_linears(model)
     fuse(model)
-    layers = observe_layers(model, name=source)
     return DraftModel(name=source, model=model, layers=layers, expected=expected)

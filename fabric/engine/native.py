@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.resources
+import os
 import platform
 import shutil
 import subprocess
@@ -206,23 +207,35 @@ def _load() -> Native | None:
         _logger.warning("no C compiler: decoding runs on torch's kernels, which are slower")
         return None
     source = (importlib.resources.files("fabric.engine") / "native.c").read_bytes()
-    try:
-        kept = _kept(source, Path(compiler))
-        if kept.is_file():
+    kept = _kept(source, Path(compiler))
+    if kept.is_file():
+        try:
             return Native(ctypes.CDLL(str(kept)))
-        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="compiling-", dir=kept.parent) as folder:
-            target = Path(folder) / kept.name
-            command = [compiler, *_FLAGS, "-o", str(target), "-x", "c", "-", "-lm"]
-            subprocess.run(
-                command, input=source, check=True, capture_output=True, timeout=_COMPILE_S
-            )
-            target.replace(kept)  # whole or not at all: other processes may be looking
-        return Native(ctypes.CDLL(str(kept)))
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        except (OSError, AttributeError) as error:
+            _logger.warning("kept kernels are damaged", extra={"reason": str(error)})
+    try:
+        return Native(_compile(compiler, source, kept))
+    except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error).encode()
         _logger.warning("the CPU kernels do not compile", extra={"reason": reason[-2000:].decode()})
         return None
+
+
+def _compile(compiler: str, source: bytes, kept: Path) -> ctypes.CDLL:
+    """Compile and load the kernels, and keep them if this user has a place for it."""
+    try:
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        _logger.info("no directory to keep the kernels in", extra={"path": str(kept.parent)})
+    place = kept.parent if os.access(kept.parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="compiling-", dir=place) as folder:
+        target = Path(folder) / kept.name
+        command = [compiler, *_FLAGS, "-o", str(target), "-x", "c", "-", "-lm"]
+        subprocess.run(command, input=source, check=True, capture_output=True, timeout=_COMPILE_S)
+        library = ctypes.CDLL(str(target))
+        if place is not None:
+            target.replace(kept)  # whole or not at all: other processes may be looking
+    return library
 
 
 def _kept(source: bytes, compiler: Path) -> Path:

@@ -26,11 +26,14 @@ _INT8_TOLERANCE = 0.2
 """The same, where weights of 8 bits take the place of the model's."""
 
 
-def refuse_unserved(model: PreTrainedModel, *, name: str) -> None:
-    """Refuse what can be known of a model before it runs.
+def observe_layers(model: PreTrainedModel, *, name: str) -> tuple[LayerShape, ...]:
+    """Run a few tokens and return what each layer keeps of a token.
+
+    Shapes are observed, because configurations name them differently in every family. The model
+    is left with our attention in place.
 
     Raises:
-        ModelNotLoadable: The engine cannot run its kind.
+        ModelNotLoadable: The model's attention is not one we can compute.
     """
     if model.config.is_encoder_decoder:
         raise ModelNotLoadable(model=name, reason="it is an encoder-decoder, not a causal model")
@@ -42,17 +45,6 @@ def refuse_unserved(model: PreTrainedModel, *, name: str) -> None:
             reason=f"{type(model).__name__} does not use transformers' attention interface",
         )
     _refuse_rotations(model, name=name)
-
-
-def observe_layers(model: PreTrainedModel, *, name: str) -> tuple[LayerShape, ...]:
-    """Run a few tokens and return what each layer keeps of a token.
-
-    Shapes are observed, because configurations name them differently in every family. The model
-    is left with our attention in place.
-
-    Raises:
-        ModelNotLoadable: The model's attention is not one we can compute.
-    """
     use_our_attention(model)
     seen: dict[int, LayerShape] = {}
 

@@ -30,7 +30,6 @@ from fabric.engine.probe import (
     LEAST_BLOCKS,
     observe_layers,
     reference_logits,
-    refuse_unserved,
     verify_invariance,
     verify_runner,
 )
@@ -170,12 +169,11 @@ class TorchEngine:
                 model=self._name, reason="it states no context length; set context_tokens"
             )
         context_tokens = min(stated)
-        refuse_unserved(model, name=self._name)
+        layers = observe_layers(model, name=self._name)
         expected = reference_logits(model)
         int8 = config.weights == "int8"
         pack_linears(model, invariant=config.batch_invariant, int8=int8)
         fuse(model)
-        layers = observe_layers(model, name=self._name)
         draft = None
         if config.draft_model is not None:
             draft = load_draft_model(
