@@ -14,6 +14,8 @@ class EngineConfig:
 
     Args:
         dtype: Of the weights and the KV cache.
+        weights: ``int8`` keeps those of linear layers in 8 bits with a scale for each output; the
+            digest and the dtype that replies name say so.
         num_threads: Threads torch uses for one operation; 0 leaves torch's default.
         cache_bytes: Memory of the KV cache.
         max_rows: The most choices that run at once.
@@ -22,6 +24,9 @@ class EngineConfig:
         slowdown: How many times longer than decoding alone a step with prefill may take; prefill
             takes what room that leaves, but always a little.
         context_tokens: The longest row; ``None``: as long as the model allows.
+        batch_invariant: Whether an answer's bits may depend on nothing but the request: not on the
+            batch, the cached part of its prompt, or how its prompt was cut. Long prompts take
+            longer.
         speculation: Whether several tokens of a row may be verified at once, and who guesses them:
             ``lookup`` in the row's own text, ``model`` by ``draft_model``. Answers stay the same.
         draft_model: Source of a smaller model with the same tokenizer.
@@ -31,12 +36,14 @@ class EngineConfig:
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    weights: Literal["as loaded", "int8"] = "as loaded"
     num_threads: int = 0
     cache_bytes: int = 512 * 2**20
     max_rows: int = 64
     step_tokens: int = 512
     slowdown: float = 1.8
     context_tokens: int | None = None
+    batch_invariant: bool = False
     speculation: Literal["off", "lookup", "model"] = "off"
     draft_model: str | None = None
 
@@ -50,7 +57,7 @@ class EngineConfig:
             self._refuse("slowdown", "it must be at least 1")
         if self.context_tokens is not None and self.context_tokens < 1:
             self._refuse("context_tokens", "it must be at least 1")
-        for setting in ("dtype", "speculation"):
+        for setting in ("dtype", "weights", "speculation"):
             if getattr(self, setting) not in get_args(get_type_hints(EngineConfig)[setting]):
                 self._refuse(setting, "it must be one of those that the documentation names")
         if (self.speculation == "model") != (self.draft_model is not None):

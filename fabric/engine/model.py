@@ -52,6 +52,7 @@ def load_model(
     dtype: str,
     expected_digest: str | None = None,
     headless: bool = False,
+    weights: str = "as loaded",
 ) -> LoadedModel:
     """Load the model and check its digest.
 
@@ -60,6 +61,7 @@ def load_model(
         name: What errors call it.
         dtype: ``float32`` or ``bfloat16``, of all tensors. The digest is of tensors in this dtype.
         expected_digest: As ``digest_of`` gives it; ``None`` takes any.
+        weights: How they will be computed; see ``digest_of``.
         headless: Whether only its hidden states are wanted; encoders can be loaded so too.
 
     Raises:
@@ -78,7 +80,7 @@ def load_model(
         raise ModelNotLoadable(model=name, reason=f"{source} cannot be read ({reason})") from error
     model.eval().requires_grad_(False)
     read_s = time.perf_counter() - started
-    digest = digest_of(model)
+    digest = digest_of(model, weights=weights)
     if expected_digest is not None and digest != expected_digest:
         raise DigestMismatch(name=name, expected=expected_digest, actual=digest)
     _logger.info(
@@ -100,13 +102,16 @@ def load_model(
     )
 
 
-def digest_of(model: PreTrainedModel) -> str:
+def digest_of(model: PreTrainedModel, *, weights: str = "as loaded") -> str:
     """Return ``blake3:<hex>`` over the tensors' names, dtypes, shapes and bytes, sorted by name.
 
     Tied tensors count once, under the name that sorts first. Bytes are little-endian and
-    row-major, as in a safetensors file.
+    row-major, as in a safetensors file. ``weights`` is counted where they are computed in another
+    form than loaded: answers are another version's then.
     """
     hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
+    if weights != "as loaded":
+        hasher.update(f"weights\0{weights}\0".encode())
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in sorted(model.state_dict().items()):
         identity = (tensor.data_ptr(), tensor.shape)

@@ -25,6 +25,8 @@ _NOT_COMPUTED = {"s_aux": "attention sinks"}
 _ROTATIONS_OF_THE_BATCH = ("dynamic", "longrope")
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Of the logits' distance to the model's own attention, relative to their norm."""
+_INT8_TOLERANCE = 0.2
+"""The same, where weights of 8 bits take the place of the model's."""
 
 
 def observe_layers(model: PreTrainedModel, *, name: str) -> tuple[LayerShape, ...]:
@@ -84,7 +86,7 @@ def reference_logits(model: PreTrainedModel) -> Tensor:
     return expected
 
 
-def verify_runner(runner: Runner, expected: Tensor, *, name: str) -> None:
+def verify_runner(runner: Runner, expected: Tensor, *, name: str, int8: bool = False) -> None:
     """Compare prefill, a second chunk and decoding with ``reference_logits``.
 
     What an option of the attention does not announce (biases, position encodings) shows here, and
@@ -103,11 +105,43 @@ def verify_runner(runner: Runner, expected: Tensor, *, name: str) -> None:
     ]
     runner.cache.wipe(table)
     distance = float((torch.cat(logits) - expected).norm() / expected.norm())
-    if not distance <= _TOLERANCE[model.dtype]:
+    if not distance <= (_INT8_TOLERANCE if int8 else _TOLERANCE[model.dtype]):
         raise ModelNotLoadable(
             model=name,
             reason=f"its logits through the engine's attention are off by {distance:.2g} of"
             " their norm, so that attention has a part which the engine does not compute",
+        )
+
+
+def verify_invariance(runner: Runner, *, name: str) -> None:
+    """Compare the bits of a row's logits when it runs whole, in pieces, and beside another.
+
+    Raises:
+        ModelNotLoadable: They differ, so that answers would depend on the batch.
+    """
+    tokens = _tokens(runner.model)
+    row, other = tokens[: BLOCK_TOKENS + 3], tokens[-BLOCK_TOKENS:]
+    table, others = (1, 2), (3,)
+
+    def chunk(begin: int, end: int) -> Chunk:
+        return Chunk(tokens=row[begin:end], start=begin, blocks=table, num_wanted=end - begin)
+
+    def beside(tokens: list[int]) -> Chunk:
+        return Chunk(tokens=tokens, start=0, blocks=others, num_wanted=0)
+
+    size = len(row)
+    whole = runner.forward([chunk(0, size)])
+    pieces = [runner.forward([chunk(a, b)]) for a, b in itertools.pairwise((0, 5, size - 1, size))]
+    crowd = [
+        runner.forward([beside(other[:1]), chunk(0, 2)]),
+        runner.forward([beside(other), chunk(2, size)]),
+    ]
+    runner.cache.wipe((*table, *others))
+    if not (torch.equal(torch.cat(pieces), whole) and torch.equal(torch.cat(crowd), whole)):
+        raise ModelNotLoadable(
+            model=name,
+            reason="a part of it computes other bits for a row by what runs beside it;"
+            " serve it without batch_invariant",
         )
 
 

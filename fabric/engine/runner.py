@@ -57,6 +57,7 @@ class Runner:
         layers: The shape of each layer's keys and values.
         num_blocks: Cache blocks that can be given out.
         linears: The layers that chunks' deltas can change; see ``LowRankLayers``.
+        invariant: Whether a token's bits may not depend on its chunk.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class Runner:
         *,
         num_blocks: int,
         linears: Mapping[str, LayerSize] = MappingProxyType({}),
+        invariant: bool = False,
     ) -> None:
         self.model = model
         self.lowrank = LowRankLayers(model, linears)
+        self._invariant = invariant
         self.num_blocks = num_blocks
         self.points: Points | None = None
         """Where programs may act, if they may."""
@@ -84,7 +87,7 @@ class Runner:
         Returns:
             The wanted logits in the chunks' order, [W, V] in float32.
         """
-        attention = StepAttention(chunks, self.cache)
+        attention = StepAttention(chunks, self.cache, invariant=self._invariant)
 
         def attend(
             layer: int,

@@ -32,6 +32,7 @@ from fabric.engine.probe import (
     observe_layers,
     observe_linears,
     reference_logits,
+    verify_invariance,
     verify_runner,
 )
 from fabric.engine.programs.model import Weights
@@ -166,7 +167,11 @@ class TorchEngine:
         # The compiler runs while weights are read.
         threading.Thread(target=load_native, name="kernels", daemon=True).start()
         loaded = load_model(
-            self._source, name=self._name, dtype=config.dtype, expected_digest=self._expected_digest
+            self._source,
+            name=self._name,
+            dtype=config.dtype,
+            expected_digest=self._expected_digest,
+            weights=config.weights,
         )
         model = loaded.model
         stated = [n for n in (loaded.context_tokens, config.context_tokens) if n is not None]
@@ -176,6 +181,12 @@ class TorchEngine:
             )
         context_tokens = min(stated)
         layers = observe_layers(model, name=self._name)
+        linears = observe_linears(model)
+        weights = Weights(model, self._reload)
+        expected = reference_logits(model)
+        int8 = config.weights == "int8"
+        pack_linears(model, invariant=config.batch_invariant, int8=int8)
+        fuse(model)
         draft = None
         if config.draft_model is not None:
             draft = load_draft_model(
@@ -193,13 +204,16 @@ class TorchEngine:
                 f" {(LEAST_BLOCKS + 1) * block_bytes} bytes"
                 " of the smallest cache",
             )
-        linears = observe_linears(model)
-        weights = Weights(model, self._reload)
-        expected = reference_logits(model)
-        pack_linears(model)
-        fuse(model)
-        runner = Runner(model, layers, num_blocks=num_blocks, linears=linears)
-        verify_runner(runner, expected, name=self._name)
+        runner = Runner(
+            model,
+            layers,
+            num_blocks=num_blocks,
+            linears=linears,
+            invariant=config.batch_invariant,
+        )
+        verify_runner(runner, expected, name=self._name, int8=int8)
+        if config.batch_invariant:
+            verify_invariance(runner, name=self._name)
         cache_tokens = num_blocks * BLOCK_TOKENS
         limits = Limits(
             context_tokens=min(context_tokens, cache_tokens),
@@ -223,7 +237,7 @@ class TorchEngine:
             model=self._name,
             digest=loaded.digest,
             limits=limits,
-            dtype=config.dtype,
+            dtype=f"{config.dtype}, weights int8" if int8 else config.dtype,
             engine=VERSIONS,
             points=manifest,
         )

@@ -79,6 +79,7 @@ class Instance:
         self._get_engine = get_engine
         self._started_at = time.monotonic()
         self._drain = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
         self._meter = Meter(spec.launch.instance)
         self._depot: Depot | None = None
         if spec.session_url is not None:
@@ -92,12 +93,16 @@ class Instance:
     async def run(self) -> None:
         """Serve until drained (SIGTERM, SIGUSR1, SIGINT, or a peer's ``Drain``).
 
+        What still runs ``grace_s`` after SIGTERM fails with ``engine_stopped``.
+
         Raises:
             FabricError: The model cannot be loaded or is another one than was launched, its canary
                 failed, or the hub refuses the session.
         """
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._drain.set)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGUSR1, signal.SIGINT):
+            loop.add_signal_handler(number, self._drain.set)
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
         self.report(InstanceState.LOADING, "reading weights")
         self._engine = await self._load()
         try:
@@ -144,6 +149,17 @@ class Instance:
         self.report(state, detail)
         sys.stderr.flush()
         os._exit(state is InstanceState.FAILED)
+
+    def _terminate(self) -> None:
+        """Drain, but not for ever: who sends SIGTERM sends SIGKILL next."""
+        self._drain.set()
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end_rest())
+
+    async def _end_rest(self) -> None:
+        """Give back what still runs after the grace period: the broker sends it elsewhere."""
+        await asyncio.sleep(self._spec.grace_s)
+        await asyncio.to_thread(self._engine.close)
 
     async def _load(self) -> Engine:
         """Return the started engine; a drain meanwhile ends the process."""

@@ -19,6 +19,8 @@ class EngineOptions(Wire):
     cache_bytes: int | None = Field(default=None, ge=1)
     max_rows: int = Field(default=16, ge=1)
     step_tokens: int = Field(default=512, ge=1)
+    weights: str | None = None
+    batch_invariant: bool = False
     speculation: str | None = None
     draft_model: str | None = None
 
@@ -46,7 +48,8 @@ class InstanceSpec(Wire):
     ``session_url`` is the hub's WebSocket address, or ``None`` for an instance that is reached by
     its direct route alone. Whoever shows ``direct_token`` on the direct route is the hub;
     ``guest_token`` admits users of the site, each of whose tasks carries a ticket. The process
-    writes its ``InstanceStatus`` to ``status_path``.
+    writes its ``InstanceStatus`` to ``status_path``. ``grace_s`` after SIGTERM it gives back what
+    still runs.
     """
 
     launch: Launch
@@ -57,6 +60,7 @@ class InstanceSpec(Wire):
     status_path: str
     deadline_s: float | None = None
     heartbeat_s: float = 2.0
+    grace_s: float = Field(default=6.0, ge=0.0)
 
 
 class Reach(Wire):

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from pydantic import ValidationError
 
 from fabric.messages import ChatInput, ChatMessage, Finished, Token
 
@@ -178,6 +179,15 @@ def test_bad_input_fails_with_its_code_and_never_raises(tiny, prompt, more, code
     heard = tiny.ask(prompt, **more).wait()
     assert [event.type for event in heard.events] == ["failed"]
     assert heard.failed.failure.code == code
+
+
+def test_a_vocabulary_of_stop_strings_is_refused_and_the_most_of_them_are_served(tiny):
+    with pytest.raises(ValidationError, match="at most 16"):
+        tiny.ask("abc", stop=[f"stop {i}" for i in range(49_152)])
+    stops = [chr(ord("a") + i) * 256 for i in range(16)]
+    heard = tiny.greedy("abc", 20, ignore_eos=True, stop=stops)
+    assert heard.finished.usage.output_tokens == 20
+    assert heard.text() == tiny.greedy("abc", 20, ignore_eos=True).wait().text()
 
 
 def test_more_choices_than_rows_are_refused(drive):
