@@ -20,6 +20,7 @@ from fabric.errors import (
     DeadlineExceeded,
     EngineError,
     FabricError,
+    RankLost,
     RequestCancelled,
     RequestInvalid,
     RowFailed,
@@ -125,6 +126,8 @@ class Batch:
         started = time.perf_counter()
         try:
             outcome = run_step(runs, self._runner, self._scheduler)
+        except RankLost:
+            raise  # no further step is possible
         except Exception as error:
             _logger.exception("a step failed", extra={"num_runs": len(runs)})
             for active in involved:

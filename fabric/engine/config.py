@@ -22,6 +22,16 @@ class EngineConfig:
         slowdown: How many times longer than decoding alone a step with prefill may take; prefill
             takes what room that leaves, but always a little.
         context_tokens: The longest row; ``None``: as long as the model allows.
+        tensor_parallel: Processes that divide every matrix; ``cache_bytes`` is of each process.
+        pipeline_parallel: Stages, by layers, that follow each other; each is a tensor group.
+        stage_layers: Layers of each stage; ``None``: as even as can be.
+        partitioner: What divides matrices: torch's collectives, or DeepSpeed's AutoTP.
+        rendezvous: ``HOST:PORT`` by which ranks on other nodes reach this one; ``None``: all ranks
+            are here.
+        local_ranks: Ranks on this node; ``None``: all.
+        rank_timeout_s: How long a rank may be silent before it counts as lost.
+        offload: Where weights are that do not fit: ``disk`` leaves the layers' matrices in the
+            model's files and reads them at every step.
 
     Raises:
         SettingInvalid: A number is out of range.
@@ -34,6 +44,19 @@ class EngineConfig:
     step_tokens: int = 512
     slowdown: float = 1.8
     context_tokens: int | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    stage_layers: tuple[int, ...] | None = None
+    partitioner: Literal["torch", "deepspeed"] = "torch"
+    rendezvous: str | None = None
+    local_ranks: int | None = None
+    rank_timeout_s: float = 60.0
+    offload: Literal["none", "host", "disk"] = "none"
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that hold the model together."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     def __post_init__(self) -> None:
         for setting, least in (("num_threads", 0), ("cache_bytes", 1), ("max_rows", 1)):

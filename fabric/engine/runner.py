@@ -38,11 +38,18 @@ class Runner:
         model: Set to our attention (``use_our_attention``).
         layers: The shape of each layer's keys and values.
         num_blocks: Cache blocks that can be given out.
+        first_layer: The one that ``layers`` begin with.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: Sequence[LayerShape], *, num_blocks: int
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[LayerShape],
+        *,
+        num_blocks: int,
+        first_layer: int = 0,
     ) -> None:
+        self._first_layer = first_layer
         self.model = model
         self.num_blocks = num_blocks
         self.cache = KvCache(layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
@@ -67,7 +74,7 @@ class Runner:
             options: Mapping[str, object],
         ) -> Tensor:
             scoring = Scoring.of(scale, options, q_NHD.shape[2])
-            return attention(layer, q_NHD, k_NKD, v_NKD, scoring)
+            return attention(layer - self._first_layer, q_NHD, k_NKD, v_NKD, scoring)
 
         return run_ragged(self.model, chunks, attend)
 

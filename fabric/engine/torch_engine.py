@@ -7,7 +7,9 @@ import time
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future
+from contextlib import ExitStack
 from logging import getLogger
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -22,7 +24,7 @@ from fabric.engine.fused import fuse
 from fabric.engine.intake import Intake
 from fabric.engine.interface import EngineInfo, EventSink
 from fabric.engine.linear import pack_linears
-from fabric.engine.model import load_model
+from fabric.engine.model import LoadedModel, load_model
 from fabric.engine.native import load_native
 from fabric.engine.probe import (
     LEAST_BLOCKS,
@@ -34,8 +36,11 @@ from fabric.engine.reports import Reports
 from fabric.engine.runner import Runner
 from fabric.engine.source import ModelSource
 from fabric.engine.text import Texts
-from fabric.errors import EngineStopped, ModelNotLoadable
+from fabric.errors import EngineStopped, FabricError, ModelNotLoadable, RankLost
 from fabric.messages import Limits, Load, Task
+
+if TYPE_CHECKING:
+    from fabric.engine.partition.crew import Crew
 
 __all__ = ["VERSIONS", "EngineConfig", "TorchEngine"]
 
@@ -60,6 +65,7 @@ class TorchEngine:
         config: Limits and choices.
         name: What the instance calls the model.
         expected_digest: Of the tensors in the configured dtype; ``None`` takes any.
+        crew: The other ranks of a divided model, started; ``None`` lets it start its own.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class TorchEngine:
         *,
         name: str,
         expected_digest: str | None = None,
+        crew: Crew | None = None,
     ) -> None:
         self._source = source
         self._config = config
@@ -81,12 +88,20 @@ class TorchEngine:
         self._thread: threading.Thread | None = None
         self._info: EngineInfo | None = None
         self._load = Load()
+        self._crew = crew
+        self._failure: RankLost | None = None
+        self._closing = ExitStack()
 
     @property
     def info(self) -> EngineInfo:
         """Facts of the loaded model. Known after ``start``."""
         assert self._info is not None, "the engine has not been started"
         return self._info
+
+    @property
+    def failure(self) -> FabricError | None:
+        """What ended the engine by itself, if anything did."""
+        return self._failure
 
     def start(self) -> None:
         """Load the model and start the engine's thread.
@@ -139,46 +154,28 @@ class TorchEngine:
         # and stops waiting actively (a fifth of the speed) once there are more than cores.
         if self._config.num_threads:
             torch.set_num_threads(self._config.num_threads)
-        try:
-            batch = self._build()
-        except BaseException as error:
-            ready.set_exception(error)
-            return
-        self._closed = None
-        ready.set_result(None)
-        self._serve(batch)
+        with self._closing:
+            try:
+                batch = self._build()
+            except BaseException as error:
+                ready.set_exception(error)
+                return
+            self._closed = None
+            ready.set_result(None)
+            self._serve(batch)
 
     def _build(self) -> AnyBatch:
         config = self._config
         # The compiler runs while weights are read.
         threading.Thread(target=load_native, name="kernels", daemon=True).start()
-        loaded = load_model(
-            self._source, name=self._name, dtype=config.dtype, expected_digest=self._expected_digest
-        )
-        model = loaded.model
+        loaded, runner = self._open()
+        model, num_blocks = loaded.model, runner.num_blocks
         stated = [n for n in (loaded.context_tokens, config.context_tokens) if n is not None]
         if not stated:
             raise ModelNotLoadable(
                 model=self._name, reason="it states no context length; set context_tokens"
             )
         context_tokens = min(stated)
-        layers = observe_layers(model, name=self._name)
-        block_bytes = (
-            sum(layer.num_values for layer in layers) * model.dtype.itemsize * BLOCK_TOKENS
-        )
-        num_blocks = config.cache_bytes // block_bytes - 1
-        if num_blocks < LEAST_BLOCKS:
-            raise ModelNotLoadable(
-                model=self._name,
-                reason=f"cache_bytes is {config.cache_bytes}, less than the"
-                f" {(LEAST_BLOCKS + 1) * block_bytes} bytes"
-                " of the smallest cache",
-            )
-        expected = reference_logits(model)
-        pack_linears(model)
-        fuse(model)
-        runner = Runner(model, layers, num_blocks=num_blocks)
-        verify_runner(runner, expected, name=self._name)
         cache_tokens = num_blocks * BLOCK_TOKENS
         limits = Limits(
             context_tokens=min(context_tokens, cache_tokens),
@@ -210,11 +207,75 @@ class TorchEngine:
         )
         return Batch(runner, intake, Reports(texts), config)
 
+    def _open(self) -> tuple[LoadedModel, Runner]:
+        """Load the model and return it with a runner that has been compared with it."""
+        config = self._config
+        if config.num_ranks > 1 or config.offload != "none":
+            return self._open_divided()
+        loaded = load_model(
+            self._source, name=self._name, dtype=config.dtype, expected_digest=self._expected_digest
+        )
+        model = loaded.model
+        layers = observe_layers(model, name=self._name)
+        block_bytes = (
+            sum(layer.num_values for layer in layers) * model.dtype.itemsize * BLOCK_TOKENS
+        )
+        num_blocks = config.cache_bytes // block_bytes - 1
+        if num_blocks < LEAST_BLOCKS:
+            raise ModelNotLoadable(
+                model=self._name,
+                reason=f"cache_bytes is {config.cache_bytes}, less than the"
+                f" {(LEAST_BLOCKS + 1) * block_bytes} bytes"
+                " of the smallest cache",
+            )
+        expected = reference_logits(model)
+        pack_linears(model)
+        fuse(model)
+        runner = Runner(model, layers, num_blocks=num_blocks)
+        verify_runner(runner, expected, name=self._name)
+        return loaded, runner
+
+    def _open_divided(self) -> tuple[LoadedModel, Runner]:
+        from fabric.engine.partition.crew import Crew  # most engines need none of it
+        from fabric.engine.partition.opening import open_model
+
+        config = self._config
+        if config.num_ranks > 1 and self._crew is None:
+            self._crew = Crew(
+                num_ranks=config.num_ranks,
+                local_ranks=config.local_ranks,
+                rendezvous=config.rendezvous,
+                num_threads=config.num_threads,
+                timeout_s=config.rank_timeout_s,
+            )
+            self._closing.callback(self._crew.close)
+            self._crew.start()
+        if self._crew is not None:
+            self._crew.on_lost = self._lose
+        loaded, runner, close = open_model(
+            self._source,
+            config,
+            name=self._name,
+            expected_digest=self._expected_digest,
+            crew=self._crew,
+        )
+        self._closing.callback(close)
+        return loaded, runner
+
+    def _lose(self, error: RankLost) -> None:
+        """End, because part of the model is gone; called on any thread."""
+        with self._changed:
+            self._failure = error
+            self._closed = EngineStopped(reason=error.message.rstrip("."))
+            self._changed.notify()
+
     def _serve(self, batch: AnyBatch) -> None:
         try:
             while self._take_orders(batch):
                 batch.step()
                 self._publish(batch)
+        except RankLost as error:
+            self._lose(error)
         except BaseException:  # a panic of the tokenizer's is not an Exception
             _logger.exception("the engine's thread failed", extra={"model": self._name})
             with self._changed:

@@ -23,7 +23,7 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
     │                        BalanceUnavailable
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
-    │                        EngineStopped
+    │                        EngineStopped, RankLost
     ├── ProgramError
     ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
     │                        UnknownStore, StoreUnreachable
@@ -80,6 +80,7 @@ from fabric.errors.compute import (
     EngineStopped,
     LaunchError,
     ModelNotLoadable,
+    RankLost,
     RowFailed,
     SchedulerFailed,
 )
@@ -240,6 +241,7 @@ __all__ = [
     "ProjectForeign",
     "ProjectNotChosen",
     "ProtocolViolation",
+    "RankLost",
     "RateMissing",
     "ReplicationFailed",
     "RequestCancelled",
