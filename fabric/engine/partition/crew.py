@@ -18,8 +18,8 @@ from logging import getLogger
 import psutil
 import torch.distributed as dist
 
-from fabric.engine.partition.agent import CONNECT_S, LOST, Station
-from fabric.engine.partition.groups import OrderGroup, join
+from fabric.engine.partition.agent import CONNECT_S, LOST, PEER_LOST, Station
+from fabric.engine.partition.groups import World
 from fabric.engine.partition.orders import Order
 from fabric.errors import FabricError, RankLost, SettingInvalid
 
@@ -73,12 +73,18 @@ class Crew:
         self._found = threading.Event()
         self._ending = threading.Event()
         self._agent: subprocess.Popen[bytes] | None = None
-        self._orders: OrderGroup | None = None
+        self._world: World | None = None
 
     @property
     def num_ranks(self) -> int:
         """Processes in all, this one included."""
         return self._station.num_ranks
+
+    @property
+    def world(self) -> World:
+        """All ranks. Known after ``start``."""
+        assert self._world is not None, "the crew has not been started"
+        return self._world
 
     def start(self) -> None:
         """Start the ranks of this node, and wait for those of all nodes.
@@ -103,14 +109,15 @@ class Crew:
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
         try:
             self._wait_for_all()
-            join(
+            world = World(
                 self._store,
-                0,
-                self.num_ranks,
+                rank=0,
+                num_ranks=self.num_ranks,
                 timeout_s=self._station.timeout_s,
                 local=self._station.is_local,
             )
-            self._orders = OrderGroup()
+            world.join()
+            self._world = world
         except BaseException:
             self.close()
             raise
@@ -121,9 +128,8 @@ class Crew:
         Raises:
             RankLost: One of them is gone.
         """
-        assert self._orders is not None, "the crew has not been started"
         with self.together():
-            self._orders.send([order, *numbers])
+            self.world.send_order([order, *numbers])
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -149,19 +155,19 @@ class Crew:
         if self._ending.is_set():
             return
         self._ending.set()
-        if self._orders is not None and self._lost is None:
+        if self._world is not None and self._lost is None:
             with contextlib.suppress(RankLost):
                 self.tell(Order.END)
         if self._agent is not None:
             assert self._agent.stdin is not None
-            if self._orders is None or self._lost is not None:
+            if self._world is None or self._lost is not None:
                 self._kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._agent.wait(_END_S)
             self._kill()
             self._agent.wait()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if self._world is not None:
+            self._world.leave()
 
     def _open_store(self) -> dist.TCPStore:
         # Without a socket of ours the store would listen on all addresses.
@@ -231,6 +237,8 @@ class Crew:
 
 
 def _ending_of(exit_code: int) -> str:
+    if exit_code == PEER_LOST:
+        return "its connection to another rank broke"
     if exit_code < 0:
         return f"it was ended by {signal.Signals(-exit_code).name}"
     return f"it ended with code {exit_code}"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from fabric.engine.partition.agent import PEER_LOST, Station, parse_arguments
-from fabric.engine.partition.groups import OrderGroup, join
+from fabric.engine.partition.groups import World
 from fabric.engine.partition.opening import OpenPart, Opening, open_part
 from fabric.engine.partition.orders import Order, read_chunks, read_text
 from fabric.errors import FabricError
@@ -39,32 +39,32 @@ def main() -> None:
     store = station.connect()
     store.set(f"here/{station.rank}", "")
     threading.Thread(target=_beat, args=(station,), daemon=True).start()
+    world = World(
+        store,
+        rank=station.rank,
+        num_ranks=station.num_ranks,
+        timeout_s=station.timeout_s,
+        local=station.is_local,
+    )
     try:
-        join(
-            store,
-            station.rank,
-            station.num_ranks,
-            timeout_s=station.timeout_s,
-            local=station.is_local,
-        )
-        follow(station.rank)
+        world.join()
+        follow(station.rank, world)
     except (RuntimeError, ConnectionError) as error:
         if not _is_exchange(error):
             raise
         print(f"rank {station.rank} ends, another is gone: {error}", file=sys.stderr, flush=True)
         os._exit(PEER_LOST)
-    dist.destroy_process_group()
+    world.leave()
 
 
-def follow(rank: int) -> None:
+def follow(rank: int, world: World) -> None:
     """Do what rank 0 says, until it says that this is the end."""
-    orders = OrderGroup()
     part: OpenPart | None = None
     while True:
-        order, *numbers = orders.receive()
+        order, *numbers = world.receive_order()
         match Order(order):
             case Order.OPEN:
-                part = _open(read_text(numbers), rank)
+                part = _open(read_text(numbers), rank, world)
             case Order.CLOSE | Order.END:
                 if part is not None:
                     part.close()
@@ -75,12 +75,13 @@ def follow(rank: int) -> None:
                 _run(part, Order(order), numbers)
 
 
-def _open(text: str, rank: int) -> OpenPart | None:
+def _open(text: str, rank: int, world: World) -> OpenPart | None:
     opening = Opening.from_json(text)
+    world.group(opening.layout)
     if rank >= opening.layout.num_ranks:
         return None
     try:
-        return open_part(opening, rank)
+        return open_part(opening, rank, world)
     except FabricError as error:  # rank 0 has the same, or a better one
         print(f"rank {rank}: {error.message}", file=sys.stderr, flush=True)
         return None

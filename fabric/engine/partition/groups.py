@@ -14,32 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fabric.engine.partition.layout import Place, share
+from fabric.engine.partition.layout import Layout, Place, share
 
 BACKENDS = "cpu:gloo,cuda:nccl"
 
 _PATIENCE = timedelta(days=365)
 """Of a rank that waits for orders: that rank 0 is gone is seen by its closed connections."""
-
-
-def join(store: dist.Store, rank: int, num_ranks: int, *, timeout_s: float, local: bool) -> None:
-    """Make this process one of the ranks.
-
-    Args:
-        store: Where they find each other.
-        rank: Which it is.
-        num_ranks: How many there are.
-        timeout_s: The longest one exchange may take.
-        local: Whether all are on this machine; then they listen on loopback alone.
-    """
-    with _loopback() if local else contextlib.nullcontext():
-        dist.init_process_group(
-            BACKENDS if torch.cuda.is_available() else "gloo",
-            store=store,
-            rank=rank,
-            world_size=num_ranks,
-            timeout=timedelta(seconds=timeout_s),
-        )
 
 
 @contextlib.contextmanager
@@ -56,36 +36,84 @@ def _loopback() -> Iterator[None]:
             os.environ["GLOO_SOCKET_IFNAME"] = before
 
 
-class OrderGroup:
-    """Carries rank 0's orders to all others, whole numbers each."""
+class World:
+    """All ranks, as one of them sees them.
+
+    Args:
+        store: Where they find each other.
+        rank: Which this process is.
+        num_ranks: How many there are.
+        timeout_s: The longest one exchange may take.
+        local: Whether all are on this machine; then they listen on loopback alone.
+    """
 
     SMALL = 1024
-    """Numbers that go out in one piece: a step of decoding rows fits."""
+    """Numbers of an order that go out in one piece: a step of decoding rows fits."""
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    def __init__(
+        self, store: dist.Store, *, rank: int, num_ranks: int, timeout_s: float, local: bool
+    ) -> None:
+        self._store = store
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._timeout = timedelta(seconds=timeout_s)
+        self._on_address = _loopback if local else contextlib.nullcontext
+        self._orders: dist.ProcessGroup | None = None
+        self._groups: dict[range, dist.ProcessGroup] = {}
 
-    def send(self, numbers: list[int]) -> None:
+    def join(self) -> None:
+        """Make this process one of the ranks; returns when all have done so."""
+        with self._on_address():
+            dist.init_process_group(
+                BACKENDS if torch.cuda.is_available() else "gloo",
+                store=self._store,
+                rank=self._rank,
+                world_size=self._num_ranks,
+                timeout=self._timeout,
+            )
+            self._orders = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+    def group(self, layout: Layout) -> None:
+        """Make the groups of a layout; all ranks call this, also those that are in none of them.
+
+        A group serves until the end: torch cannot make the same one a second time.
+        """
+        everyone = range(layout.num_ranks)
+        for ranks in (everyone, *(layout.place(rank).group for rank in everyone)):
+            if len(ranks) > 1 and ranks not in self._groups:
+                with self._on_address():
+                    self._groups[ranks] = dist.new_group(list(ranks), timeout=self._timeout)
+
+    def of(self, ranks: range) -> dist.ProcessGroup:
+        """Return a group of some ranks that has been made."""
+        return self._groups[ranks]
+
+    def leave(self) -> None:
+        """Be no rank any more. Calling it twice is harmless."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def send_order(self, numbers: list[int]) -> None:
         """Tell all ranks; called by rank 0."""
         head = torch.zeros(self.SMALL, dtype=torch.int64)
         body = torch.tensor(numbers, dtype=torch.int64)
         head[0] = len(numbers)
         first = min(len(numbers), self.SMALL - 1)
         head[1 : 1 + first] = body[:first]
-        dist.broadcast(head, src=0, group=self._group)
+        dist.broadcast(head, src=0, group=self._orders)
         if len(numbers) > first:
-            dist.broadcast(body[first:], src=0, group=self._group)
+            dist.broadcast(body[first:], src=0, group=self._orders)
 
-    def receive(self) -> list[int]:
+    def receive_order(self) -> list[int]:
         """Wait for rank 0 to say something."""
         head = torch.empty(self.SMALL, dtype=torch.int64)
-        dist.broadcast(head, src=0, group=self._group)
+        dist.broadcast(head, src=0, group=self._orders)
         length = int(head[0])
         first = min(length, self.SMALL - 1)
         numbers: list[int] = head[1 : 1 + first].tolist()
         if length > first:
             rest = torch.empty(length - first, dtype=torch.int64)
-            dist.broadcast(rest, src=0, group=self._group)
+            dist.broadcast(rest, src=0, group=self._orders)
             numbers += rest.tolist()
         return numbers
 
@@ -95,30 +123,17 @@ class Groups:
 
     Args:
         place: Of this rank.
-        timeout_s: The longest one exchange may take.
+        world: All ranks, grouped by the layout; ``None`` if this is the only one.
     """
 
-    def __init__(self, place: Place, *, timeout_s: float) -> None:
+    def __init__(self, place: Place, world: World | None) -> None:
         self.place = place
         self.tensor: dist.ProcessGroup | None = None
         self._all: dist.ProcessGroup | None = None
-        if place.layout.num_ranks == 1:
-            return
-        timeout = timedelta(seconds=timeout_s)
-        self._all = dist.new_group(
-            list(range(place.layout.num_ranks)), timeout=timeout, use_local_synchronization=True
-        )
-        if place.layout.tensor > 1:
-            self.tensor = dist.new_group(
-                list(place.group), timeout=timeout, use_local_synchronization=True
-            )
-
-    def close(self) -> None:
-        """Forget the groups."""
-        for group in (self.tensor, self._all):
-            if group is not None:
-                dist.destroy_process_group(group)
-        self.tensor = self._all = None
+        if world is not None:
+            self._all = world.of(range(place.layout.num_ranks))
+            if place.layout.tensor > 1:
+                self.tensor = world.of(place.group)
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of the tensor group's ``x``, in place."""

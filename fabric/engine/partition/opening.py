@@ -18,7 +18,7 @@ from fabric.engine.fused import fuse
 from fabric.engine.linear import pack_linears
 from fabric.engine.model import LoadedModel, eos_ids_of, read_config, reading
 from fabric.engine.partition.crew import Crew
-from fabric.engine.partition.groups import Groups
+from fabric.engine.partition.groups import Groups, World
 from fabric.engine.partition.layout import Layout
 from fabric.engine.partition.loading import LoadedPart, load_part
 from fabric.engine.partition.orders import Order, write_text
@@ -46,7 +46,6 @@ class Opening:
     cache_bytes: int
     partitioner: str
     offload: str
-    rank_timeout_s: float
 
     @staticmethod
     def of(source: ModelSource, config: EngineConfig, *, name: str) -> Opening:
@@ -73,7 +72,6 @@ class Opening:
             cache_bytes=config.cache_bytes,
             partitioner=config.partitioner,
             offload=config.offload,
-            rank_timeout_s=config.rank_timeout_s,
         )
 
     @staticmethod
@@ -103,15 +101,13 @@ class OpenPart:
     """A rank's part of a model, ready to run; ``expected_nV`` are logits to compare it with."""
 
     loaded: LoadedPart
-    groups: Groups
     runner: PartRunner
     expected_nV: Tensor
 
     def close(self) -> None:
-        """Give the exchanges up."""
+        """Stop reading ahead."""
         if self.loaded.stream is not None:
             self.loaded.stream.close()
-        self.groups.close()
 
 
 def open_model(
@@ -141,12 +137,13 @@ def open_model(
     """
     opening = Opening.of(source, config, name=name)
     if crew is None:
-        part = open_part(opening, 0, expected_digest=expected_digest)
+        part = open_part(opening, 0, None, expected_digest=expected_digest)
         runner: Runner = part.runner
     else:
         crew.tell(Order.OPEN, write_text(opening.to_json()))
         with crew.together():
-            part = open_part(opening, 0, expected_digest=expected_digest)
+            crew.world.group(opening.layout)
+            part = open_part(opening, 0, crew.world, expected_digest=expected_digest)
         runner = LeadingRunner(part.runner, crew)
     verify_runner(runner, part.expected_nV, name=name)
     model, tokenizer = part.loaded.model, part.loaded.tokenizer
@@ -168,8 +165,16 @@ def _close(part: OpenPart, crew: Crew | None) -> None:
     part.close()
 
 
-def open_part(opening: Opening, rank: int, *, expected_digest: str | None = None) -> OpenPart:
+def open_part(
+    opening: Opening, rank: int, world: World | None, *, expected_digest: str | None = None
+) -> OpenPart:
     """Open a rank's part; all ranks do this together.
+
+    Args:
+        opening: What all are told.
+        rank: Which this one is.
+        world: All ranks, grouped by the layout; ``None`` if this is the only one.
+        expected_digest: Asked for of rank 0.
 
     Raises:
         ModelNotLoadable: As in ``open_model``, at every rank.
@@ -177,7 +182,7 @@ def open_part(opening: Opening, rank: int, *, expected_digest: str | None = None
     """
     place = opening.layout.place(rank)
     partitioner = get_partitioner(opening.partitioner)
-    groups = Groups(place, timeout_s=opening.rank_timeout_s)
+    groups = Groups(place, world)
     loaded = _load(opening, groups, partitioner, expected_digest)
     model = loaded.model
     layers = observe_layers(model, name=opening.name, expected=place.layers)
@@ -200,9 +205,7 @@ def open_part(opening: Opening, rank: int, *, expected_digest: str | None = None
         vocabulary=model.config.vocab_size,
         divided=place.layout.tensor > 1 and partitioner.divides_logits,
     )
-    return OpenPart(
-        loaded=loaded, groups=groups, runner=runner, expected_nV=runner.collect(expected)
-    )
+    return OpenPart(loaded=loaded, runner=runner, expected_nV=runner.collect(expected))
 
 
 def get_partitioner(kind: str) -> Partitioner:
@@ -236,7 +239,6 @@ def _load(
     if failed is None and not problem:
         assert loaded is not None, "it was loaded, or it failed"
         return loaded
-    groups.close()
     if failed is not None:
         raise failed
     raise ModelNotLoadable(model=opening.name, reason=f"another rank said: {problem}")

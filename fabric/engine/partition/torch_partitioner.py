@@ -24,6 +24,9 @@ from fabric.errors import ModelNotLoadable
 _WHOLE = ("replicated_with_grad_allreduce", "replicated")
 """Styles of the plan that leave a module as it is."""
 
+_VOCABULARY = ("embedding_rowwise", "colwise_gather_output")
+"""Styles of embeddings and logits, which are divided in every family."""
+
 _OWN_PLANS = {
     "gpt2": {
         "h.*.attn.c_attn": "colwise",
@@ -255,7 +258,7 @@ class _Division:
 def _plan_of(model: PreTrainedModel, *, name: str) -> dict[str, str]:
     config = model.config
     plan = config.base_model_tp_plan or _OWN_PLANS.get(config.model_type)
-    known = {"colwise", "rowwise", "packed_colwise", "moe_tp_experts", *_WHOLE}
+    known = {"colwise", "rowwise", "packed_colwise", "moe_tp_experts", *_WHOLE, *_VOCABULARY}
     unknown = sorted(set((plan or {}).values()) - known)
     if plan is None or unknown:
         what = f"it divides by {', '.join(unknown)}" if unknown else "there is no plan for it"
@@ -264,7 +267,7 @@ def _plan_of(model: PreTrainedModel, *, name: str) -> dict[str, str]:
             reason=f"the tensors of {config.model_type} cannot be divided among ranks here"
             f" ({what}); use pipeline_parallel instead of tensor_parallel",
         )
-    return {pattern: style for pattern, style in plan.items() if style not in _WHOLE}
+    return {pattern: style for pattern, style in plan.items() if style not in (*_WHOLE, *_VOCABULARY)}
 
 
 def _size_of(layer: nn.Module) -> tuple[int, int]:
