@@ -62,6 +62,19 @@ class EngineConfig:
         for setting, least in (("num_threads", 0), ("cache_bytes", 1), ("max_rows", 1)):
             if getattr(self, setting) < least:
                 self._refuse(setting, f"it must be at least {least}")
+        for setting in ("tensor_parallel", "pipeline_parallel"):
+            if getattr(self, setting) < 1:
+                self._refuse(setting, "it must be at least 1")
+        if self.local_ranks is not None and not 1 <= self.local_ranks <= self.num_ranks:
+            self._refuse("local_ranks", f"it must be from 1 to the {self.num_ranks} ranks")
+        if self.local_ranks not in (None, self.num_ranks) and self.rendezvous is None:
+            self._refuse("rendezvous", "ranks on other nodes need HOST:PORT of this one")
+        if self.stage_layers is not None and (
+            len(self.stage_layers) != self.pipeline_parallel or min(self.stage_layers) < 1
+        ):
+            self._refuse("stage_layers", "it must have one number of layers for each stage")
+        if not self.rank_timeout_s > 0:
+            self._refuse("rank_timeout_s", "it must be over 0")
         if self.step_tokens <= self.max_rows:
             self._refuse("step_tokens", "it must be over max_rows, or prefill could never run")
         if not self.slowdown >= 1.0:

@@ -89,7 +89,7 @@ class TorchEngine:
         self._info: EngineInfo | None = None
         self._load = Load()
         self._crew = crew
-        self._failure: RankLost | None = None
+        self._failure: Future[FabricError] = Future()
         self._closing = ExitStack()
 
     @property
@@ -99,8 +99,8 @@ class TorchEngine:
         return self._info
 
     @property
-    def failure(self) -> FabricError | None:
-        """What ended the engine by itself, if anything did."""
+    def failure(self) -> Future[FabricError]:
+        """Done when the engine has ended by itself, with the reason."""
         return self._failure
 
     def start(self) -> None:
@@ -265,7 +265,8 @@ class TorchEngine:
     def _lose(self, error: RankLost) -> None:
         """End, because part of the model is gone; called on any thread."""
         with self._changed:
-            self._failure = error
+            if not self._failure.done():
+                self._failure.set_result(error)
             self._closed = EngineStopped(reason=error.message.rstrip("."))
             self._changed.notify()
 

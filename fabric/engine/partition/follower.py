@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from fabric.engine.partition.agent import PEER_LOST, Station, parse_arguments
 from fabric.engine.partition.groups import World
-from fabric.engine.partition.opening import OpenPart, Opening, open_part
+from fabric.engine.partition.opening import Opening, OpenPart, open_part
 from fabric.engine.partition.orders import Order, read_chunks, read_text
 from fabric.errors import FabricError
 

@@ -150,9 +150,7 @@ class Heads:
         per_group = num_query // num_key_value
         if num_key_value >= ranks:
             own = share(num_key_value, ranks, rank)
-            return Heads(
-                query=range(own.start * per_group, own.stop * per_group), key_value=own
-            )
+            return Heads(query=range(own.start * per_group, own.stop * per_group), key_value=own)
         head = next(k for k in range(num_key_value) if rank in share(ranks, num_key_value, k))
         sharing = share(ranks, num_key_value, head)
         if len(share(ranks, num_key_value, 0)) > per_group:

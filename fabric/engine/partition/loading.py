@@ -26,7 +26,7 @@ from fabric.engine.partition.checkpoint import (
     tied_names,
 )
 from fabric.engine.partition.groups import Groups
-from fabric.engine.partition.partitioner import Part, Partitioner
+from fabric.engine.partition.partitioner import Part, Partitioner, Parts
 from fabric.engine.partition.stages import keep_stage
 from fabric.engine.partition.streaming import Stream
 from fabric.errors import ModelNotLoadable
@@ -66,7 +66,7 @@ def load_part(
     """
     model, tokenizer, checkpoint = _open(path, dtype, offload=offload)
     tied = tied_names(model)
-    parts: dict[str, Part | None] = {}
+    parts: Parts = {}
     if groups.place.layout.tensor > 1:
         parts = partitioner.divide(model, groups, name=name)
     keep_stage(model, groups, name=name)
@@ -81,9 +81,7 @@ def load_part(
             pass
     absent = set() if stream is None else stream.absent
     left = [
-        path
-        for path, tensor in model.named_parameters()
-        if tensor.is_meta and tensor not in absent
+        path for path, tensor in model.named_parameters() if tensor.is_meta and tensor not in absent
     ]
     if left:
         raise ModelNotLoadable(model=name, reason=f"no tensor of it fills {', '.join(left[:3])}")
@@ -91,7 +89,7 @@ def load_part(
     if stream is not None:
         stream.start()
     if groups.place.layout.tensor > 1:
-        partitioner.complete(model, groups, name=name)
+        partitioner.complete(model, groups)
     return LoadedPart(model=model, tokenizer=tokenizer, digest=digest, stream=stream)
 
 
@@ -133,7 +131,7 @@ class _Homes:
         self,
         model: PreTrainedModel,
         tied: dict[str, tuple[str, ...]],
-        parts: dict[str, Part | None],
+        parts: Parts,
     ) -> None:
         self._model = model
         self._tied = tied

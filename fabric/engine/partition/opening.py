@@ -210,6 +210,10 @@ def open_part(
 
 def get_partitioner(kind: str) -> Partitioner:
     """Return what divides matrices: ``torch`` or ``deepspeed``."""
+    if kind == "deepspeed":
+        from fabric.engine.partition.deepspeed_partitioner import DeepSpeedPartitioner
+
+        return DeepSpeedPartitioner()
     return TorchPartitioner()
 
 

@@ -21,13 +21,18 @@ class Part:
     cut: Cut | None
 
 
+Parts = dict[str, Part | None]
+"""By a tensor's name in the undivided model, where it is kept if not there, or in part; ``None`` if
+this rank has nothing of it."""
+
+
 class Partitioner(Protocol):
     """Divides one stage's modules, so that every rank computes with its part."""
 
     divides_logits: bool
     """Whether each rank's logits are a part of the vocabulary; or else the first rank has all."""
 
-    def divide(self, model: PreTrainedModel, groups: Groups, *, name: str) -> dict[str, Part | None]:
+    def divide(self, model: PreTrainedModel, groups: Groups, *, name: str) -> Parts:
         """Change the modules before their weights are read.
 
         Args:
@@ -36,16 +41,15 @@ class Partitioner(Protocol):
             name: What errors call the model.
 
         Returns:
-            By a tensor's name in the undivided model, where it is kept if not there, or in part;
-            ``None`` if this rank has nothing of it.
+            Where tensors are kept that are divided or moved.
 
         Raises:
             ModelNotLoadable: It cannot be divided so; says what would.
         """
 
-    def complete(self, model: PreTrainedModel, groups: Groups, *, name: str) -> None:
+    def complete(self, model: PreTrainedModel, groups: Groups) -> None:
         """Change the modules after their weights were read.
 
         Raises:
-            ModelNotLoadable: It cannot be divided so; says what would.
+            PackageMissing: What it works with is not installed.
         """

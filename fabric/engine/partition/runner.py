@@ -72,9 +72,7 @@ class PartRunner(Runner):
 
     def collect(self, logits_WV: Tensor) -> Tensor:
         """Return, at rank 0, whole logits [W, V] in float32."""
-        return self._groups.collect(
-            logits_WV, vocabulary=self._vocabulary, divided=self._divided
-        )
+        return self._groups.collect(logits_WV, vocabulary=self._vocabulary, divided=self._divided)
 
     def forward_hidden(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
         """See ``Runner.forward_hidden``; what is returned is right at rank 0."""

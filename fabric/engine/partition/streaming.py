@@ -35,9 +35,7 @@ class Stream:
         self._checkpoint = checkpoint
         lists = (child for child in model.base_model.children() if isinstance(child, nn.ModuleList))
         self._layers = [_Layer(module) for layers in lists for module in layers]
-        self._owner = {
-            module: layer for layer in self._layers for module in layer.module.modules()
-        }
+        self._owner = {module: layer for layer in self._layers for module in layer.module.modules()}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from fabric.engine.partition.checkpoint import Cut
 from fabric.engine.partition.groups import Groups
 from fabric.engine.partition.layout import Heads, Place, share
-from fabric.engine.partition.partitioner import Part
+from fabric.engine.partition.partitioner import Part, Parts
 from fabric.errors import ModelNotLoadable
 
 _WHOLE = ("replicated_with_grad_allreduce", "replicated")
@@ -37,7 +37,7 @@ _OWN_PLANS = {
 }
 """Of families for which transformers has none."""
 
-_QUERIES, _KEYS, _FUSED, _OUTPUTS = ("q_proj",), ("k_proj", "v_proj"), ("c_attn",), ("o_proj",)
+_QUERIES, _KEYS, _FUSED = ("q_proj",), ("k_proj", "v_proj"), ("c_attn",)
 
 
 class SummedParts(nn.Module):  # type: ignore[misc]
@@ -80,16 +80,19 @@ class TorchPartitioner:
 
     divides_logits = True
 
-    def divide(self, model: PreTrainedModel, groups: Groups, *, name: str) -> dict[str, Part | None]:
+    def divide(self, model: PreTrainedModel, groups: Groups, *, name: str) -> Parts:
         """See ``Partitioner.divide``."""
         plan = _plan_of(model, name=name)
         base = model.base_model
         prefix = "" if base is model else f"{model.base_model_prefix}."
         return _Division(model, groups, name=name).run(
-            {re.compile(re.escape(f"{prefix}{p}").replace(r"\*", r"\d+")): s for p, s in plan.items()}
+            {
+                re.compile(re.escape(f"{prefix}{p}").replace(r"\*", r"\d+")): s
+                for p, s in plan.items()
+            }
         )
 
-    def complete(self, model: PreTrainedModel, groups: Groups, *, name: str) -> None:
+    def complete(self, model: PreTrainedModel, groups: Groups) -> None:
         """See ``Partitioner.complete``: nothing is left to do."""
 
 
@@ -99,9 +102,9 @@ class _Division:
         self._groups = groups
         self._place: Place = groups.place
         self._name = name
-        self._parts: dict[str, Part | None] = {}
+        self._parts: Parts = {}
 
-    def run(self, plan: dict[re.Pattern[str], str]) -> dict[str, Part | None]:
+    def run(self, plan: dict[re.Pattern[str], str]) -> Parts:
         styles: dict[str, Callable[[str, nn.Module], None]] = {
             "colwise": self._divide_outputs,
             "rowwise": self._divide_inputs,
@@ -110,13 +113,16 @@ class _Division:
         }
         # Experts are wrapped last: their tensors are found by the path they had.
         found = [
-            (path, style) for path in self._paths() for p, style in plan.items() if p.fullmatch(path)
+            (path, style)
+            for path in self._paths()
+            for p, style in plan.items()
+            if p.fullmatch(path)
         ]
         for path, style in sorted(found, key=lambda entry: entry[1] == "moe_tp_experts"):
             styles[style](path, self._model)
-        for path, module in list(self._model.named_modules()):
+        for module in self._model.modules():
             if hasattr(module, "head_dim") and hasattr(module, "layer_idx"):
-                self._tell_heads(path, module)
+                self._tell_heads(module)
         self._divide_vocabulary()
         return self._parts
 
@@ -124,7 +130,7 @@ class _Division:
         modules = [path for path, _ in self._model.named_modules()]
         return modules + [path for path, _ in self._model.named_parameters()]
 
-    def _heads(self, path: str) -> Heads:
+    def _heads(self) -> Heads:
         config = self._model.config
         num_query = config.num_attention_heads
         num_key_value = getattr(config, "num_key_value_heads", None) or num_query
@@ -138,7 +144,7 @@ class _Division:
         owner = self._model.get_submodule(attention)
         if not hasattr(owner, "head_dim"):
             return (self._place.width(width),)
-        heads, size = self._heads(path), owner.head_dim
+        heads, size = self._heads(), owner.head_dim
         query = range(heads.query.start * size, heads.query.stop * size)
         key_value = range(heads.key_value.start * size, heads.key_value.stop * size)
         if layer in _QUERIES:
@@ -171,10 +177,9 @@ class _Division:
             return
         layer = model.get_submodule(path)
         num_inputs, num_outputs = _size_of(layer)
-        attention, _, own_name = path.rpartition(".")
-        owner = model.get_submodule(attention)
+        owner = model.get_submodule(path.rpartition(".")[0])
         if hasattr(owner, "head_dim"):
-            query = self._heads(path).query
+            query = self._heads().query
             inputs = range(query.start * owner.head_dim, query.stop * owner.head_dim)
         else:
             inputs = self._place.width(num_inputs)
@@ -215,9 +220,9 @@ class _Division:
                 experts.intermediate_dim = value.shape[2]
         model.set_submodule(path, SummedParts(experts, self._groups))
 
-    def _tell_heads(self, path: str, attention: nn.Module) -> None:
+    def _tell_heads(self, attention: nn.Module) -> None:
         """Let an attention module know how many heads are here."""
-        heads = self._heads(path)
+        heads = self._heads()
         local = {
             "num_heads": len(heads.query),
             "num_key_value_heads": len(heads.key_value),
@@ -238,8 +243,8 @@ class _Division:
         tied = head.weight is embedding.weight
         for table in (embedding, head):
             path = tables[id(table)]
-            table.weight = weight if tied else nn.Parameter(
-                weight.new_empty(len(rows), table.weight.shape[1])
+            table.weight = (
+                weight if tied else nn.Parameter(weight.new_empty(len(rows), table.weight.shape[1]))
             )
             self._put(f"{path}.weight", table, "weight", cut)
             if getattr(table, "bias", None) is not None:
@@ -247,9 +252,7 @@ class _Division:
                 self._put(f"{path}.bias", table, "bias", cut)
         embedding.padding_idx = None
         embedding.num_embeddings = head.out_features = len(rows)
-        model.set_submodule(
-            tables[id(embedding)], VocabularyPart(embedding, rows, self._groups)
-        )
+        model.set_submodule(tables[id(embedding)], VocabularyPart(embedding, rows, self._groups))
 
     def _put(self, name: str, module: nn.Module, attribute: str, cut: Cut | None) -> None:
         self._parts[name] = Part(module=module, attribute=attribute, cut=cut)
@@ -267,7 +270,9 @@ def _plan_of(model: PreTrainedModel, *, name: str) -> dict[str, str]:
             reason=f"the tensors of {config.model_type} cannot be divided among ranks here"
             f" ({what}); use pipeline_parallel instead of tensor_parallel",
         )
-    return {pattern: style for pattern, style in plan.items() if style not in (*_WHOLE, *_VOCABULARY)}
+    return {
+        pattern: style for pattern, style in plan.items() if style not in (*_WHOLE, *_VOCABULARY)
+    }
 
 
 def _size_of(layer: nn.Module) -> tuple[int, int]:
