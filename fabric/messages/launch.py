@@ -31,6 +31,7 @@ class EngineOptions(Wire):
     partitioner: Literal["torch", "deepspeed"] = "torch"
     rendezvous: str | None = Field(default=None, pattern=r"^[^:\s]+:\d{1,5}$")
     local_ranks: int | None = Field(default=None, ge=1)
+    rank_timeout_s: float | None = Field(default=None, gt=0)
     offload: Literal["none", "host", "disk"] = "none"
 
 

@@ -55,7 +55,9 @@ class Layout:
                 tensor=tensor,
                 stages=tuple(share(num_layers, pipeline, stage) for stage in range(pipeline)),
             )
-        if len(stage_layers) != pipeline or sum(stage_layers) != num_layers:
+        if (len(stage_layers), sum(stage_layers)) != (pipeline, num_layers) or min(
+            stage_layers
+        ) < 1:
             raise ModelNotLoadable(
                 model=name,
                 reason=f"stage_layers {list(stage_layers)} do not divide its {num_layers} layers"
@@ -151,8 +153,6 @@ class Heads:
         if num_key_value >= ranks:
             own = share(num_key_value, ranks, rank)
             return Heads(query=range(own.start * per_group, own.stop * per_group), key_value=own)
-        head = next(k for k in range(num_key_value) if rank in share(ranks, num_key_value, k))
-        sharing = share(ranks, num_key_value, head)
         if len(share(ranks, num_key_value, 0)) > per_group:
             most = num_key_value * per_group
             raise ModelNotLoadable(
@@ -161,6 +161,8 @@ class Heads:
                 f" some of {ranks} ranks without one; set tensor_parallel to at most {most}, and"
                 " use pipeline_parallel for more processes",
             )
+        head = next(k for k in range(num_key_value) if rank in share(ranks, num_key_value, k))
+        sharing = share(ranks, num_key_value, head)
         part = share(per_group, len(sharing), rank - sharing.start)
         first = head * per_group
         return Heads(
