@@ -46,8 +46,8 @@ class DeepSpeedPartitioner:
             import deepspeed
         except ImportError as error:
             raise PackageMissing(package="deepspeed", extra="deepspeed") from error
-        # Its shared-memory sum on CPUs takes all processes of the machine for one group, and is
-        # compiled when first wanted; torch's own serves any group.
+        # Its shared-memory sum on CPUs reads buffers that are only there if LOCAL_SIZE is set,
+        # which torchrun does not do: a segmentation fault. It knows no groups either.
         deepspeed.ops.__compatible_ops__[_SHARED_MEMORY] = False
         deepspeed.init_inference(
             model,

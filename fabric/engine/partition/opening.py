@@ -56,6 +56,18 @@ class Opening:
         """
         with reading(source, name=name):
             num_layers = _num_layers(source)
+        if config.offload == "host":
+            raise ModelNotLoadable(
+                model=name,
+                reason="offload to host memory is for devices with memory of their own, and this"
+                " engine computes in the host's; set offload to disk or none",
+            )
+        if config.offload != "none" and config.partitioner == "deepspeed":
+            raise ModelNotLoadable(
+                model=name,
+                reason="DeepSpeed divides weights that are in memory; set partitioner to torch, or"
+                " offload to none",
+            )
         layout = Layout.of(
             num_layers,
             tensor=config.tensor_parallel,

@@ -6,7 +6,7 @@ Shapes: N tokens of the step, W tokens whose logits are wanted, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Protocol
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from fabric.engine.cache import KvCache, LayerShape
 from fabric.engine.partition.groups import Groups
 from fabric.engine.partition.orders import Order, write_chunks
 from fabric.engine.runner import Runner
+from fabric.errors import RankLost
 
 
 class Leader(Protocol):
@@ -121,6 +122,7 @@ class LeadingCache(KvCache):
         self._own.copy_block(source, target)
 
     def wipe(self, blocks: Sequence[int]) -> None:
-        """Zero blocks."""
-        self._leader.tell(Order.WIPE, blocks)
-        self._own.wipe(blocks)
+        """Zero blocks; with a rank lost nothing, for no step will read them."""
+        with suppress(RankLost):
+            self._leader.tell(Order.WIPE, blocks)
+            self._own.wipe(blocks)

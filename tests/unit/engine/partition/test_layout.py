@@ -10,6 +10,7 @@ from fabric.engine.attention import Chunk
 from fabric.engine.partition.layout import Heads, Layout
 from fabric.engine.partition.orders import read_chunks, write_chunks
 from fabric.errors import ModelNotLoadable
+from fabric.messages import EngineOptions
 from fabric.planning import find_shape, get_plan
 from fabric.planning.devices import DEVICES
 
@@ -97,21 +98,22 @@ def test_chunks_arrive_as_they_were_sent(chunks):
 @pytest.mark.parametrize(
     ("model", "device", "num_nodes"),
     [
-        ("llama-3.1-70b", "A100-40", 1),
+        ("llama-3.1-70b", "A100-80", 1),
         ("llama-3.1-405b", "H200", 1),
-        ("mixtral-8x22b", "H100-80", 1),
+        ("mixtral-8x22b", "H200", 1),
     ],
 )
 def test_the_split_that_a_plan_chooses_is_one_the_engine_takes(model, device, num_nodes):
     shape = find_shape(model)
-    split = get_plan(shape, DEVICES[device], num_nodes=num_nodes).split
+    plan = get_plan(shape, DEVICES[device], num_nodes=num_nodes)
+    split = plan.split
     assert split.num_ranks > 1
-    stage_layers = tuple(map(len, split.stages))
+    options = EngineOptions.model_validate(plan.engine_options)
     layout = Layout.of(
         len(shape.layers),
-        tensor=split.tensor,
-        pipeline=split.pipeline,
-        stage_layers=stage_layers,
+        tensor=options.tensor_parallel,
+        pipeline=options.pipeline_parallel,
+        stage_layers=options.stage_layers,
         name=model,
     )
     assert layout.stages == split.stages
