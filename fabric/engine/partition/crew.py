@@ -218,7 +218,7 @@ class Crew:
             return
         self._lost = RankLost(rank=rank, num_ranks=self.num_ranks, reason=reason)
         self._found.set()
-        _logger.error(self._lost.message)
+        _logger.error("a rank is lost", extra={"rank": rank, "reason": reason})
         # What still waits for the lost rank, here and elsewhere, wakes by its broken connections.
         self._kill()
         if self.on_lost is not None:
