@@ -146,7 +146,7 @@ class Crew:
             raise
         except Exception as error:
             if not self._found.wait(_EXPLAIN_S):
-                self._lose(None, f"an exchange failed ({type(error).__name__}: {error})")
+                self._lose(None, f"a step failed ({type(error).__name__}: {error})")
             assert self._lost is not None, "it was found"
             raise self._lost from error
 

@@ -24,8 +24,8 @@ from fabric.errors import ModelNotLoadable
 _WHOLE = ("replicated_with_grad_allreduce", "replicated")
 """Styles of the plan that leave a module as it is."""
 
-_VOCABULARY = ("embedding_rowwise", "colwise_gather_output")
-"""Styles of embeddings and logits, which are divided in every family."""
+_VOCABULARY = ("embedding_rowwise",)
+"""The style of embeddings, which are divided in every family."""
 
 _OWN_PLANS = {
     "gpt2": {
@@ -36,8 +36,6 @@ _OWN_PLANS = {
     }
 }
 """Of families for which transformers has none."""
-
-_QUERIES, _KEYS, _FUSED = ("q_proj",), ("k_proj", "v_proj"), ("c_attn",)
 
 
 class SummedParts(nn.Module):  # type: ignore[misc]
@@ -103,37 +101,36 @@ class _Division:
         self._place: Place = groups.place
         self._name = name
         self._parts: Parts = {}
+        self._tensors = {path for path, _ in model.named_parameters()}
+        config = model.config
+        num_query = config.num_attention_heads
+        self._num_heads = num_query, getattr(config, "num_key_value_heads", None) or num_query
 
     def run(self, plan: dict[re.Pattern[str], str]) -> Parts:
-        styles: dict[str, Callable[[str, nn.Module], None]] = {
+        styles: dict[str, Callable[[str], None]] = {
             "colwise": self._divide_outputs,
             "rowwise": self._divide_inputs,
             "packed_colwise": self._divide_packed,
             "moe_tp_experts": self._sum_experts,
         }
+        modules = [path for path, _ in self._model.named_modules()]
         # Experts are wrapped last: their tensors are found by the path they had.
         found = [
             (path, style)
-            for path in self._paths()
+            for path in (*modules, *self._tensors)
             for p, style in plan.items()
             if p.fullmatch(path)
         ]
         for path, style in sorted(found, key=lambda entry: entry[1] == "moe_tp_experts"):
-            styles[style](path, self._model)
+            styles[style](path)
         for module in self._model.modules():
             if hasattr(module, "head_dim") and hasattr(module, "layer_idx"):
                 self._tell_heads(module)
         self._divide_vocabulary()
         return self._parts
 
-    def _paths(self) -> list[str]:
-        modules = [path for path, _ in self._model.named_modules()]
-        return modules + [path for path, _ in self._model.named_parameters()]
-
     def _heads(self) -> Heads:
-        config = self._model.config
-        num_query = config.num_attention_heads
-        num_key_value = getattr(config, "num_key_value_heads", None) or num_query
+        num_query, num_key_value = self._num_heads
         return Heads.of(
             self._place, num_query=num_query, num_key_value=num_key_value, name=self._name
         )
@@ -145,13 +142,14 @@ class _Division:
         if not hasattr(owner, "head_dim"):
             return (self._place.width(width),)
         heads, size = self._heads(), owner.head_dim
+        num_query, num_key_value = self._num_heads
         query = range(heads.query.start * size, heads.query.stop * size)
         key_value = range(heads.key_value.start * size, heads.key_value.stop * size)
-        if layer in _QUERIES:
+        if layer == "q_proj" and width == num_query * size:
             return (query,)
-        if layer in _KEYS:
+        if layer in ("k_proj", "v_proj") and width == num_key_value * size:
             return (key_value,)
-        if layer in _FUSED:
+        if layer == "c_attn" and width == 3 * num_query * size:
             third = width // 3
             return tuple(range(query.start + i * third, query.stop + i * third) for i in range(3))
         raise ModelNotLoadable(
@@ -160,24 +158,24 @@ class _Division:
             " tensor_parallel",
         )
 
-    def _divide_outputs(self, path: str, model: nn.Module) -> None:
-        layer = model.get_submodule(path)
+    def _divide_outputs(self, path: str) -> None:
+        layer = self._model.get_submodule(path)
         num_inputs, num_outputs = _size_of(layer)
         ranges = self._outputs_of(path, num_outputs)
         local = _like(layer, num_inputs, sum(map(len, ranges)), biased=layer.bias is not None)
-        model.set_submodule(path, local)
+        self._model.set_submodule(path, local)
         dim = 1 if isinstance(layer, Conv1D) else 0
         self._put(f"{path}.weight", local, "weight", Cut(dim=dim, ranges=ranges))
         if layer.bias is not None:
             self._put(f"{path}.bias", local, "bias", Cut(dim=0, ranges=ranges))
 
-    def _divide_inputs(self, path: str, model: nn.Module) -> None:
-        if path in dict(model.named_parameters()):
+    def _divide_inputs(self, path: str) -> None:
+        if path in self._tensors:
             self._divide_parameter(path, 2)
             return
-        layer = model.get_submodule(path)
+        layer = self._model.get_submodule(path)
         num_inputs, num_outputs = _size_of(layer)
-        owner = model.get_submodule(path.rpartition(".")[0])
+        owner = self._model.get_submodule(path.rpartition(".")[0])
         if hasattr(owner, "head_dim"):
             query = self._heads().query
             inputs = range(query.start * owner.head_dim, query.stop * owner.head_dim)
@@ -186,7 +184,7 @@ class _Division:
         # The sum shall have the bias once.
         adds_bias = layer.bias is not None and self._place.tensor_rank == 0
         local = _like(layer, len(inputs), num_outputs, biased=adds_bias)
-        model.set_submodule(path, SummedParts(local, self._groups))
+        self._model.set_submodule(path, SummedParts(local, self._groups))
         dim = 0 if isinstance(layer, Conv1D) else 1
         self._put(f"{path}.weight", local, "weight", Cut(dim=dim, ranges=(inputs,)))
         if adds_bias:
@@ -194,8 +192,8 @@ class _Division:
         elif layer.bias is not None:
             self._parts[f"{path}.bias"] = None
 
-    def _divide_packed(self, path: str, model: nn.Module) -> None:
-        half = model.get_parameter(path).shape[1] // 2
+    def _divide_packed(self, path: str) -> None:
+        half = self._model.get_parameter(path).shape[1] // 2
         own = self._place.width(half)
         both = (own, range(own.start + half, own.stop + half))
         self._divide_parameter(path, 1, both)
@@ -211,14 +209,14 @@ class _Division:
         setattr(owner, attribute, nn.Parameter(whole.new_empty(shape), requires_grad=False))
         self._put(path, owner, attribute, cut)
 
-    def _sum_experts(self, path: str, model: nn.Module) -> None:
-        experts = model.get_submodule(path)
+    def _sum_experts(self, path: str) -> None:
+        experts = self._model.get_submodule(path)
         for attribute, value in list(experts.named_parameters(recurse=False)):
             if f"{path}.{attribute}" not in self._parts:
                 self._put(f"{path}.{attribute}", experts, attribute, None)
             if hasattr(experts, "intermediate_dim") and attribute == "down_proj":
                 experts.intermediate_dim = value.shape[2]
-        model.set_submodule(path, SummedParts(experts, self._groups))
+        self._model.set_submodule(path, SummedParts(experts, self._groups))
 
     def _tell_heads(self, attention: nn.Module) -> None:
         """Let an attention module know how many heads are here."""

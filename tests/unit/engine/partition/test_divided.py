@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from fabric.engine.config import EngineConfig
 from fabric.engine.partition.crew import Crew
@@ -75,6 +76,23 @@ def test_a_split_that_cannot_be_is_refused_with_what_would(
     with pytest.raises(ModelNotLoadable, match=remedy):
         drive(path, **layout)
     assert drive(**BOTH).greedy([5], 2).finished, "the ranks are still there"
+
+
+def test_a_family_that_ranks_cannot_divide_runs_in_stages(drive, save_model):
+    torch.manual_seed(5)
+    model = Olmo2ForCausalLM(  # its norms go over all heads at once
+        Olmo2Config(
+            vocab_size=259, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+            initializer_range=0.2, eos_token_id=None, pad_token_id=258,
+        )
+    )  # fmt: skip
+    path = save_model(model)
+    with pytest.raises(ModelNotLoadable, match="use pipeline_parallel"):
+        drive(path, tensor_parallel=2)
+    whole, stages = drive(path), drive(path, pipeline_parallel=2)
+    heard = [one.greedy(PROMPT, 12, ignore_eos=True).wait().ids() for one in (whole, stages)]
+    assert heard[0] == heard[1]
 
 
 def test_a_damaged_file_is_refused_by_all_ranks_and_none_hangs(drive, tiny_dir, tmp_path):
