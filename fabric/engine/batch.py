@@ -24,6 +24,7 @@ from fabric.errors import (
     DeadlineExceeded,
     EngineError,
     FabricError,
+    RankLost,
     RequestCancelled,
     RequestInvalid,
     RowFailed,
@@ -163,6 +164,8 @@ class Batch:
                 runs = self._speculator.extend(runs)
             model_started = time.perf_counter()
             outcome = run_step(runs, self._runner, self._scheduler)
+        except RankLost:
+            raise  # no further step is possible
         except Exception as error:
             _logger.exception("a step failed", extra={"num_runs": len(runs)})
             for active in involved:

@@ -30,6 +30,16 @@ class EngineConfig:
         speculation: Whether several tokens of a row may be verified at once, and who guesses them:
             ``lookup`` in the row's own text, ``model`` by ``draft_model``. Answers stay the same.
         draft_model: Source of a smaller model with the same tokenizer.
+        tensor_parallel: Processes that divide every matrix; ``cache_bytes`` is of each process.
+        pipeline_parallel: Stages, by layers, that follow each other; each is a tensor group.
+        stage_layers: Layers of each stage; ``None``: as even as can be.
+        partitioner: What divides matrices: torch's collectives, or DeepSpeed's AutoTP.
+        rendezvous: ``HOST:PORT`` by which ranks on other nodes reach this one; ``None``: all ranks
+            are here.
+        local_ranks: Ranks on this node; ``None``: all.
+        rank_timeout_s: How long a rank may be silent before it counts as lost.
+        offload: Where weights are that do not fit: ``disk`` leaves the layers' matrices in the
+            model's files and reads them at every step.
 
     Raises:
         SettingInvalid: A number is out of range.
@@ -46,17 +56,49 @@ class EngineConfig:
     batch_invariant: bool = False
     speculation: Literal["off", "lookup", "model"] = "off"
     draft_model: str | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    stage_layers: tuple[int, ...] | None = None
+    partitioner: Literal["torch", "deepspeed"] = "torch"
+    rendezvous: str | None = None
+    local_ranks: int | None = None
+    rank_timeout_s: float = 60.0
+    offload: Literal["none", "host", "disk"] = "none"
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that hold the model together."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     def __post_init__(self) -> None:
         for setting, least in (("num_threads", 0), ("cache_bytes", 1), ("max_rows", 1)):
             if getattr(self, setting) < least:
                 self._refuse(setting, f"it must be at least {least}")
+        for setting in ("tensor_parallel", "pipeline_parallel"):
+            if getattr(self, setting) < 1:
+                self._refuse(setting, "it must be at least 1")
+        if self.local_ranks is not None and not 1 <= self.local_ranks <= self.num_ranks:
+            self._refuse("local_ranks", f"it must be from 1 to the {self.num_ranks} ranks")
+        if self.local_ranks not in (None, self.num_ranks) and self.rendezvous is None:
+            self._refuse("rendezvous", "ranks on other nodes need HOST:PORT of this one")
+        if self.stage_layers is not None and (
+            len(self.stage_layers) != self.pipeline_parallel or min(self.stage_layers) < 1
+        ):
+            self._refuse("stage_layers", "it must have one number of layers for each stage")
+        if not self.rank_timeout_s > 0:
+            self._refuse("rank_timeout_s", "it must be over 0")
         if self.step_tokens <= self.max_rows:
             self._refuse("step_tokens", "it must be over max_rows, or prefill could never run")
         if not self.slowdown >= 1.0:
             self._refuse("slowdown", "it must be at least 1")
         if self.context_tokens is not None and self.context_tokens < 1:
             self._refuse("context_tokens", "it must be at least 1")
+        if self.num_ranks > 1 or self.offload != "none":
+            for setting in ("draft_model", "batch_invariant"):
+                if getattr(self, setting):
+                    self._refuse(setting, "a model that is divided or offloaded does not take it")
+            if self.weights != "as loaded":
+                self._refuse("weights", "a model that is divided or offloaded is run as loaded")
         for setting in ("dtype", "weights", "speculation"):
             if getattr(self, setting) not in get_args(get_type_hints(EngineConfig)[setting]):
                 self._refuse(setting, "it must be one of those that the documentation names")

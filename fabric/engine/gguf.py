@@ -20,6 +20,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -48,6 +49,13 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         )["tensors"]
     model = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     return model, _tokenizer(header)
+
+
+def read_gguf_config(path: Path) -> PreTrainedConfig:
+    """Return the configuration of a GGUF file, as ``load_gguf`` has it."""
+    with _quick_conversion():
+        header = conversion.load_gguf_checkpoint(str(path))
+        return AutoConfig.for_model(**header["config"])
 
 
 def _tokenizer(header: dict[str, Any]) -> PreTrainedTokenizerFast:

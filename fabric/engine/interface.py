@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
+from fabric.errors import FabricError
 from fabric.messages import Event, Limits, Load, PointManifest, Task
 
 EventSink = Callable[[Event], None]
@@ -35,12 +37,17 @@ class Engine(Protocol):
     def info(self) -> EngineInfo:
         """Facts of the loaded model. Known after ``start``."""
 
+    @property
+    def failure(self) -> Future[FabricError]:
+        """Done when the engine has ended by itself, with the reason; its tasks fail then."""
+
     def start(self) -> None:
         """Load the model and start the engine's thread.
 
         Raises:
             ModelNotLoadable: The files are missing or of a kind that cannot be served.
             DigestMismatch: The tensors are not those that were asked for.
+            RankLost: A process that should hold part of the model ended meanwhile.
         """
 
     def submit(self, task: Task, sink: EventSink) -> None:

@@ -29,8 +29,15 @@ _INT8_TOLERANCE = 0.2
 """The same, where weights of 8 bits take the place of the model's."""
 
 
-def observe_layers(model: PreTrainedModel, *, name: str) -> tuple[LayerShape, ...]:
+def observe_layers(
+    model: PreTrainedModel, *, name: str, expected: range | None = None
+) -> tuple[LayerShape, ...]:
     """Run a few tokens and return what each layer keeps of a token.
+
+    Args:
+        model: Any; not yet set to our attention.
+        name: What errors call it.
+        expected: The layers that are here; ``None``: all.
 
     Shapes are observed, because configurations name them differently in every family. The model
     is left with our attention in place.
@@ -64,11 +71,12 @@ def observe_layers(model: PreTrainedModel, *, name: str) -> tuple[LayerShape, ..
         return attend_causally(q, k, v, Scoring.of(scale, options, q.shape[2]))
 
     run_ragged(model, [Chunk(tokens=_tokens(model), start=0, blocks=(), num_wanted=1)], attend)
-    num_layers = model.config.num_hidden_layers
-    if sorted(seen) != list(range(num_layers)):
+    if expected is None:
+        expected = range(model.config.num_hidden_layers)
+    if sorted(seen) != list(expected):
         raise ModelNotLoadable(
             model=name,
-            reason=f"only {len(seen)} of its {num_layers} layers use attention with a KV cache",
+            reason=f"only {len(seen)} of its {len(expected)} layers use attention with a KV cache",
         )
     return tuple(shape for _, shape in sorted(seen.items()))
 
@@ -165,7 +173,7 @@ def _refuse_options(options: Mapping[str, object], *, name: str) -> None:
 
 
 def _tokens(model: PreTrainedModel) -> list[int]:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.config.vocab_size
     return [(7 * i * i + 3 * i + 1) % vocabulary for i in range(_NUM_TOKENS)]
 
 

@@ -58,6 +58,7 @@ class Runner:
         num_blocks: Cache blocks that can be given out.
         linears: The layers that chunks' deltas can change; see ``LowRankLayers``.
         invariant: Whether a token's bits may not depend on its chunk.
+        first_layer: The one that ``layers`` begin with.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class Runner:
         num_blocks: int,
         linears: Mapping[str, LayerSize] = MappingProxyType({}),
         invariant: bool = False,
+        first_layer: int = 0,
     ) -> None:
+        self._first_layer = first_layer
         self.model = model
         self.lowrank = LowRankLayers(model, linears)
         self._invariant = invariant
@@ -98,7 +101,7 @@ class Runner:
             options: Mapping[str, object],
         ) -> Tensor:
             scoring = Scoring.of(scale, options, q_NHD.shape[2])
-            return attention(layer, q_NHD, k_NKD, v_NKD, scoring)
+            return attention(layer - self._first_layer, q_NHD, k_NKD, v_NKD, scoring)
 
         with self.lowrank.applied(_spans(chunks)):
             if programs is None:

@@ -24,7 +24,7 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
     │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
-    │                        EngineStopped, AdapterMemoryFull, AdapterUnavailable
+    │                        EngineStopped, RankLost, AdapterMemoryFull, AdapterUnavailable
     ├── ProgramError         ProgramInvalid, PointUnknown, PointRefused, ProgramTooLarge,
     │                        ProgramFailed
     ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
@@ -95,6 +95,7 @@ from fabric.errors.compute import (
     LaunchError,
     LaunchImpossible,
     ModelNotLoadable,
+    RankLost,
     RowFailed,
     SchedulerFailed,
 )
@@ -276,6 +277,7 @@ __all__ = [
     "ProjectForeign",
     "ProjectNotChosen",
     "ProtocolViolation",
+    "RankLost",
     "RateMissing",
     "ReplicationFailed",
     "RequestCancelled",

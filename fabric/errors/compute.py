@@ -203,3 +203,22 @@ class EngineStopped(EngineError):
             f"The instance takes no new requests: {reason}. The request may be sent elsewhere.",
             reason=reason,
         )
+
+
+class RankLost(EngineError):
+    """One of the processes that hold a model together is gone or hangs."""
+
+    code = "rank_lost"
+    http_status = 503
+    retryable = True
+
+    def __init__(self, *, rank: int | None, num_ranks: int, reason: str) -> None:
+        which = "A rank" if rank is None else f"Rank {rank}"
+        super().__init__(
+            f"{which} of the model's {num_ranks} processes is lost: {reason}. The instance ends;"
+            " its requests may be sent elsewhere. If it happens again, look for what ended the"
+            " process in the instance's log and in the node's (out of memory, most often).",
+            rank=rank,
+            num_ranks=num_ranks,
+            reason=reason,
+        )

@@ -97,7 +97,7 @@ class Instance:
 
         Raises:
             FabricError: The model cannot be loaded or is another one than was launched, its canary
-                failed, or the hub refuses the session.
+                failed, the hub refuses the session, or the engine ended by itself.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGUSR1, signal.SIGINT):
@@ -115,6 +115,8 @@ class Instance:
                 self._direct_url = url
                 self.report(InstanceState.READY)
                 await self._stay()
+            if self._engine.failure.done():
+                raise self._engine.failure.result()
         finally:
             await asyncio.to_thread(self._engine.close)
 
@@ -182,14 +184,21 @@ class Instance:
     async def _stay(self) -> None:
         """Serve until drained and the last session has ended."""
         url = self._spec.session_url
+        watch = asyncio.create_task(self._drain_with_engine())
         if url is not None:
             serve = partial(self._serve, peer="hub")
             await dial(url, self._launch.token, serve, self._drain)
         await self._drain.wait()
+        watch.cancel()
         self.report(InstanceState.DRAINING)
         while self._num_sessions:
             self._idle.clear()
             await self._idle.wait()
+
+    async def _drain_with_engine(self) -> None:
+        # Shielded: who stops waiting does not cancel the engine's future.
+        await asyncio.shield(asyncio.wrap_future(self._engine.failure))
+        self._drain.set()
 
     async def _serve(self, connection: Connection, peer: Peer) -> None:
         self._num_sessions += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import Field
@@ -10,9 +10,15 @@ from pydantic import Field
 from fabric.messages.request import ModelRef, SiteName
 from fabric.messages.wire import Wire
 
+MAX_RANKS = 1024
+
 
 class EngineOptions(Wire):
-    """How the engine is sized at a site; ``None`` lets the engine choose."""
+    """How the engine is sized at a site; ``None`` lets the engine choose.
+
+    ``tensor_parallel`` x ``pipeline_parallel`` processes hold the model together; ``num_threads``
+    and ``cache_bytes`` are of each. See ``fabric.engine.config``.
+    """
 
     dtype: str | None = None
     num_threads: int | None = Field(default=None, ge=1)
@@ -23,6 +29,14 @@ class EngineOptions(Wire):
     batch_invariant: bool = False
     speculation: str | None = None
     draft_model: str | None = None
+    tensor_parallel: int = Field(default=1, ge=1, le=MAX_RANKS)
+    pipeline_parallel: int = Field(default=1, ge=1, le=MAX_RANKS)
+    stage_layers: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    partitioner: Literal["torch", "deepspeed"] = "torch"
+    rendezvous: str | None = Field(default=None, pattern=r"^[^:\s]+:\d{1,5}$")
+    local_ranks: int | None = Field(default=None, ge=1)
+    rank_timeout_s: float | None = Field(default=None, gt=0)
+    offload: Literal["none", "host", "disk"] = "none"
 
 
 class Launch(Wire):

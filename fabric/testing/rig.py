@@ -107,9 +107,9 @@ class InstanceProcess:
 
 
 @contextmanager
-def start_instance(spec: InstanceSpec) -> Iterator[InstanceProcess]:
+def start_instance(spec: InstanceSpec, module: str = MODULE) -> Iterator[InstanceProcess]:
     """Yield a starting instance process, and kill it at the end if it still runs."""
-    with subprocess.Popen([sys.executable, "-m", MODULE], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         process.stdin.write(spec.model_dump_json().encode() + b"\n")
         process.stdin.flush()

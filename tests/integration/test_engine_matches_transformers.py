@@ -118,9 +118,17 @@ def expected():
     return answers
 
 
-@pytest.fixture(scope="module")
-def engine():
-    config = EngineConfig(dtype="float32", num_threads=1, cache_bytes=2**29)
+LAYOUTS = {
+    "one process": {},
+    "two tensor ranks": {"tensor_parallel": 2},
+    "two stages": {"pipeline_parallel": 2},
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def engine(request):
+    layout = LAYOUTS[request.param]
+    config = EngineConfig(dtype="float32", num_threads=1, cache_bytes=2**28, **layout)
     engine = TorchEngine(ModelSource.parse(MODEL), config, name="smollm2-135m")
     engine.start()
     yield engine

@@ -16,6 +16,7 @@ from fabric.engine import torch_engine
 from fabric.engine.config import EngineConfig
 from fabric.engine.interface import Engine
 from fabric.engine.model import LoadedModel, load_model
+from fabric.engine.partition.crew import Crew
 from fabric.engine.source import ModelSource
 from fabric.engine.text import Texts
 from fabric.engine.torch_engine import TorchEngine
@@ -215,10 +216,23 @@ class Driver:
         return self.ask(prompt, temperature=0.0, max_tokens=max_tokens, **more)
 
 
+@pytest.fixture(scope="session")
+def crew() -> Iterator[Crew]:
+    """Three ranks beside this process, for all models that are divided."""
+    crew = Crew(num_ranks=4, num_threads=1, timeout_s=240.0)
+    crew.start()
+    yield crew
+    crew.close()
+
+
 @pytest.fixture(scope="module")
-def drive(tiny_dir: Path) -> Iterator[Callable[..., Driver]]:
-    """Start engines over the tiny model (or another directory) and close them at the end."""
+def drive(tiny_dir: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Driver]]:
+    """Start engines over the tiny model (or another directory) and close them at the end.
+
+    Divided ones share the crew, so a new one closes the one before.
+    """
     engines = []
+    divided: list[TorchEngine] = []
 
     def start(path: Path = tiny_dir, **config: object) -> Driver:
         values: dict[str, object] = {
@@ -228,11 +242,15 @@ def drive(tiny_dir: Path) -> Iterator[Callable[..., Driver]]:
             "max_rows": 16,
             "step_tokens": 40,
         }
-        engine = TorchEngine(
-            ModelSource.parse(str(path)),
-            EngineConfig(**(values | config)),  # type: ignore[arg-type]
-            name="tiny",
-        )
+        configured = EngineConfig(**(values | config))  # type: ignore[arg-type]
+        crew = None
+        if configured.num_ranks > 1:
+            for other in divided:
+                other.close()
+            crew = request.getfixturevalue("crew")
+        engine = TorchEngine(ModelSource.parse(str(path)), configured, name="tiny", crew=crew)
+        if crew is not None:
+            divided[:] = [engine]
         loaded = []
 
         def load_and_keep(*args: object, **kwargs: object) -> LoadedModel:
@@ -243,7 +261,7 @@ def drive(tiny_dir: Path) -> Iterator[Callable[..., Driver]]:
             patch.setattr(torch_engine, "load_model", load_and_keep)
             engine.start()
         engines.append(engine)
-        return Driver(engine, loaded[0].model)
+        return Driver(engine, loaded[0].model if loaded else None)
 
     yield start
     for engine in engines:
