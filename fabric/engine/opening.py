@@ -1,4 +1,4 @@
-"""Loads a whole model into one process, packs it, and compares what it computes then with before."""
+"""Loads a whole model into one process, packs it, and holds it to what it computed before."""
 
 from __future__ import annotations
 
