@@ -22,6 +22,7 @@ class EngineConfig:
         slowdown: How many times longer than decoding alone a step with prefill may take; prefill
             takes what room that leaves, but always a little.
         context_tokens: The longest row; ``None``: as long as the model allows.
+        adapter_bytes: Memory of the adapters that are loaded.
 
     Raises:
         SettingInvalid: A number is out of range.
@@ -34,9 +35,12 @@ class EngineConfig:
     step_tokens: int = 512
     slowdown: float = 1.8
     context_tokens: int | None = None
+    adapter_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
-        for setting, least in (("num_threads", 0), ("cache_bytes", 1), ("max_rows", 1)):
+        for setting, least in (
+            *(("num_threads", 0), ("cache_bytes", 1), ("max_rows", 1), ("adapter_bytes", 0)),
+        ):
             if getattr(self, setting) < least:
                 self._refuse(setting, f"it must be at least {least}")
         if self.step_tokens <= self.max_rows:

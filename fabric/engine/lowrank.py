@@ -87,7 +87,7 @@ class LowRankLayers:
         self._indices = {name: i for i, name in enumerate(sizes)}
         self._modules: list[nn.Module] = [model.get_submodule(name) for name in sizes]
         parameter = next(model.parameters())
-        self._dtype, self._device = parameter.dtype, parameter.device
+        self.dtype, self._device = parameter.dtype, parameter.device
         self._wrapped = False
         self._step: _Step | None = None
 
@@ -129,7 +129,7 @@ class LowRankLayers:
             self._step = None
 
     def _move(self, x: Tensor) -> Tensor:
-        return x.detach().to(self._device, self._dtype).contiguous()
+        return x.detach().to(self._device, self.dtype).contiguous()
 
     def _wrap(self) -> None:
         if self._wrapped:

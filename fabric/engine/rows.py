@@ -10,6 +10,7 @@ from fabric.engine.blocks import next_name
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.constraints import Matcher
 from fabric.engine.interface import EventSink
+from fabric.engine.lowrank import Delta
 from fabric.engine.sampling import Score
 from fabric.engine.text import TextStream
 from fabric.messages import Sampling, Task, Usage
@@ -105,6 +106,8 @@ class ActiveTask:
     received_at: float
     prefix_start: bytes
     """Where the names of its blocks start; see ``PrefixKey``."""
+    deltas: tuple[Delta, ...] = ()
+    """What changes the model's layers for its rows."""
     rows: list[Row] = field(default_factory=list)
     fork_blocks: list[int] = field(default_factory=list)
     """Taken for the choices that branch off when the prompt has run."""

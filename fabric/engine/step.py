@@ -50,6 +50,7 @@ def run_step(runs: Sequence[Run], runner: Runner, scheduler: Scheduler) -> Outco
             start=run.row.num_cached,
             blocks=run.row.blocks,
             num_wanted=run.num_wanted,
+            deltas=run.row.active.deltas,
         )
         for run in runs
     ]

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from fabric.engine import torch_engine
 from fabric.engine.config import EngineConfig
-from fabric.engine.interface import Engine
+from fabric.engine.interface import Engine, FetchAdapter
 from fabric.engine.model import LoadedModel, load_model
 from fabric.engine.source import ModelSource
 from fabric.engine.text import Texts
@@ -166,6 +166,7 @@ class Driver:
         deadline_s: float = 60.0,
         tier: str = "standard",
         cache_salt: str = "",
+        adapter: str | None = None,
         heard: Heard | None = None,
         **sampling: object,
     ) -> Heard:
@@ -188,6 +189,7 @@ class Driver:
             prefix=prefix,
             deadline_s=deadline_s,
             cache_salt=cache_salt,
+            adapter=adapter,
         )
         heard = heard or Heard()
         self.last_task = task
@@ -220,7 +222,9 @@ def drive(tiny_dir: Path) -> Iterator[Callable[..., Driver]]:
     """Start engines over the tiny model (or another directory) and close them at the end."""
     engines = []
 
-    def start(path: Path = tiny_dir, **config: object) -> Driver:
+    def start(
+        path: Path = tiny_dir, fetch_adapter: FetchAdapter | None = None, **config: object
+    ) -> Driver:
         values: dict[str, object] = {
             "dtype": "float32",
             "num_threads": 1,
@@ -232,6 +236,7 @@ def drive(tiny_dir: Path) -> Iterator[Callable[..., Driver]]:
             ModelSource.parse(str(path)),
             EngineConfig(**(values | config)),  # type: ignore[arg-type]
             name="tiny",
+            fetch_adapter=fetch_adapter,
         )
         loaded = []
 
