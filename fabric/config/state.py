@@ -62,6 +62,11 @@ class StateDir:
         """Where the files of batches are kept."""
         return self.path / "files"
 
+    @property
+    def adapters_dir(self) -> Path:
+        """Where the contents of adapters are kept."""
+        return self.path / "adapters"
+
     def log_path(self, name: str) -> Path:
         """Return the log file of a process."""
         return self.path / "logs" / f"{name}.log"

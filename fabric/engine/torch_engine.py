@@ -213,6 +213,7 @@ class TorchEngine:
             max_rows=config.max_rows,
             cache_tokens=cache_tokens,
             modes=("query", "embed"),
+            adapters=self._fetch_adapter is not None,
         )
         texts = Texts(
             loaded.tokenizer,

@@ -87,6 +87,21 @@ class NeedsLaunch(Access):
             raise WebSocketException(CLOSE_BAD_TOKEN, error.code) from error
 
 
+class NeedsLaunchToken(Access):
+    """The token of a launch is needed, on a route that is not a WebSocket: an instance calls."""
+
+    async def __call__(self, connection: HTTPConnection) -> None:
+        """Note the launch in ``connection.state``.
+
+        Raises:
+            AuthError: The token is not valid.
+        """
+        hub = hub_of(connection)
+        connection.state.launch = await hub.offload(
+            hub.catalog.authenticate_launch, _bearer(connection)
+        )
+
+
 def _is_local(connection: HTTPConnection) -> bool:
     """Say whether the caller, or the one a proxy on this machine speaks for, is on this machine."""
     try:

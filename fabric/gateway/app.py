@@ -8,12 +8,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from fabric import __version__
+from fabric.adapters import Adapters
 from fabric.auth import Authenticator, Keys
 from fabric.batches import Batches
 from fabric.broker import Broker
 from fabric.catalog import Catalog
 from fabric.errors import FabricError
 from fabric.gateway import (
+    adapter_routes,
     batch_routes,
     chat,
     completions,
@@ -44,6 +46,8 @@ ROUTERS = (
     batch_routes.router,
     fabric_routes.router,
     fabric_routes.anyone,
+    adapter_routes.router,
+    adapter_routes.instances,
     ticket_routes.router,
     launch_routes.router,
     compute_routes.router,
@@ -63,6 +67,7 @@ def create_app(
     authenticator: Authenticator | None = None,
     outreach: Outreach | None = None,
     batches: Batches | None = None,
+    adapters: Adapters | None = None,
     settings: GatewaySettings = GatewaySettings(),  # noqa: B008
 ) -> FastAPI:
     """Return the application. The caller starts and closes what it is given.
@@ -77,6 +82,7 @@ def create_app(
         authenticator: Who calls; by API keys alone if not given.
         outreach: Reaches instances that cannot dial; one without stores if not given.
         batches: Files and batches; without them their routes answer 404.
+        adapters: Adapters; without them their routes answer 404.
         settings: Caps and intervals.
     """
     app = FastAPI(
@@ -90,7 +96,10 @@ def create_app(
             Middleware(
                 BodyLimit,
                 limit_bytes=settings.body_limit_bytes,
-                at_path_bytes={} if batches is None else batch_routes.limits_of(batches),
+                at_path_bytes={
+                    **({} if batches is None else batch_routes.limits_of(batches)),
+                    **({} if adapters is None else adapter_routes.limits_of(adapters)),
+                },
             ),
         ],
         exception_handlers={
@@ -114,5 +123,6 @@ def create_app(
         outreach=outreach or Outreach(),
     )
     app.state.batches = batches
+    app.state.adapters = adapters
     metrics.watch_replicas(broker.replicas)
     return app

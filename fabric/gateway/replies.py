@@ -227,12 +227,14 @@ def _placed_object(run_id: str, event: Placed) -> Json:
 
 
 def _completed_object(end: RunCompleted) -> Json:
+    adapter = {} if end.adapter is None else {"adapter": end.adapter}
     return {
         "run": end.run,
         "site": end.site,
         "instance": end.instance,
         "digest": end.digest,
         "model": end.model,
+        **adapter,
         "attempts": end.attempts,
         "charge_usu": end.charge_usu,
         "reason": end.placement.reason,

@@ -18,6 +18,7 @@ import uvicorn
 import uvloop
 from websockets.asyncio.client import ClientConnection
 
+from fabric.adapters import Adapters
 from fabric.auth import Authenticator, GlobusTokens, Keys
 from fabric.batches import Batches, BatchSettings
 from fabric.broker import Broker, BrokerSettings
@@ -159,12 +160,15 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
         offload, metrics = Offload(database), Metrics()
         get_tokens = options.get("tokens")
         authenticator = Authenticator(keys, offload, get_tokens(database) if get_tokens else None)
+        adapters = Adapters(database, directory / "adapters")
+        adapters.prepare()
         broker = Broker(
             ledger=ledger,
             catalog=catalog,
             offload=offload,
             settings=options.get("broker", BrokerSettings()),
             observer=metrics,
+            find_adapter=adapters.find,
         )
         batches = Batches(
             database=database,
@@ -183,6 +187,7 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
             metrics=metrics,
             authenticator=authenticator,
             batches=batches,
+            adapters=adapters,
             settings=options.get("gateway", GatewaySettings()),
         )
         await broker.start()

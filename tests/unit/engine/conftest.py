@@ -196,7 +196,14 @@ class Driver:
         self.engine.submit(task, heard)
         return heard
 
-    def embed(self, prompt: str | list[int], *, cache_salt: str = "", **asked: object) -> Heard:
+    def embed(
+        self,
+        prompt: str | list[int],
+        *,
+        cache_salt: str = "",
+        task_adapter: str | None = None,
+        **asked: object,
+    ) -> Heard:
         """Submit a task of mode ``embed``; ``asked`` are the request's other fields."""
         text = TextInput(text=prompt) if isinstance(prompt, str) else TokensInput(ids=prompt)
         request = Request(mode="embed", model="tiny", input=text, sampling=EMBED_SAMPLING, **asked)
@@ -207,6 +214,7 @@ class Driver:
             digest=self.engine.info.digest,
             deadline_s=60.0,
             cache_salt=cache_salt,
+            adapter=task_adapter,
         )
         heard = Heard()
         self.last_task = task
