@@ -48,7 +48,7 @@ def test_an_adapter_is_kept_listed_and_deleted(client: httpx.Client) -> None:
     assert added in client.get(ROUTE).json()["data"]
     assert client.get(f"{ROUTE}/kept").json() == added
     other = upload(client, "kept", weights=peft_weights(start=0.25))
-    assert (other.status_code, other.json()["error"]["code"]) == (409, "duplicate")
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "already_exists")
     assert client.delete(f"{ROUTE}/kept").json()["deleted"]
     for gone in (client.get(f"{ROUTE}/kept"), client.delete(f"{ROUTE}/kept"),
                  complete(client, "kept")):  # fmt: skip
@@ -126,7 +126,7 @@ def test_forms_that_lack_something_are_refused_by_its_name(client: httpx.Client)
 def test_the_limits_of_a_project_hold(database: Database, tmp_path: Path) -> None:
     with database.transaction() as connection:
         connection.exec_driver_sql(
-            "INSERT INTO projects (name, display, created_at) VALUES ('p', 'p', 0)"
+            "INSERT INTO projects (name, title, created_at) VALUES ('p', 'p', 0)"
         )
     size = len(read_peft("x", peft_config(), peft_weights()).to_bytes())
     for settings, what in (
@@ -176,7 +176,8 @@ def test_contents_go_to_instances_of_their_version_alone(
 
 def test_replicas_that_serve_no_adapters_are_not_chosen(client: httpx.Client) -> None:
     upload(client, "unserved")
-    answer = complete(client, "unserved")
+    body = {"model": MODEL, "prompt": "Hi", "fabric": {"adapter": "unserved"}}
+    answer = client.post("/v1/fabric/explain", json=body)
     assert answer.status_code == 503
     assert "it serves no adapters" in answer.text
 
