@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute
 from starlette.websockets import WebSocket
 
 from fabric.auth import SCOPES, Identity, require
-from fabric.errors import AuthError
+from fabric.errors import AuthError, KeyMissing
 from fabric.gateway.hub import hub_of
 
 CLOSE_BAD_TOKEN = 4401
@@ -87,19 +87,19 @@ class NeedsLaunch(Access):
             raise WebSocketException(CLOSE_BAD_TOKEN, error.code) from error
 
 
-class NeedsLaunchToken(Access):
-    """The token of a launch is needed, on a route that is not a WebSocket: an instance calls."""
+class NeedsInstance(Access):
+    """The token of a launch is needed, as an instance has it that asks by HTTP."""
 
     async def __call__(self, connection: HTTPConnection) -> None:
         """Note the launch in ``connection.state``.
 
         Raises:
-            AuthError: The token is not valid.
+            AuthError: The token is missing or not valid, or its launch has ended.
         """
-        hub = hub_of(connection)
-        connection.state.launch = await hub.offload(
-            hub.catalog.authenticate_launch, _bearer(connection)
-        )
+        token, hub = _bearer(connection), hub_of(connection)
+        if not token:
+            raise KeyMissing
+        connection.state.launch = await hub.offload(hub.catalog.authenticate_launch, token)
 
 
 def _is_local(connection: HTTPConnection) -> bool:

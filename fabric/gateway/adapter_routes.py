@@ -16,7 +16,7 @@ from starlette.responses import FileResponse
 from fabric.adapters import AdapterRecord, Adapters
 from fabric.catalog import LaunchRecord
 from fabric.errors import NotFound, RequestCancelled, RequestInvalid
-from fabric.gateway.access import Needs, NeedsLaunchToken
+from fabric.gateway.access import Needs, NeedsInstance
 from fabric.gateway.fabric_routes import Listing
 from fabric.gateway.hub import caller_of, hub_of
 from fabric.gateway.replies import Json
@@ -28,9 +28,7 @@ ENVELOPE_BYTES = MAX_CONFIG_BYTES + 2**20
 """What a form may have around the weights."""
 
 router = APIRouter(prefix="/v1/fabric", tags=["adapters"], dependencies=[Depends(Needs("query"))])
-instances = APIRouter(
-    prefix="/v1/fabric", tags=["sites"], dependencies=[Depends(NeedsLaunchToken())]
-)
+instances = APIRouter(prefix="/v1/fabric", tags=["sites"], dependencies=[Depends(NeedsInstance())])
 
 _name: TypeAdapter[str] = TypeAdapter(AdapterName)
 _model: TypeAdapter[str] = TypeAdapter(ModelRef)

@@ -1,4 +1,4 @@
-"""An adapter from PEFT to an answer: uploaded, fetched by a real instance, and its owner's alone."""
+"""An adapter from PEFT to an answer: uploaded, fetched by a real instance, its owner's alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from fabric.testing.rig import InstanceProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-WORDS = [f"w{i}" for i in range(60)]
+WORDS = [f"w{i}" for i in range(63)]
+END = len(WORDS)
 PROMPT = "w1 w2 w3 w4 w5"
 NUM_NEW = 24
 
@@ -50,7 +51,7 @@ class World:
         ids = torch.tensor([[1, 2, 3, 4, 5]])
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
                              max_new_tokens=NUM_NEW, do_sample=False)  # fmt: skip
-        return " ".join(WORDS[i] for i in out[0, 5:].tolist())
+        return " ".join(WORDS[i] for i in out[0, 5:].tolist() if i != END)
 
     def ask(self, adapter: str | None, fabric: Fabric | None = None) -> str:
         answer = (fabric or self.fabric).complete(
@@ -64,11 +65,11 @@ def make_model(folder: Path) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-        initializer_range=0.2, bos_token_id=None, eos_token_id=63, pad_token_id=63,
+        initializer_range=0.2, bos_token_id=None, eos_token_id=END, pad_token_id=END,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    vocabulary = {word: i for i, word in enumerate([*WORDS, "<u>", "<a>", "<b>", "<end>"])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<u>"))
+    vocabulary = {word: i for i, word in enumerate([*WORDS, "<end>"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=WORDS[0]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     model.save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
@@ -161,7 +162,7 @@ def test_openai_clients_name_an_adapter_in_the_fabric_object(world: World) -> No
 def test_another_project_cannot_use_it(world: World) -> None:
     world.fabric.add_adapter(world.adapter("poet"))
     world.hub.keys.add_project("chemistry")
-    world.hub.ledger.grant("chemistry", site="*", amount_usu=10**9, memo="test")
+    world.hub.ledger.grant(world.hub.ledger.open_allocation("chemistry", "*"), 10**9)
     _, key = world.hub.keys.add_key("chemistry")
     with Fabric(world.hub.base_url, key, timeout_s=120) as stranger:
         assert world.ask(None, stranger)
