@@ -40,6 +40,7 @@ class EngineConfig:
         rank_timeout_s: How long a rank may be silent before it counts as lost.
         offload: Where weights are that do not fit: ``disk`` leaves the layers' matrices in the
             model's files and reads them at every step.
+        adapter_bytes: Memory of the adapters that are loaded.
 
     Raises:
         SettingInvalid: A number is out of range.
@@ -53,6 +54,7 @@ class EngineConfig:
     step_tokens: int = 512
     slowdown: float = 1.8
     context_tokens: int | None = None
+    adapter_bytes: int = 256 * 2**20
     batch_invariant: bool = False
     speculation: Literal["off", "lookup", "model"] = "off"
     draft_model: str | None = None
@@ -71,7 +73,9 @@ class EngineConfig:
         return self.tensor_parallel * self.pipeline_parallel
 
     def __post_init__(self) -> None:
-        for setting, least in (("num_threads", 0), ("cache_bytes", 1), ("max_rows", 1)):
+        for setting, least in (
+            *(("num_threads", 0), ("cache_bytes", 1), ("max_rows", 1), ("adapter_bytes", 0)),
+        ):
             if getattr(self, setting) < least:
                 self._refuse(setting, f"it must be at least {least}")
         for setting in ("tensor_parallel", "pipeline_parallel"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fabric.engine.blocks import PrefixKey
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.constraints import Grammars
 from fabric.engine.interface import EventSink
+from fabric.engine.lowrank import Delta
 from fabric.engine.pooling import check_dimensions
 from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.sampling import fresh_seed
@@ -24,6 +27,7 @@ class Intake:
         digest: Of the model's tensors.
         limits: Of the instance.
         dimensions: Of the model's embeddings.
+        deltas_of: Returns what a task changes in the model's layers.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Intake:
         digest: str,
         limits: Limits,
         dimensions: int,
+        deltas_of: Callable[[Task], tuple[Delta, ...]],
     ) -> None:
         self._texts = texts
         self._grammars = grammars
@@ -42,6 +47,7 @@ class Intake:
         self._digest = digest
         self._limits = limits
         self._dimensions = dimensions
+        self._deltas_of = deltas_of
         self.prefix_key = PrefixKey()
         """Of all prefixes of the engine."""
 
@@ -86,7 +92,10 @@ class Intake:
             seed=fresh_seed() if wanted.seed is None else wanted.seed,
             received_at=received_at,
             # Without a salt a task shares its prefixes with nobody but itself.
-            prefix_start=self.prefix_key.start(task.cache_salt or f"{task.id}#{task.attempt}"),
+            prefix_start=self.prefix_key.start(
+                task.cache_salt or f"{task.id}#{task.attempt}", variant=task.adapter or ""
+            ),
+            deltas=self._deltas_of(task),
             forked=wanted.n == 1,
             usage=Usage(prompt_tokens=len(prompt)),
         )

@@ -13,6 +13,12 @@ from fabric.messages import Event, Limits, Load, PointManifest, Task
 EventSink = Callable[[Event], None]
 """Takes the events of one task in order. Called on the engine's thread; must not block."""
 
+FetchAdapter = Callable[[str], bytes]
+"""Returns an adapter's file (``fabric.payloads.lora``) by its digest; may block.
+
+Raises ``AdapterUnavailable`` where that is not possible.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:

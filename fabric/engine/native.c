@@ -364,18 +364,31 @@ static inline float sigmoid(float x) {
         float *restrict sums = wide + K, *restrict inner = sums + N;                               \
         for (long k = 0; k < K; k++) wide[k] = WIDEN(x[k]);                                        \
         for (long n = 0; n < N; n++) sums[n] = WIDEN(y[n]);                                        \
-        for (long r = 0; r < R; r++) {                                                             \
+        long r = 0;                                                                                \
+        for (; r + 4 <= R; r += 4) { /* four at a time: more sums on their way, fewer reads of x */\
+            const T *a = down + r * K, *b = a + K, *c = b + K, *d = c + K;                         \
+            float of_a = 0, of_b = 0, of_c = 0, of_d = 0;                                          \
+            _Pragma("omp simd reduction(+ : of_a, of_b, of_c, of_d)")                              \
+            for (long k = 0; k < K; k++) {                                                         \
+                of_a += wide[k] * WIDEN(a[k]);                                                     \
+                of_b += wide[k] * WIDEN(b[k]);                                                     \
+                of_c += wide[k] * WIDEN(c[k]);                                                     \
+                of_d += wide[k] * WIDEN(d[k]);                                                     \
+            }                                                                                      \
+            inner[r] = of_a, inner[r + 1] = of_b, inner[r + 2] = of_c, inner[r + 3] = of_d;        \
+        }                                                                                          \
+        for (; r < R; r++) {                                                                       \
             float dot = 0;                                                                         \
             _Pragma("omp simd reduction(+ : dot)") for (long k = 0; k < K; k++)                    \
                 dot += wide[k] * WIDEN(down[r * K + k]);                                           \
             inner[r] = dot;                                                                        \
         }                                                                                          \
-        long r = 0;                                                                                \
-        for (; r + 4 <= R; r += 4) { /* four at a time: the sums are read and written less often */\
+        for (r = 0; r + 4 <= R; r += 4) {                                                          \
             const T *a = up + r * N, *b = a + N, *c = b + N, *d = c + N;                           \
+            float by_a = inner[r], by_b = inner[r + 1], by_c = inner[r + 2], by_d = inner[r + 3];  \
             _Pragma("omp simd") for (long n = 0; n < N; n++)                                       \
-                sums[n] += inner[r] * WIDEN(a[n]) + inner[r + 1] * WIDEN(b[n]) +                   \
-                           inner[r + 2] * WIDEN(c[n]) + inner[r + 3] * WIDEN(d[n]);                \
+                sums[n] += by_a * WIDEN(a[n]) + by_b * WIDEN(b[n]) + by_c * WIDEN(c[n]) +          \
+                           by_d * WIDEN(d[n]);                                                     \
         }                                                                                          \
         for (; r < R; r++)                                                                         \
             _Pragma("omp simd") for (long n = 0; n < N; n++)                                       \

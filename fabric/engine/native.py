@@ -1,7 +1,7 @@
 """The CPU kernels of ``native.c``, compiled once for a user, a processor and a compiler.
 
 Shapes: M rows, K inputs, N outputs, B decoding rows, H query heads, D head size; of low-rank
-changes N tokens, O outputs, R rank, T changed tokens.
+changes N tokens, O outputs, R rank.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from collections.abc import Sequence
 from logging import getLogger
 from pathlib import Path
 
-import numpy as np
 import platformdirs
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 _logger = getLogger(__name__)
@@ -39,8 +37,6 @@ PANEL = 32
 """Outputs that lie together in a packed weight; what ``native.c`` calls PANEL."""
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
-Numbers = NDArray[np.int64]
-
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _PACK = [_POINTER, _LONG, _LONG, _POINTER]
 _LINEAR = [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _POINTER]
@@ -201,22 +197,26 @@ class Native:
             raise MemoryError("no memory for the scores of a decoding row")
         return out
 
-    def add_lowrank(self, x_NK: Tensor, y_NO: Tensor, tokens_T: Numbers, table_T3: Numbers) -> None:
+    def add_lowrank(
+        self, x_NK: Tensor, y_NO: Tensor, tokens: int, factors: int, num_tokens: int
+    ) -> None:
         """Add ``(x down^T) up`` to the outputs of some tokens, each with factors of its own.
 
         Args:
-            x_NK: The inputs of all tokens.
+            x_NK: The inputs of all tokens; as ``y``, it may have dimensions of size 1 before N.
             y_NO: Their outputs, changed in place.
-            tokens_T: Which tokens, each once.
-            table_T3: For each of them the address of ``down`` [R, K], that of ``up`` [R, O], and
-                R, which may be 0; both dense and of the dtype of ``x``.
+            tokens: The address of which tokens, each once, int64 [num_tokens].
+            factors: The address of int64 [num_tokens, 3]: for each of them the address of ``down``
+                [R, K], that of ``up`` [R, O], and R, which may be 0. Both are dense and of the
+                dtype of ``x``.
+            num_tokens: How many.
 
         Raises:
             MemoryError: The sums of a token find no memory.
         """
         failed = self._adds[x_NK.dtype](
-            x_NK.data_ptr(), x_NK.stride(0), y_NO.data_ptr(), y_NO.stride(0), x_NK.shape[1],
-            y_NO.shape[1], tokens_T.ctypes.data, table_T3.ctypes.data, len(tokens_T),
+            x_NK.data_ptr(), x_NK.stride(-2), y_NO.data_ptr(), y_NO.stride(-2), x_NK.shape[-1],
+            y_NO.shape[-1], tokens, factors, num_tokens,
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the sums of a changed token")

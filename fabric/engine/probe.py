@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fabric.engine.attention import Chunk, Scoring, attend_causally
 from fabric.engine.cache import BLOCK_TOKENS, LayerShape
+from fabric.engine.linear import PackedLinear
 from fabric.engine.lowrank import LayerSize
 from fabric.engine.runner import Runner, run_ragged, use_our_attention
 from fabric.errors import ModelNotLoadable
@@ -203,7 +204,7 @@ def observe_linears(model: PreTrainedModel) -> dict[str, LayerSize]:
     hooks = [
         module.register_forward_hook(partial(note, name))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if isinstance(module, nn.Linear | Conv1D | PackedLinear)
     ]
     try:
         chunk = Chunk(tokens=_tokens(model)[:2], start=0, blocks=(), num_wanted=1)

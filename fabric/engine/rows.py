@@ -154,6 +154,8 @@ class ActiveTask:
     received_at: float
     prefix_start: bytes
     """Where the names of its blocks start; see ``PrefixKey``."""
+    deltas: tuple[Delta, ...] = ()
+    """What changes the model's layers for its rows."""
     rows: list[Row] = field(default_factory=list)
     fork_blocks: list[int] = field(default_factory=list)
     """Taken for the choices that branch off when the prompt has run."""
@@ -202,11 +204,6 @@ class ActiveTask:
         """Tokens at its start that need not run where others have computed them."""
         most = max(len(row.tokens) for row in self.live_rows) - 1
         return most if self.program is None else min(most, self.program.execution.first_read)
-
-    @property
-    def deltas(self) -> tuple[Delta, ...]:
-        """What changes the model's linear layers for it."""
-        return () if self.program is None else self.program.model.deltas
 
     def restart(self) -> None:
         """Forget what was computed of a task that gave its blocks up."""

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from fabric import __version__
+from fabric.engine.adapters import Adapters, AdapterStats
 from fabric.engine.batch import Batch, tell
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.config import EngineConfig
@@ -22,7 +23,7 @@ from fabric.engine.constraints import Grammars
 from fabric.engine.drafts import Drafter, LookupDrafter
 from fabric.engine.encoder_batch import EncoderBatch
 from fabric.engine.intake import Intake
-from fabric.engine.interface import EngineInfo, EventSink
+from fabric.engine.interface import EngineInfo, EventSink, FetchAdapter
 from fabric.engine.native import load_native
 from fabric.engine.opening import Opened, get_context_tokens, open_whole
 from fabric.engine.programs.prepare import Preparer
@@ -31,7 +32,7 @@ from fabric.engine.programs.results import Keep
 from fabric.engine.reports import Reports
 from fabric.engine.source import ModelSource
 from fabric.engine.text import Texts
-from fabric.errors import EngineStopped, FabricError, RankLost
+from fabric.errors import AdapterInvalid, EngineStopped, FabricError, RankLost
 from fabric.messages import Limits, Load, Task
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class TorchEngine:
         keep: Where results of programs go that are too large to be sent: takes a safetensors file
             and returns its handle at once. Without it they are refused.
         crew: The other ranks of a divided model, started; ``None`` lets it start its own.
+        fetch_adapter: Gives the files of adapters; without it none are served.
     """
 
     def __init__(
@@ -74,12 +76,15 @@ class TorchEngine:
         expected_digest: str | None = None,
         keep: Keep | None = None,
         crew: Crew | None = None,
+        fetch_adapter: FetchAdapter | None = None,
     ) -> None:
         self._source = source
         self._keep = keep
         self._config = config
         self._name = name
         self._expected_digest = expected_digest
+        self._fetch_adapter = fetch_adapter
+        self._adapters: Adapters | None = None
         self._changed = threading.Condition()
         self._submitted: deque[Submitted] = deque()
         self._cancelled: deque[tuple[str, int]] = deque()
@@ -118,16 +123,18 @@ class TorchEngine:
 
     def submit(self, task: Task, sink: EventSink) -> None:
         """Queue a task and return at once; see ``Engine.submit``."""
-        with self._changed:
-            closed = self._closed
-            if closed is None:
-                self._submitted.append((task, sink, time.monotonic()))
-                self._changed.notify()
-        if closed is not None:
-            tell(sink, Reports.failed(task, closed))
+        if task.adapter is None:
+            self._submit(task, sink, time.monotonic())
+        elif self._adapters is not None:
+            self._adapters.take(task, sink, time.monotonic())
+        else:
+            error = AdapterInvalid(adapter=task.adapter, reason="this engine serves no adapters")
+            tell(sink, Reports.failed(task, self._closed or error))
 
     def cancel(self, task_id: str, attempt: int) -> None:
         """Free the task's rows within one step; unknown tasks are ignored."""
+        if self._adapters is not None:
+            self._adapters.cancel(task_id, attempt)
         with self._changed:
             self._cancelled.append((task_id, attempt))
             self._changed.notify()
@@ -136,17 +143,36 @@ class TorchEngine:
         """Return how busy the engine is."""
         with self._changed:
             load, queued = self._load, _num_choices(self._submitted)
+        if self._adapters is not None:
+            queued += self._adapters.num_waiting
         return load.model_copy(update={"num_waiting": load.num_waiting + queued})
+
+    @property
+    def adapters(self) -> AdapterStats:
+        """What adapters are loaded, and what happened to them so far."""
+        return AdapterStats() if self._adapters is None else self._adapters.stats
 
     def close(self) -> None:
         """Stop the thread and free the model. Calling it twice is harmless."""
         with self._changed:
             if self._closed is None:
                 self._closed = EngineStopped(reason="its engine is stopping")
+            closed = self._closed
             self._changed.notify()
+        if self._adapters is not None:
+            self._adapters.close(closed)
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+
+    def _submit(self, task: Task, sink: EventSink, received_at: float) -> None:
+        with self._changed:
+            closed = self._closed
+            if closed is None:
+                self._submitted.append((task, sink, received_at))
+                self._changed.notify()
+        if closed is not None:
+            tell(sink, Reports.failed(task, closed))
 
     def _run(self, ready: Future[None]) -> None:
         # Loading happens here too: libgomp gives every thread that computes a pool of workers,
@@ -171,12 +197,15 @@ class TorchEngine:
         loaded, runner = opened.loaded, opened.runner
         model, num_blocks = loaded.model, runner.num_blocks
         context_tokens = get_context_tokens(loaded, config, name=self._name)
+        # Only a model that is whole takes adapters.
+        fetch_adapter = None if opened.weights is None else self._fetch_adapter
         cache_tokens = num_blocks * BLOCK_TOKENS
         limits = Limits(
             context_tokens=min(context_tokens, cache_tokens),
             max_rows=config.max_rows,
             cache_tokens=cache_tokens,
             modes=("query", "embed", "program") if runner.points else ("query", "embed"),
+            adapters=fetch_adapter is not None,
         )
         manifest = None
         if runner.points is not None and opened.weights is not None:
@@ -201,6 +230,13 @@ class TorchEngine:
         )
         grammars = Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, eos_ids=loaded.eos_ids)
         threading.Thread(target=grammars.read_tokenizer, name="grammars", daemon=True).start()
+        self._adapters = adapters = Adapters(
+            runner.lowrank,
+            fetch_adapter,
+            budget_bytes=config.adapter_bytes,
+            submit=self._submit,
+            tell=tell,
+        )
         intake = Intake(
             texts,
             grammars,
@@ -208,6 +244,7 @@ class TorchEngine:
             digest=loaded.digest,
             limits=limits,
             dimensions=model.get_input_embeddings().weight.shape[1],
+            deltas_of=adapters.delta_of,
         )
         drafter: Drafter | None = None
         if opened.draft is not None:
@@ -313,6 +350,8 @@ class TorchEngine:
             closed = self._closed
             submitted, self._submitted = self._submitted, deque()
             self._load = Load()
+        if self._adapters is not None:
+            self._adapters.close(closed)
         batch.fail_all(closed)
         for task, sink, _ in submitted:
             tell(sink, Reports.failed(task, closed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from fabric.engine.interface import Engine
 from fabric.instance.process import Keep, main
@@ -23,7 +24,20 @@ def get_torch_engine(spec: InstanceSpec, keep: Keep | None = None) -> Engine:
         return EmbeddingEngine(source, config, name=launch.model, expected_digest=launch.digest)
     from fabric.engine.torch_engine import TorchEngine
 
-    return TorchEngine(source, config, name=launch.model, expected_digest=launch.digest, keep=keep)
+    fetch = None
+    if spec.session_url is not None:
+        from fabric.instance.adapters import AdapterFiles
+
+        directory = Path(spec.status_path).parent / "adapters"
+        fetch = AdapterFiles(spec.session_url, launch.token, directory)
+    return TorchEngine(
+        source,
+        config,
+        name=launch.model,
+        expected_digest=launch.digest,
+        keep=keep,
+        fetch_adapter=fetch,
+    )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from fabric.messages.points import PointManifest, PointSpec
 from fabric.messages.program import Program
 from fabric.messages.request import (
     EMBED_SAMPLING,
+    AdapterDigest,
+    AdapterName,
     ChatInput,
     ChatMessage,
     Mode,
@@ -66,6 +68,8 @@ from fabric.messages.task import Task
 __all__ = [
     "EMBED_SAMPLING",
     "Accepted",
+    "AdapterDigest",
+    "AdapterName",
     "Cancel",
     "Candidate",
     "ChatInput",

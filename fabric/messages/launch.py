@@ -37,6 +37,7 @@ class EngineOptions(Wire):
     local_ranks: int | None = Field(default=None, ge=1)
     rank_timeout_s: float | None = Field(default=None, gt=0)
     offload: Literal["none", "host", "disk"] = "none"
+    adapter_bytes: int | None = Field(default=None, ge=0)
 
 
 class Launch(Wire):

@@ -38,6 +38,13 @@ Pooling = Literal["mean", "last"]
 SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
+AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+"""What a project calls one of its adapters."""
+
+AdapterDigest = Annotated[str, StringConstraints(pattern=r"^blake3:[0-9a-f]{64}$")]
+"""Of an adapter's one file; see ``fabric.payloads.lora``."""
+
+
 def new_id(kind: str) -> str:
     """Return a fresh identifier such as ``run_3f0c…``: ``kind``, then 32 hexadecimal digits."""
     return f"{kind}_{uuid.uuid4().hex}"
@@ -139,7 +146,8 @@ class Request(Wire):
     data lives and ``data_bytes`` its size: the broker weighs moving it. ``sites`` restricts where
     it may run. ``weights`` replace those of the ``policy``, part by part. The mode ``embed`` takes
     no sampling but ``max_tokens`` 0, and no conversation; ``pooling`` (``None``: as the model was
-    made, or the mean) and ``dimensions``, which the vector must have, are for it alone.
+    made, or the mean) and ``dimensions``, which the vector must have, are for it alone. ``adapter``
+    names one of the project's own, made for this version of the model.
     """
 
     id: str = Field(default_factory=lambda: new_id("run"))
@@ -159,6 +167,7 @@ class Request(Wire):
     data_site: SiteName | None = None
     data_bytes: int = Field(default=0, ge=0)
     sites: tuple[SiteName, ...] | None = None
+    adapter: AdapterName | None = None
 
     @model_validator(mode="after")
     def _data_has_a_home(self) -> Request:
@@ -182,6 +191,8 @@ class Request(Wire):
             raise ValueError("the mode 'program' and the input kind 'program' go together")
         if self.mode == "program" and self.sampling != EMBED_SAMPLING:
             raise ValueError("the mode 'program' takes no sampling: its runs say how they go on")
+        if self.mode == "program" and self.adapter is not None:
+            raise ValueError("a program takes no adapter; give its runs overlays")
         return self
 
     def prompt_tokens_bound(self) -> int:

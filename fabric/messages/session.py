@@ -42,12 +42,13 @@ MAX_FRAME_BYTES = 16 * 2**20
 
 class Limits(Wire):
     """What an instance can take: tokens of one row, rows at once, tokens of KV cache, and which
-    modes of requests."""
+    modes of requests; and whether it fetches adapters."""
 
     context_tokens: int = Field(ge=1)
     max_rows: int = Field(ge=1)
     cache_tokens: int = Field(ge=1)
     modes: tuple[Mode, ...] = Field(default=("query",), min_length=1)
+    adapters: bool = False
 
 
 class Load(Wire):

@@ -42,6 +42,7 @@ class Options(TypedDict, total=False):
         weights: What a second of each part of the expected cost counts (queue, service, data,
             price, risk), in place of the policy's.
         tier: How urgent it is.
+        adapter: The name of one of the project's adapters.
     """
 
     model: str | None
@@ -69,12 +70,13 @@ class Options(TypedDict, total=False):
     policy: Literal["balanced", "fastest", "cheapest", "local-only"] | None
     weights: Mapping[str, float] | None
     tier: Literal["interactive", "standard", "batch"] | None
+    adapter: str | None
 
 
 _FABRIC_FIELDS = frozenset(
     {
         *("data_site", "data_bytes", "sites", "deadline_s", "policy", "weights", "tier"),
-        *("json_schema", "regex", "choices"),
+        *("json_schema", "regex", "choices", "adapter"),
     }
 )
 

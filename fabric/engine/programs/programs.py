@@ -262,6 +262,7 @@ class Programs:
             seed=run.gen.seed,
             received_at=owner.received_at,
             prefix_start=self._prefix_key.start(task.cache_salt or f"{task.id}#{task.attempt}"),
+            deltas=model.deltas,
             forked=True,
             program=program,
         )

@@ -12,9 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from fabric.engine import torch_engine
+from fabric.engine import opening
 from fabric.engine.config import EngineConfig
-from fabric.engine.interface import Engine
+from fabric.engine.interface import Engine, FetchAdapter
 from fabric.engine.model import LoadedModel, load_model
 from fabric.engine.partition.crew import Crew
 from fabric.engine.source import ModelSource
@@ -167,6 +167,7 @@ class Driver:
         deadline_s: float = 60.0,
         tier: str = "standard",
         cache_salt: str = "",
+        adapter: str | None = None,
         heard: Heard | None = None,
         **sampling: object,
     ) -> Heard:
@@ -189,13 +190,21 @@ class Driver:
             prefix=prefix,
             deadline_s=deadline_s,
             cache_salt=cache_salt,
+            adapter=adapter,
         )
         heard = heard or Heard()
         self.last_task = task
         self.engine.submit(task, heard)
         return heard
 
-    def embed(self, prompt: str | list[int], *, cache_salt: str = "", **asked: object) -> Heard:
+    def embed(
+        self,
+        prompt: str | list[int],
+        *,
+        cache_salt: str = "",
+        task_adapter: str | None = None,
+        **asked: object,
+    ) -> Heard:
         """Submit a task of mode ``embed``; ``asked`` are the request's other fields."""
         text = TextInput(text=prompt) if isinstance(prompt, str) else TokensInput(ids=prompt)
         request = Request(mode="embed", model="tiny", input=text, sampling=EMBED_SAMPLING, **asked)
@@ -206,6 +215,7 @@ class Driver:
             digest=self.engine.info.digest,
             deadline_s=60.0,
             cache_salt=cache_salt,
+            adapter=task_adapter,
         )
         heard = Heard()
         self.last_task = task
@@ -234,7 +244,9 @@ def drive(tiny_dir: Path, request: pytest.FixtureRequest) -> Iterator[Callable[.
     engines = []
     divided: list[TorchEngine] = []
 
-    def start(path: Path = tiny_dir, **config: object) -> Driver:
+    def start(
+        path: Path = tiny_dir, fetch_adapter: FetchAdapter | None = None, **config: object
+    ) -> Driver:
         values: dict[str, object] = {
             "dtype": "float32",
             "num_threads": 1,
@@ -248,7 +260,13 @@ def drive(tiny_dir: Path, request: pytest.FixtureRequest) -> Iterator[Callable[.
             for other in divided:
                 other.close()
             crew = request.getfixturevalue("crew")
-        engine = TorchEngine(ModelSource.parse(str(path)), configured, name="tiny", crew=crew)
+        engine = TorchEngine(
+            ModelSource.parse(str(path)),
+            configured,
+            name="tiny",
+            fetch_adapter=fetch_adapter,
+            crew=crew,
+        )
         if crew is not None:
             divided[:] = [engine]
         loaded = []
@@ -258,7 +276,7 @@ def drive(tiny_dir: Path, request: pytest.FixtureRequest) -> Iterator[Callable[.
             return loaded[0]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch_engine, "load_model", load_and_keep)
+            patch.setattr(opening, "load_model", load_and_keep)
             engine.start()
         engines.append(engine)
         return Driver(engine, loaded[0].model if loaded else None)
