@@ -62,6 +62,7 @@ from fabric.messages.session import (
     parse_from_instance,
 )
 from fabric.messages.task import Task
+from fabric.messages.tools import Tool, ToolCall, ToolCallPart, ToolChoice
 
 __all__ = [
     "EMBED_SAMPLING",
@@ -120,6 +121,10 @@ __all__ = [
     "TextInput",
     "Token",
     "TokensInput",
+    "Tool",
+    "ToolCall",
+    "ToolCallPart",
+    "ToolChoice",
     "TopLogprob",
     "Usage",
     "Welcome",
