@@ -23,7 +23,7 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
     │                        BalanceUnavailable
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
-    │                        EngineStopped
+    │                        BackendFailed, EngineStopped
     ├── ProgramError
     ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
     │                        UnknownStore, StoreUnreachable
@@ -71,6 +71,7 @@ from fabric.errors.batches import (
 )
 from fabric.errors.compute import (
     AlreadyStarted,
+    BackendFailed,
     BalanceUnavailable,
     BlockFailed,
     CacheExhausted,
@@ -180,6 +181,7 @@ __all__ = [
     "AlreadyStarted",
     "AuthError",
     "AuthUnavailable",
+    "BackendFailed",
     "BalanceUnavailable",
     "BatchOver",
     "BlockFailed",

@@ -23,7 +23,14 @@ from fabric.messages.events import (
     pack_floats,
     unpack_floats,
 )
-from fabric.messages.launch import EngineOptions, InstanceSpec, InstanceStatus, Launch, Reach
+from fabric.messages.launch import (
+    EngineOptions,
+    InstanceSpec,
+    InstanceStatus,
+    Launch,
+    Reach,
+    VllmOptions,
+)
 from fabric.messages.lifecycle import InstanceState, RunState
 from fabric.messages.points import PointManifest, PointSpec
 from fabric.messages.program import Program
@@ -127,6 +134,7 @@ __all__ = [
     "ToolChoice",
     "TopLogprob",
     "Usage",
+    "VllmOptions",
     "Welcome",
     "new_id",
     "pack_floats",

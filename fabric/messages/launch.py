@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from pydantic import Field
@@ -11,9 +11,26 @@ from fabric.messages.request import ModelRef, SiteName
 from fabric.messages.wire import Wire
 
 
-class EngineOptions(Wire):
-    """How the engine is sized at a site; ``None`` lets the engine choose."""
+class VllmOptions(Wire):
+    """The vLLM server that computes where ``EngineOptions.backend`` is ``vllm``.
 
+    ``command`` starts one, which ends with the instance, and ``args`` are given to it after ours;
+    it has ``start_s`` seconds to become healthy. With ``url`` one that runs already is used: it
+    serves the same files, and the key it asks for is in ``key_path``.
+    """
+
+    command: tuple[str, ...] = Field(default=("vllm", "serve"), min_length=1)
+    args: tuple[str, ...] = ()
+    url: str | None = Field(default=None, pattern=r"^https?://")
+    key_path: str | None = None
+    start_s: float = Field(default=900.0, gt=0.0)
+
+
+class EngineOptions(Wire):
+    """What computes at a site and how it is sized; ``None`` lets the engine choose."""
+
+    backend: Literal["fabric", "vllm"] = "fabric"
+    vllm: VllmOptions = VllmOptions()
     dtype: str | None = None
     num_threads: int | None = Field(default=None, ge=1)
     cache_bytes: int | None = Field(default=None, ge=1)
