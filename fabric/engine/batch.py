@@ -24,7 +24,7 @@ from fabric.errors import (
     RequestInvalid,
     RowFailed,
 )
-from fabric.messages import Event, Load, Task
+from fabric.messages import Event, Load, StepTimes, Task
 
 _logger = getLogger(__name__)
 
@@ -60,6 +60,7 @@ class Batch:
         )
         self._prefill, self._decode = _Rate(), _Rate()
         self._busy_s = 0.0
+        self._steps = {"prefill": StepTimes(), "decode": StepTimes(), "mixed": StepTimes()}
 
     @property
     def busy(self) -> bool:
@@ -80,6 +81,9 @@ class Batch:
             prefill_wait_s=self._costs.predict(self._scheduler.num_due_tokens),
             prefill_tokens_per_s=self._prefill.per_s,
             decode_tokens_per_s=self._decode.per_s,
+            prefill_steps=self._steps["prefill"],
+            decode_steps=self._steps["decode"],
+            mixed_steps=self._steps["mixed"],
         )
 
     def add(self, task: Task, sink: EventSink, *, received_at: float) -> None:
@@ -164,6 +168,9 @@ class Batch:
         decoded = sum(run.num_tokens == 1 and run.row.position > 0 for run in runs)
         self._prefill.add(total - decoded, seconds)
         self._decode.add(decoded, seconds)
+        phase = "decode" if decoded == total else "mixed" if decoded else "prefill"
+        before = self._steps[phase]
+        self._steps[phase] = StepTimes(num=before.num + 1, seconds=before.seconds + seconds)
 
     def _advance(self, active: ActiveTask, chosen: Sequence[Chosen]) -> None:
         if active.scores and active.prompt_done:

@@ -120,6 +120,8 @@ class Server:
         body = await http.json()
         if body["model"] != self._name:
             return _error(404, f"The model `{body['model']}` does not exist.")
+        if body["n"] > 1 and not body["temperature"]:
+            return _error(400, "n must be 1 when using greedy sampling.")
         try:
             task = self._read(body)
         except ValidationError as error:

@@ -218,6 +218,12 @@ def test_choices_are_told_apart(any_engine: Asker) -> None:
     assert heard.finished.usage.output_tokens == 12
 
 
+def test_sampled_choices_differ(computing: Asker) -> None:
+    heard = computing.ask(n=3, max_tokens=12, temperature=1.5, seed=3)
+    assert heard.finished
+    assert len({tuple(heard.ids(choice)) for choice in range(3)}) > 1
+
+
 def test_many_tasks_at_once_end_each_with_their_own_tokens(any_engine: Asker) -> None:
     asked = [any_engine.ask(IDS[: 1 + i % 4], max_tokens=3 + i) for i in range(12)]
     for i, heard in enumerate(asked):

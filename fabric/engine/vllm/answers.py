@@ -9,13 +9,14 @@ import httpx
 
 from fabric.engine.batch import tell
 from fabric.engine.reports import Reports
-from fabric.engine.rows import ActiveTask
+from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.sampling import Score
 from fabric.engine.vllm.protocol import (
     NAME,
     Json,
     Step,
     get_body,
+    get_num_asked,
     get_refusal,
     read_event,
     read_prompt_scores,
@@ -58,7 +59,7 @@ class Answers:
             raise BackendFailed(backend=NAME, reason="its answer ended before it was complete")
 
     async def _run_streamed(self, active: ActiveTask) -> None:
-        going_on = set(range(len(active.rows)))
+        going_on = set(range(get_num_asked(active.sampling)))
         async with aclosing(self._stream(get_body(active, self._served_name, stream=True))) as all:
             async for reply in all:
                 going_on -= self._take(active, reply)
@@ -95,9 +96,11 @@ class Answers:
         """Tell what a reply says; return the choices that the server has ended."""
         ended = set()
         for step in read_steps(reply, active.sampling.logprobs):
-            if not 0 <= step.choice < len(active.rows):
+            num_asked = get_num_asked(active.sampling)
+            if not 0 <= step.choice < num_asked:
                 raise BackendFailed(backend=NAME, reason=f"it sent a choice {step.choice}")
-            self._advance(active, step)
+            for row in active.rows[step.choice :: num_asked]:
+                self._advance(active, row, step)
             if step.finish_reason:
                 ended.add(step.choice)
         cached = ((reply.get("usage") or {}).get("prompt_tokens_details") or {}).get(
@@ -108,8 +111,7 @@ class Answers:
             active.usage = active.usage.model_copy(update={"cached_prompt_tokens": found})
         return ended
 
-    def _advance(self, active: ActiveTask, step: Step) -> None:
-        row = active.rows[step.choice]
+    def _advance(self, active: ActiveTask, row: Row, step: Step) -> None:
         pairs: list[tuple[int, Score | None]] = list(zip(step.ids, step.scores, strict=True))
         for at, (token_id, score) in enumerate(pairs):
             if row.finish_reason is not None:

@@ -44,7 +44,7 @@ def get_body(active: ActiveTask, served_name: str, *, stream: bool) -> dict[str,
     body = {
         "model": served_name,
         "prompt": active.rows[0].tokens,
-        "n": sampling.n,
+        "n": get_num_asked(sampling),
         "max_tokens": max(1, active.max_tokens - active.rows[0].position),
         "stream": stream,
         "return_token_ids": True,
@@ -59,6 +59,11 @@ def get_body(active: ActiveTask, served_name: str, *, stream: bool) -> dict[str,
     # Prefixes are shared among tasks of one salt, and without a salt with nobody.
     body["cache_salt"] = task.cache_salt or f"{task.id}#{task.attempt}"
     return body
+
+
+def get_num_asked(sampling: Sampling) -> int:
+    """Return how many choices the server makes: greedy ones are equal, and vLLM makes only one."""
+    return sampling.n if sampling.temperature else 1
 
 
 def _get_sampling(sampling: Sampling) -> dict[str, Any]:
