@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import openai
@@ -20,6 +22,7 @@ from fabric.testing.hub import RunningHub, running_hub
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 QUESTION: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 
 
@@ -154,6 +157,19 @@ def test_a_schema_nothing_satisfies_is_the_callers_error(client: OpenAI) -> None
             model="fixed", messages=QUESTION, tools=[tool], tool_choice="required"
         )
     assert caught.value.code == "invalid_constraint"
+
+
+def test_the_pages_example_runs(
+    hub: RunningHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [example] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    monkeypatch.setenv("OPENAI_BASE_URL", hub.openai_url)
+    monkeypatch.setenv("OPENAI_API_KEY", hub.api_key)
+    code = example.replace('"smollm2"', '"fixed", temperature=0, max_tokens=60')
+    names: dict[str, Any] = {}
+    exec(code, names)
+    names["client"].close()
+    assert capsys.readouterr().out.startswith("get_weather {'city': ")
 
 
 def test_the_sdk_offers_tools_and_goes_on_with_their_results(hub: RunningHub) -> None:
