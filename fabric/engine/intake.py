@@ -12,7 +12,7 @@ from fabric.engine.lowrank import Delta
 from fabric.engine.pooling import check_dimensions
 from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.sampling import fresh_seed
-from fabric.engine.text import Texts, TextStream
+from fabric.engine.text import Texts
 from fabric.errors import CacheExhausted, ContextExceeded, DigestMismatch, RequestInvalid
 from fabric.messages import Limits, ProgramInput, Task, Usage
 
@@ -107,7 +107,9 @@ class Intake:
                 active=active,
                 choice=choice,
                 tokens=list(prompt),
-                stream=TextStream(self._texts, wanted.stop),
+                stream=self._texts.stream(
+                    request.input, stops=wanted.stop, seed=f"{task.id}/{choice}"
+                ),
                 matcher=None if constraint is None else self._grammars.start(constraint),
             )
             for choice in range(wanted.n)
@@ -115,6 +117,7 @@ class Intake:
         for token_id in task.prefix:
             if not active.finished:
                 active.rows[0].append(token_id)
+                active.rows[0].stream.take_calls()  # the caller has them
         if active.max_tokens == 0 and not active.reads_all:
             active.end_empty()
         return active

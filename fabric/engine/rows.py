@@ -128,7 +128,7 @@ class Row:
         if (ends or full or complete) and not self.stream.stopped:
             text += self.stream.flush()
         if ends or complete or self.stream.stopped:
-            self.finish_reason = "stop"
+            self.finish_reason = "tool_calls" if self.stream.has_calls else "stop"
         elif full:
             self.finish_reason = "length"
         return text

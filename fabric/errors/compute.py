@@ -162,6 +162,22 @@ class RowFailed(EngineError):
         )
 
 
+class BackendFailed(EngineError):
+    """The server that computes for the instance did not do its part."""
+
+    code = "backend_failed"
+    http_status = 502
+    retryable = True
+
+    def __init__(self, *, backend: str, reason: str) -> None:
+        super().__init__(
+            f"The {backend} server behind the instance failed: {reason}. The request may be sent"
+            " again; the instance's log has what the server said.",
+            backend=backend,
+            reason=reason,
+        )
+
+
 class ConstraintFailed(EngineError):
     """The answer could not be held any further to what the request says it must be."""
 

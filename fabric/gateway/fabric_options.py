@@ -30,7 +30,7 @@ class PlacementOptions(Body):
             raise PydanticCustomError(
                 "param",
                 "the policy 'local-only' needs it: the site the data may not leave",
-                {"param": "fabric.data_site"},
+                {"param": "data_site"},
             )
         return self
 

@@ -1,4 +1,4 @@
-"""``python -m fabric.instance``: an instance with an engine over torch."""
+"""``python -m fabric.instance``: an instance with an engine over torch, or over a vLLM server."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from fabric.instance.process import Keep, main
 from fabric.messages import InstanceSpec
 
 
-def get_torch_engine(spec: InstanceSpec, keep: Keep | None = None) -> Engine:
+def get_engine(spec: InstanceSpec, keep: Keep | None = None) -> Engine:
     """Return the engine for the model a launch describes; imports torch."""
     from fabric.engine.config import EngineConfig
     from fabric.engine.source import ModelSource
 
     launch = spec.launch
     source = ModelSource.parse(launch.source)
-    config = replace(EngineConfig(), **spec.options.model_dump(exclude_none=True))
+    sizes = spec.options.model_dump(exclude_none=True, exclude={"backend", "vllm"})
+    config = replace(EngineConfig(), **sizes)
+    if spec.options.backend == "vllm":
+        from fabric.engine.vllm.engine import VllmEngine
+
+        return VllmEngine(
+            source, config, spec.options.vllm, name=launch.model, expected_digest=launch.digest
+        )
     if source.embeds_sentences:
         from fabric.engine.embedding import EmbeddingEngine
 
@@ -41,4 +48,4 @@ def get_torch_engine(spec: InstanceSpec, keep: Keep | None = None) -> Engine:
 
 
 if __name__ == "__main__":
-    main(get_torch_engine)
+    main(get_engine)

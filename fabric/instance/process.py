@@ -29,6 +29,7 @@ from fabric.instance.depot import Depot
 from fabric.instance.dial import dial
 from fabric.instance.direct import direct_route
 from fabric.instance.meter import Meter
+from fabric.instance.metrics import InstanceMetrics, MeasuredEngine
 from fabric.instance.serve import Peer, serve_session
 from fabric.messages import Hello, InstanceSpec, InstanceState, InstanceStatus, Limits
 
@@ -85,6 +86,7 @@ class Instance:
         if spec.session_url is not None:
             launch = spec.launch
             self._depot = Depot(spec.session_url, launch.token, instance=launch.instance)
+        self._metrics = InstanceMetrics(spec.launch.model.partition("@")[0])
         self._direct_url: str | None = None
         self._points_fit: bool | None = None
         self._num_sessions = 0
@@ -109,7 +111,10 @@ class Instance:
             self.report(InstanceState.LOADING, "generating a canary")
             await sing(self._engine, self._launch.model)
             route = direct_route(
-                self._serve, token=self._spec.direct_token, guest_token=self._spec.guest_token
+                self._serve,
+                token=self._spec.direct_token,
+                guest_token=self._spec.guest_token,
+                render_metrics=self._metrics.render,
             )
             async with route as url:
                 self._direct_url = url
@@ -179,7 +184,8 @@ class Instance:
         launch, digest = self._launch, engine.info.digest
         if launch.digest is not None and launch.digest != digest:
             raise DigestMismatch(name=launch.model, expected=launch.digest, actual=digest)
-        return engine
+        self._metrics.watch_load(engine)
+        return MeasuredEngine(engine, self._metrics)
 
     async def _stay(self) -> None:
         """Serve until drained and the last session has ended."""

@@ -13,13 +13,30 @@ from fabric.messages.wire import Wire
 MAX_RANKS = 1024
 
 
+class VllmOptions(Wire):
+    """The vLLM server that computes where ``EngineOptions.backend`` is ``vllm``.
+
+    ``command`` starts one, which ends with the instance, and ``args`` are given to it after ours;
+    it has ``start_s`` seconds to become healthy. With ``url`` one that runs already is used: it
+    serves the same files, and the key it asks for is in ``key_path``.
+    """
+
+    command: tuple[str, ...] = Field(default=("vllm", "serve"), min_length=1)
+    args: tuple[str, ...] = ()
+    url: str | None = Field(default=None, pattern=r"^https?://")
+    key_path: str | None = None
+    start_s: float = Field(default=900.0, gt=0.0)
+
+
 class EngineOptions(Wire):
-    """How the engine is sized at a site; ``None`` lets the engine choose.
+    """What computes at a site and how it is sized; ``None`` lets the engine choose.
 
     ``tensor_parallel`` x ``pipeline_parallel`` processes hold the model together; ``num_threads``
     and ``cache_bytes`` are of each. See ``fabric.engine.config``.
     """
 
+    backend: Literal["fabric", "vllm"] = "fabric"
+    vllm: VllmOptions = VllmOptions()
     dtype: str | None = None
     num_threads: int | None = Field(default=None, ge=1)
     cache_bytes: int | None = Field(default=None, ge=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from typing import Annotated, Literal, Self
 
@@ -10,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from fabric.messages.constraint import Constraint
 from fabric.messages.program import Program, ProgramRun
+from fabric.messages.tools import MAX_TOOL_CALLS, ToolCall, ToolChoice
 from fabric.messages.wire import Wire
 
 MAX_CHOICES = 16
@@ -65,10 +67,13 @@ class TokensInput(Wire):
 
 
 class ChatMessage(Wire):
-    """One turn of a conversation."""
+    """One turn of a conversation: the assistant's may hold calls, and a ``tool``'s is the result of
+    the call ``tool_call_id``."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: tuple[ToolCall, ...] = Field(default=(), max_length=MAX_TOOL_CALLS)
+    tool_call_id: str | None = Field(default=None, max_length=64)
 
 
 class ChatInput(Wire):
@@ -76,6 +81,7 @@ class ChatInput(Wire):
 
     kind: Literal["chat"] = "chat"
     messages: tuple[ChatMessage, ...] = Field(min_length=1)
+    tool_choice: ToolChoice | None = None
 
 
 class ProgramInput(Wire):
@@ -200,7 +206,8 @@ class Request(Wire):
 
         A byte-level vocabulary never makes more tokens than UTF-8 bytes; a chat template adds a
         few special tokens a turn (32 allows for every template in use) and may add a default
-        system prompt (256). Encoders put a token before a text and one after it.
+        system prompt (256). Tools come as JSON, indented at most, after instructions of at most
+        2,048 bytes. Encoders put a token before a text and one after it.
         """
         match self.input:
             case TokensInput(ids=ids):
@@ -209,8 +216,27 @@ class Request(Wire):
                 return len(text.encode()) + (2 if self.mode == "embed" else 1)
             case ProgramInput(program=program):
                 return sum(_num_prompt_tokens(run) for run in program.runs)
-            case ChatInput(messages=messages):
-                return 256 + sum(32 + len(m.content.encode()) for m in messages)
+            case ChatInput(messages=messages, tool_choice=choice):
+                return 256 + _num_tool_bytes(choice) + sum(map(_num_turn_bytes, messages))
+
+
+def _num_turn_bytes(turn: ChatMessage) -> int:
+    calls = sum(128 + _num_json_bytes(json.loads(call.arguments)) for call in turn.tool_calls)
+    return 32 + len(turn.content.encode()) + calls
+
+
+def _num_tool_bytes(choice: ToolChoice | None) -> int:
+    if choice is None:
+        return 0
+    return 2048 + sum(
+        256 + _num_json_bytes([tool.name, tool.description, json.loads(tool.parameters)])
+        for tool in choice.tools
+    )
+
+
+def _num_json_bytes(value: object) -> int:
+    # Templates indent it by at most four, and two levels deep.
+    return len(json.dumps([[value]], indent=4).encode())
 
 
 def _num_prompt_tokens(run: ProgramRun) -> int:

@@ -30,7 +30,7 @@ from fabric.sdk.records import (
     Ticket,
     WhoAmI,
 )
-from fabric.sdk.results import Choice, Chunk, Completion, Usage
+from fabric.sdk.results import Choice, Chunk, Completion, ToolCall, Usage
 from fabric.sdk.stream import AsyncStream, Stream
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "StatementLine",
     "Stream",
     "Ticket",
+    "ToolCall",
     "Usage",
     "WhoAmI",
 ]

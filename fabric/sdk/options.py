@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
-Message = Mapping[str, str]
-"""One turn of a conversation: ``{"role": "user", "content": "…"}``."""
+Message = Mapping[str, object]
+"""One turn of a conversation: ``{"role": "user", "content": "…"}``. ``Completion.message`` is the
+assistant's, and ``{"role": "tool", "tool_call_id": …, "content": …}`` a call's result."""
 
 Prompt = str | Sequence[Message]
 """Text to be continued, or a conversation to be answered."""
@@ -29,6 +30,10 @@ class Options(TypedDict, total=False):
         json_schema: The answer is JSON that this schema accepts.
         regex: The whole answer matches this regular expression.
         choices: The answer is one of these texts.
+        tools: Functions the model may call, in OpenAI's form (chat only).
+        tool_choice: ``none``, ``auto``, ``required``, or the one that must be called, in OpenAI's
+            form.
+        parallel_tool_calls: Whether there may be more than one call.
         seed: Makes sampling repeatable.
         stop: Strings that end the output.
         n: How many choices.
@@ -58,6 +63,9 @@ class Options(TypedDict, total=False):
     json_schema: Mapping[str, object] | None
     regex: str | None
     choices: Sequence[str] | None
+    tools: Sequence[Mapping[str, object]] | None
+    tool_choice: str | Mapping[str, object] | None
+    parallel_tool_calls: bool | None
     seed: int | None
     stop: str | Sequence[str] | None
     n: int | None

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from fabric.engine import opening
 from fabric.engine.config import EngineConfig
@@ -35,60 +34,14 @@ from fabric.messages import (
     TokensInput,
 )
 from fabric.messages.request import ChatInput
-
-CONTEXT_TOKENS = 256
-SPECIALS = ("<end>", "<start>", "<unused>")
+from fabric.testing.tiny_model import byte_tokenizer, save, save_tiny_llama, tiny_config
 
 torch.set_num_threads(1)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token, so most characters that are not ASCII take several."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIALS))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<end>",
-        chat_template=(
-            "{% for m in messages %}{{ '<start>' + m['role'] + ':' + m['content'] + '<end>' }}"
-            "{% if m['role'] == 'system' and not loop.first %}"
-            "{{ raise_exception('the system turn comes first') }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}<start>assistant:{% endif %}"
-        ),
-    )
-
-
-def tiny_config(**changes: object) -> LlamaConfig:
-    values: dict[str, object] = {
-        "vocab_size": 256 + len(SPECIALS),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": CONTEXT_TOKENS,
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": 256,
-        "pad_token_id": 258,
-    }
-    return LlamaConfig(**(values | changes))
-
-
-def save(model: PreTrainedModel, path: Path) -> Path:
-    model.save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(7)
-    return save(LlamaForCausalLM(tiny_config()), tmp_path_factory.mktemp("models") / "tiny")
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -228,6 +228,10 @@ def test_load_counts_rows_and_learns_rates(tiny):
     load = tiny.engine.load()
     assert load.prefill_tokens_per_s > 0.0
     assert load.decode_tokens_per_s > 0.0
+    phases = (load.prefill_steps, load.decode_steps, load.mixed_steps)
+    assert load.prefill_steps.num > 0
+    assert load.decode_steps.num > 50
+    assert sum(steps.seconds for steps in phases) == pytest.approx(load.busy_s)
 
 
 def test_an_idle_engine_uses_no_processor_time(tiny):
