@@ -75,8 +75,8 @@ def test_layers_read_when_they_run_give_the_same_tokens(
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_process_needs_less_memory_than_the_model_has_weights(save_model, tiny_llama):
-    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8}
-    model = tiny_llama(**sizes, num_attention_heads=12, num_key_value_heads=12)
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+    model = tiny_llama(**sizes, num_attention_heads=8, num_key_value_heads=8)
     layer_bytes = sum(p.numel() for p in model.model.layers[0].parameters()) * 4
     path = save_model(model)
     del model
