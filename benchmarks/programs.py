@@ -1,13 +1,14 @@
-"""What intervention programs cost beside plain requests, and beside their peers, in one interleaved run.
+"""What intervention programs cost beside plain requests and their peers, in one interleaved run.
 
-The engine's steps are timed on its own thread in CPU seconds, so that other processes of the machine
-count little; rounds go through all sides in turns, and what to trust are differences and ratios.
+The engine's steps are timed on its own thread in CPU seconds, so that other processes of the
+machine count little; rounds go through all sides in turns, and what to trust are differences and
+ratios.
 
     python benchmarks/programs.py [--rounds 9] [--layers 2] [--nnsight PYTHON] [--json FILE]
 
-``--nnsight`` is a Python that has nnsight: the same toy runs there, in a process of its own, a round
-of it between two of ours. ``--layers`` is how many layers of SmolLM2 the patch grid takes; its peer
-are plain PyTorch hooks over batches of the same model.
+``--nnsight`` is a Python that has nnsight: the same toy runs there, in a process of its own, a
+round of it between two of ours. ``--layers`` is how many layers of SmolLM2 the patch grid takes;
+its peer are plain PyTorch hooks over batches of the same model.
 """
 
 from __future__ import annotations
@@ -260,9 +261,7 @@ def patch_grid(num_layers: int) -> Json:
     started = time.process_time()
     expected = hooked_grid(model, layers, clean, corrupt)
     hooks_s = time.process_time() - started
-    agree = [
-        float((found[name][0].float() - x).norm() / x.norm()) for name, x in expected.items()
-    ]  # type: ignore[index]
+    agree = [float((found[name][0].float() - x).norm() / x.norm()) for name, x in expected.items()]  # type: ignore[index]
     return {
         "layers": num_layers,
         "runs": len(runs),
