@@ -80,6 +80,7 @@ HEAVY = ("torch", "transformers", "parsl", "sqlalchemy", "fastapi", "numpy", "gl
         ("fabric.cli.main", HEAVY),
         ("fabric.engine.interface", HEAVY),
         ("fabric.instance", ("torch", "transformers", "parsl", "sqlalchemy", "fastapi")),
+        ("fabric.programs", HEAVY),
         ("fabric.payloads", (*HEAVY, "proxystore", "redis")),
         ("fabric.gateway", ("torch", "transformers", "parsl")),
         ("fabric.broker", ("torch", "transformers", "parsl")),
