@@ -101,6 +101,12 @@ class Row:
         """The most tokens that it may still generate."""
         return self.active.max_tokens - self.position
 
+    @property
+    def num_reusable(self) -> int:
+        """Tokens at its start that need not run where others have computed them."""
+        most, program = len(self.tokens) - 1, self.active.program
+        return most if program is None else min(most, program.execution.first_read)
+
     def block_names(self, num_blocks: int) -> list[bytes]:
         """Return the names of its first ``num_blocks`` blocks, which its tokens fill."""
         while len(self.names) < num_blocks:
@@ -196,12 +202,6 @@ class ActiveTask:
         """Choices that run: the first until the prompt is done, then all that have not ended."""
         rows = self.rows if self.forked else self.rows[:1]
         return [row for row in rows if row.finish_reason is None]
-
-    @property
-    def num_reusable(self) -> int:
-        """Tokens at its start that need not run where others have computed them."""
-        most = max(len(row.tokens) for row in self.live_rows) - 1
-        return most if self.program is None else min(most, self.program.execution.first_read)
 
     @property
     def deltas(self) -> tuple[Delta, ...]:
