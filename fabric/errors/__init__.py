@@ -24,7 +24,7 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        BalanceUnavailable
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
     │                        EngineStopped
-    ├── ProgramError
+    ├── ProgramError         TraceError
     ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
     │                        UnknownStore, StoreUnreachable
     ├── VersionError         DigestMismatch, FunctionDrifted, ManifestInvalid, ReplicationFailed,
@@ -172,6 +172,9 @@ from fabric.errors.tickets import (
     TicketMissing,
     TicketSpent,
 )
+from fabric.errors.tracing import (
+    TraceError,
+)
 
 __all__ = [
     "AdmissionError",
@@ -270,6 +273,7 @@ __all__ = [
     "TokenExpired",
     "TokenInvalid",
     "TooManyRequests",
+    "TraceError",
     "UnknownAccount",
     "UnknownDevice",
     "UnknownModel",
