@@ -24,7 +24,8 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        BalanceUnavailable
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
     │                        EngineStopped
-    ├── ProgramError         TraceError
+    ├── ProgramError         ProgramInvalid, PointUnknown, PointRefused, ProgramTooLarge,
+    │                        ProgramFailed, TraceError
     ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
     │                        UnknownStore, StoreUnreachable
     ├── VersionError         DigestMismatch, FunctionDrifted, ManifestInvalid, ReplicationFailed,
@@ -99,7 +100,6 @@ from fabric.errors.data import (
     DiskTooSmall,
     FunctionDrifted,
     ManifestInvalid,
-    ProgramError,
     ReplicationFailed,
     VersionError,
 )
@@ -140,6 +140,14 @@ from fabric.errors.planning import (
     ShapeInvalid,
     UnknownDevice,
     UnknownShape,
+)
+from fabric.errors.programs import (
+    PointRefused,
+    PointUnknown,
+    ProgramError,
+    ProgramFailed,
+    ProgramInvalid,
+    ProgramTooLarge,
 )
 from fabric.errors.routing import (
     DeadlineExceeded,
@@ -238,8 +246,13 @@ __all__ = [
     "PlacementError",
     "PlanError",
     "PlanImpossible",
+    "PointRefused",
+    "PointUnknown",
     "PortInUse",
     "ProgramError",
+    "ProgramFailed",
+    "ProgramInvalid",
+    "ProgramTooLarge",
     "ProjectForeign",
     "ProjectNotChosen",
     "ProtocolViolation",

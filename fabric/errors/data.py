@@ -1,15 +1,8 @@
-"""Programs and versions that are not what they should be."""
+"""Versions that are not what they should be."""
 
 from __future__ import annotations
 
 from fabric.errors.base import FabricError
-
-
-class ProgramError(FabricError):
-    """An intervention program is not valid or cannot be run here."""
-
-    code = "program_error"
-    http_status = 400
 
 
 class VersionError(FabricError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fabric.errors.data import ProgramError
+from fabric.errors.programs import ProgramError
 
 
 class TraceError(ProgramError):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from pydantic import ValidationError
 
-from fabric.errors import FabricError
+from fabric.errors import FabricError, ProgramInvalid
 from fabric.messages import PointManifest, Program
+from fabric.messages.nodes import Artifact
 from fabric.messages.program import MAX_RUNS, Constants, Generate, ProgramLimits
 from fabric.sdk.programs import OnEvent, ProgramOptions, ProgramResult, Quote, RunResult
 from fabric.sdk.tracing.backend import Backend, InProcess, LocalEngine, is_engine
@@ -237,6 +238,8 @@ class Session:
             consts=None if data is None else _constants(data),
             limits=self._limits,
         )
+        if any(isinstance(node, Artifact) for run in program.runs for node in run.nodes):
+            return program, lines  # only the hub knows their shapes
         try:
             check(program, self.manifest, {} if data is None else read_header(data))
         except FabricError as error:
@@ -349,4 +352,7 @@ def _at_its_line(error: FabricError, lines: Mapping[str, Sequence[Line]]) -> Fab
     where = lines.get(run, ()) if isinstance(run, str) else ()
     if not isinstance(node, int) or not 0 <= node < len(where):
         return error
-    return where[node].error(str(error.detail.get("reason") or error.message))
+    reason = error.message
+    if isinstance(error, ProgramInvalid):
+        reason = f"This cannot be sent: {error.detail['reason']}."
+    return where[node].error(reason)
