@@ -44,11 +44,11 @@ def of_hidden(manifest: PointManifest, node: n.Norm | n.Unembed | n.Module, x: V
                 )
             in_layers(manifest, node.site)
             _needs_last("x", x.shape, manifest.hidden)
-            return given([x], x.shape, manifest.dtype)
+            return given([x], x.shape, manifest.dtype, positions=x.positions)
         case n.Unembed():
             _needs_last("x", x.shape, manifest.hidden)
             shape = (*x.shape[:-1], number(manifest.vocabulary))
-            return given([x], shape, logits_dtype(manifest), cuts=len(shape) == 1)
+            return given([x], shape, logits_dtype(manifest), positions=_leads(x))
         case n.Module():
             return _module(manifest, node, x)
 
@@ -163,12 +163,12 @@ def _module(manifest: PointManifest, node: n.Module, x: Value) -> Value:
         if len(x.shape) != 2:
             raise Unfit(f"a layer takes [positions, hidden] and was given {told(x.shape)}")
         _needs_last("x", x.shape, manifest.hidden)
-        return given([x], x.shape, manifest.dtype)
+        return given([x], x.shape, manifest.dtype, positions=x.positions)
     name = matmul_weight(manifest, node.module)
     num_out, num_in = matrix(manifest, name)
     _needs_last("x", x.shape, num_in)
     shape = (*x.shape[:-1], number(num_out))
-    return given([x], shape, manifest.dtype, cuts=len(shape) == 1)
+    return given([x], shape, manifest.dtype, positions=_leads(x))
 
 
 def matmul_weight(manifest: PointManifest, module: str) -> str:
@@ -181,6 +181,10 @@ def matmul_weight(manifest: PointManifest, module: str) -> str:
         if len(manifest.weights.get(name, ())) == 2:
             return name
     raise Unfit(f"the model has no layer and no matrix {module!r}")
+
+
+def _leads(x: Value) -> bool:
+    return x.positions and len(x.shape) > 1
 
 
 def _needs_last(what: str, shape: Shape, size: int) -> None:

@@ -36,64 +36,67 @@ def infer(node: n.Node, args: Sequence[Value]) -> Value:
     match node:
         case n.Unary():
             needs_float(node.op, x)
-            return given(args, x.shape, x.dtype)
+            return given(args, x.shape, x.dtype, positions=x.positions)
         case n.Binary():
-            dtype = _of_two(node.op, x, args[1:])
-            return given(args, broadcast(*(arg.shape for arg in args)), dtype)
+            return _element_by_element(args, _of_two(node.op, x, args[1:]))
         case n.Where():
-            shape = broadcast(*(arg.shape for arg in args))
-            return given(args, shape, promote(args[1].dtype, args[2].dtype))
+            return _element_by_element(args, promote(args[1].dtype, args[2].dtype))
         case n.Matmul():
-            return given(args, _matmul(x.shape, args[1].shape), _common_float(node.op, args))
+            shape = _matmul(x.shape, args[1].shape)
+            batched = args[1] if len(args[1].shape) > 2 else x
+            leads = _leads(x, shape) or _leads(batched, shape)
+            return given(args, shape, _common_float(node.op, args), positions=leads)
         case n.Linear():
-            return given(args, _linear(args), _common_float(node.op, args))
+            leads = x.positions and len(x.shape) > 1
+            return given(args, _linear(args), _common_float(node.op, args), positions=leads)
         case n.Einsum():
             return _einsum(node, args)
         case n.Reduce():
             return _reduce(node, x)
         case n.Cosine():
-            dtype = _common_float(node.op, args)
-            shape = broadcast(x.shape, args[1].shape)
-            place = place_of(node.axis, len(shape))
-            return given(args, shape[:place] + shape[place + 1 :], dtype, cuts=place == 0)
+            both = _element_by_element(args, _common_float(node.op, args))
+            place = place_of(node.axis, len(both.shape))
+            shape = both.shape[:place] + both.shape[place + 1 :]
+            return given(args, shape, both.dtype, positions=both.positions and place > 0)
         case n.Softmax():
             needs_float(node.op, x)
             place_of(node.axis, len(x.shape))
-            return given(args, x.shape, "float32")
+            return given(args, x.shape, "float32", positions=x.positions)
         case n.TopK():
             return _topk(node, x)
         case n.Slice():
-            shape = sliced(x.shape, node.index)
-            whole = not node.index or node.index[0] is None or node.index[0] == (None, None)
-            return given(args, shape, x.dtype, cuts=not whole)
+            whole = not node.index or node.index[0] is None
+            leads = x.positions and whole
+            return given(args, sliced(x.shape, node.index), x.dtype, positions=leads)
         case n.Gather():
             return _gather(node, args)
         case n.Concat():
             return _concat(node, args)
         case n.Reshape():
-            shape, cuts = (_permute if node.op == "permute" else _reshape)(x.shape, node.shape)
-            return given(args, shape, x.dtype, cuts=cuts)
+            shape = (_permute if node.op == "permute" else _reshape)(x.shape, node.shape)
+            return given(args, shape, x.dtype, positions=_keeps_first(node, x, shape))
         case n.Cast():
-            return given(args, x.shape, node.dtype)
+            return given(args, x.shape, node.dtype, positions=x.positions)
         case n.Gate():
-            return given(args, (one_a_token("x", x),), "float32")
+            leads = x.positions and len(x.shape) > 0
+            return given(args, (one_a_token("x", x),), "float32", positions=leads)
         case n.Noise():
-            return given(args, x.shape, x.dtype if x.dtype in FLOATS else "float32")
+            dtype = x.dtype if x.dtype in FLOATS else "float32"
+            return given(args, x.shape, dtype, positions=x.positions)
     raise TypeError(f"{node.op} is not pure")
 
 
-def given(args: Sequence[Value], shape: Shape, dtype: str, *, cuts: bool = False) -> Value:
-    """Return the value over ``args``; ``cuts`` says that its first axis is another than theirs."""
+def given(args: Sequence[Value], shape: Shape, dtype: str, *, positions: bool = False) -> Value:
+    """Return the value over ``args``: evaluated as soon as all are there, then whenever one is."""
     steps, since = 0, 0
     for arg in args:
         steps |= arg.steps
         since = max(since, arg.first_step)
-    steps = steps >> since << since
     return Value(
         shape=check_size(shape),
         dtype=dtype,
-        steps=steps,
-        positions=not cuts and any(_leads(arg, shape) for arg in args),
+        steps=steps >> since << since,
+        positions=positions,
         reach=max(arg.reach for arg in args),
         from_gradient=any(arg.from_gradient for arg in args),
     )
@@ -150,13 +153,14 @@ def check_index(index: int, axis: Axis) -> None:
         raise Unfit(f"index {index} is out of range for an axis of {axis.size}")
 
 
+def _element_by_element(args: Sequence[Value], dtype: str) -> Value:
+    shape = broadcast(*(arg.shape for arg in args))
+    return given(args, shape, dtype, positions=any(_leads(arg, shape) for arg in args))
+
+
 def _leads(arg: Value, shape: Shape) -> bool:
-    return (
-        arg.positions
-        and len(arg.shape) > 0
-        and len(shape) > 0
-        and arg.shape[0].size == shape[0].size
-    )
+    """Whether a result has its first axis, the positions, from this operand."""
+    return arg.positions and len(arg.shape) == len(shape) and arg.shape[0].size == shape[0].size
 
 
 def _of_two(op: str, x: Value, others: Sequence[Value]) -> str:
@@ -216,11 +220,11 @@ def _einsum(node: n.Einsum, args: Sequence[Value]) -> Value:
     if Counter(result).keys() - letters.keys() or len(set(result)) != len(result):
         raise Unfit(f"{result!r} in {node.equation!r} must be letters of its operands, each once")
     leads = any(
-        arg.positions and operand[:1] == result[:1]
+        arg.positions and operand[:1] == result[:1] != ""
         for operand, arg in zip(operands, args, strict=True)
     )
     shape = tuple(letters[letter] for letter in result)
-    return given(args, shape, _common_float("einsum", args), cuts=not (leads and result))
+    return given(args, shape, _common_float("einsum", args), positions=leads)
 
 
 def _reduce(node: n.Reduce, x: Value) -> Value:
@@ -239,7 +243,7 @@ def _reduce(node: n.Reduce, x: Value) -> Value:
         for place, axis in enumerate(x.shape)
         if node.keepdim or place not in places
     )
-    return given([x], shape, dtype, cuts=0 in places)
+    return given([x], shape, dtype, positions=x.positions and 0 not in places)
 
 
 def _topk(node: n.TopK, x: Value) -> Value:
@@ -248,7 +252,8 @@ def _topk(node: n.TopK, x: Value) -> Value:
     dtype = "int64" if node.part == "indices" else x.dtype
     if x.dtype == "bool":
         raise Unfit("topk of truth values has no meaning; cast them first")
-    return given([x], (*x.shape[:-1], number(node.k)), dtype, cuts=len(x.shape) == 1)
+    leads = x.positions and len(x.shape) > 1
+    return given([x], (*x.shape[:-1], number(node.k)), dtype, positions=leads)
 
 
 def _gather(node: n.Gather, args: Sequence[Value]) -> Value:
@@ -266,7 +271,7 @@ def _gather(node: n.Gather, args: Sequence[Value]) -> Value:
             return _taken_along(place, args)
         new = by.shape[0]
     shape = (*x.shape[:place], new, *x.shape[place + 1 :])
-    return given(args, shape, x.dtype, cuts=not (place and _leads(x, shape)))
+    return given(args, shape, x.dtype, positions=x.positions and place > 0)
 
 
 def _taken_along(place: int, args: Sequence[Value]) -> Value:
@@ -278,7 +283,7 @@ def _taken_along(place: int, args: Sequence[Value]) -> Value:
     for at, (axis, other) in enumerate(zip(x.shape, by.shape, strict=True)):
         if at != place:
             _needs_same("the other axes of x and by", axis, other)
-    return given(args, by.shape, x.dtype, cuts=place == 0)
+    return given(args, by.shape, x.dtype, positions=x.positions and place > 0)
 
 
 def _concat(node: n.Concat, args: Sequence[Value]) -> Value:
@@ -295,16 +300,16 @@ def _concat(node: n.Concat, args: Sequence[Value]) -> Value:
                 _needs_same("the other axes", axis, other)
     middle = number(len(args)) if stacks else plus(tuple(arg.shape[place] for arg in args))
     shape = (*first.shape[:place], middle, *first.shape[place + (not stacks) :])
-    return given(args, shape, first.dtype, cuts=place == 0)
+    return given(args, shape, first.dtype, positions=first.positions and place > 0)
 
 
-def _permute(x: Shape, order: Sequence[int]) -> tuple[Shape, bool]:
+def _permute(x: Shape, order: Sequence[int]) -> Shape:
     if sorted(order) != list(range(len(x))):
         raise Unfit(f"{list(order)} is no order of the {len(x)} axes")
-    return tuple(x[place] for place in order), bool(order) and order[0] != 0
+    return tuple(x[place] for place in order)
 
 
-def _reshape(x: Shape, sizes: Sequence[int]) -> tuple[Shape, bool]:
+def _reshape(x: Shape, sizes: Sequence[int]) -> Shape:
     if sizes.count(-1) > 1:
         raise Unfit(f"-1 stands more than once in {list(sizes)}")
     known, named = times(1, tuple(a for a in x if isinstance(a.size, int))), _named(x)
@@ -318,8 +323,13 @@ def _reshape(x: Shape, sizes: Sequence[int]) -> tuple[Shape, bool]:
         hint = "; use -1 for what is not a number yet" if named and -1 not in sizes else ""
         raise Unfit(f"{told(x)} cannot be made {list(sizes)}{hint}")
     rest = times(known.most // product.most, named) if -1 in sizes else number(0)
-    shape = tuple(rest if size == -1 else number(size) for size in sizes)
-    return shape, not (x and shape and x[0].size == shape[0].size)
+    return tuple(rest if size == -1 else number(size) for size in sizes)
+
+
+def _keeps_first(node: n.Reshape, x: Value, shape: Shape) -> bool:
+    if not x.positions or not shape:
+        return False
+    return node.shape[0] == 0 if node.op == "permute" else x.shape[0].size == shape[0].size
 
 
 def _named(x: Shape) -> tuple[Axis, ...]:

@@ -133,7 +133,8 @@ def broadcast(*shapes: Shape) -> Shape:
     Raises:
         Unfit: Their sizes differ and neither is 1.
     """
-    result = list(max(shapes, key=lambda shape: len(shape)))
+    longest: Shape = max(shapes, key=len)
+    result = list(longest)
     for shape in shapes:
         for place in range(1, len(shape) + 1):
             mine, axis = shape[-place], result[-place]
