@@ -18,7 +18,7 @@ from fabric.errors import PayloadInvalid
 
 Array = npt.NDArray[Any]
 
-_NAMES = {
+_NAMES: dict[np.dtype[Any], str] = {
     np.dtype("<f4"): "F32",
     np.dtype("<f2"): "F16",
     np.dtype("<i8"): "I64",

@@ -15,7 +15,7 @@ from fabric.errors import FabricError, ProgramInvalid
 from fabric.messages import PointManifest, Program
 from fabric.messages.nodes import Artifact
 from fabric.messages.program import MAX_RUNS, Constants, Generate, ProgramLimits
-from fabric.sdk.programs import OnEvent, ProgramOptions, ProgramResult, Quote, RunResult
+from fabric.sdk.programs import OnEvent, ProgramOptions, ProgramResult, Quote
 from fabric.sdk.tracing.backend import Backend, InProcess, LocalEngine, is_engine
 from fabric.sdk.tracing.lines import Line, refuse
 from fabric.sdk.tracing.record import Order
@@ -75,8 +75,7 @@ class Session:
         temperature: float = 0.0,
         seed: int = 0,
         ignore_eos: bool = True,
-        kind: type[RunT] = TracedRun,  # type: ignore[assignment]
-    ) -> RunT:
+    ) -> TracedRun:
         """Add a run.
 
         Args:
@@ -86,26 +85,26 @@ class Session:
             temperature: 0 is greedy.
             seed: Of the sampling.
             ignore_eos: Go on behind an end-of-sequence token.
-            kind: What it is made as.
 
         Raises:
             TraceError: Something of that cannot be sent, or there are too many runs.
         """
-        id = id or f"run{len(self._runs)}"
+        gen = _generate(max_tokens, temperature, seed, ignore_eos)
+        return self.add_run(TracedRun(self, id or f"run{len(self._runs)}", prompt, gen))
+
+    def add_run(self, run: RunT) -> RunT:
+        """Add a run that was made already.
+
+        Raises:
+            TraceError: There are too many runs, or two of a name, or the prompt is empty.
+        """
+        id, prompt = run.id, run.prompt
         if id in self._runs:
             raise refuse(f"There is a run {id!r} already; each has its own name.")
         if len(self._runs) == MAX_RUNS:
             raise refuse(f"A program has at most {MAX_RUNS} runs; make several sessions of these.")
-        if not prompt if isinstance(prompt, str | list | tuple) else not len(prompt):
+        if len(prompt) == 0:
             raise refuse("The prompt is empty.")
-        try:
-            gen = Generate(
-                max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos
-            )
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise refuse(f"{first['loc'][0]}: {first['msg']}.") from None
-        run = kind(self, id, prompt, gen)
         self._runs[id] = run
         return run
 
@@ -167,7 +166,7 @@ class Session:
         return self._backend.tokens(prompt, model=self.model)
 
     def execute(self) -> ProgramResult:
-        """Run what was recorded; leaving the block does it.
+        """Run what was recorded; leaving the block does it, if it was not done before.
 
         Raises:
             TraceError: A line does not compile.
@@ -189,10 +188,6 @@ class Session:
             run.record.close()
         return self.result
 
-    def run_result(self, id: str) -> RunResult:
-        """Return what one run gave."""
-        return self.done[id]
-
     def __enter__(self) -> Self:
         return self
 
@@ -203,7 +198,7 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if kind is None and not self._dry_run:
+            if kind is None and not self._dry_run and self.result is None:
                 self.execute()
         finally:
             self._close()
@@ -332,14 +327,18 @@ def trace(
         dry_run=dry_run,
         **options,
     )
-    return whole.run(
-        prompt,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        ignore_eos=ignore_eos,
-        kind=Trace,
-    )
+    gen = _generate(max_tokens, temperature, seed, ignore_eos)
+    return whole.add_run(Trace(whole, "run0", prompt, gen))
+
+
+def _generate(max_tokens: int, temperature: float, seed: int, ignore_eos: bool) -> Generate:
+    try:
+        return Generate(
+            max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise refuse(f"{first['loc'][0]}: {first['msg']}.") from None
 
 
 def _constants(data: bytes) -> Constants:

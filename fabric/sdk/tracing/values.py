@@ -102,7 +102,9 @@ class Operand:
     def __matmul__(self, other: object) -> Value:
         value = self._value()
         right = value.run.value(other)
-        ndim = _matmul_ndim(value.ndim, right.ndim)
+        if 1 in (value.ndim, right.ndim) and value.ndim and right.ndim:
+            return value.run.einsum(_vector_product(value.ndim, right.ndim), value, right)
+        ndim = _broadcast(value.ndim, right.ndim)
         return value._make(wire.Matmul, ndim, y=value.run.ref(right))
 
     def __rmatmul__(self, other: object) -> Value:
@@ -523,9 +525,11 @@ def _broadcast(first: int | None, second: int | None) -> int | None:
     return None if first is None or second is None else max(first, second)
 
 
-def _matmul_ndim(first: int | None, second: int | None) -> int | None:
-    if first is None or second is None:
-        return None
-    if 1 in (first, second):
-        return max(first + second - 2, 0)
-    return max(first, second)
+def _vector_product(first: int, second: int) -> str:
+    """Return numpy's product with a vector as a sum over letters."""
+    letters = "abcdefgh"
+    left = letters[: first - 1] + "z"
+    if second == 1:
+        return f"{left},z->{left[:-1]}"
+    right = letters[: second - 2] + "z" + letters[second - 2]
+    return f"{left},{right}->{right.replace('z', '')}"
