@@ -166,7 +166,7 @@ class Heatmap:
                 box = (x, y, x + widths[column] - _SCALE, y + height - _SCALE)
                 draw.rectangle(box, fill=colour)
                 middle = (x + widths[column] / 2, y + height / 2)
-                draw.text(middle, text, _ink(colour), font, anchor="mm")
+                draw.text(middle, text, ink(colour), font, anchor="mm")
                 x += widths[column]
         x = left
         for width, label in zip(widths, labels, strict=True):
@@ -204,11 +204,12 @@ def _mix(colours: Sequence[Colour], part: float) -> Colour:
     return red, green, blue
 
 
-def _ink(colour: Colour) -> Colour:
+def ink(colour: Colour) -> Colour:
+    """Return the colour of text that can be read on a colour."""
     red, green, blue = colour
     is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 140
     return (17, 17, 17) if is_light else (255, 255, 255)
 
 
 def _ink_name(colour: Colour) -> str:
-    return f"rgb{_ink(colour)}"
+    return f"rgb{ink(colour)}"

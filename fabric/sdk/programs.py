@@ -12,7 +12,6 @@ from html import escape
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict
 
-from fabric.messages.program import MAX_INLINE_BYTES
 from fabric.sdk.results import Json
 from fabric.sdk.stream import broken, read_replies
 
@@ -337,6 +336,8 @@ async def tokens(
 
 async def _sendable(transport: Transport, program: Program) -> Program:
     """Return the program with constants that are too large for a request stored at the hub."""
+    from fabric.messages.program import MAX_INLINE_BYTES
+
     consts = program.consts
     if consts is None or consts.data is None or consts.size <= MAX_INLINE_BYTES:
         return program
