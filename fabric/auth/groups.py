@@ -10,12 +10,13 @@ from uuid import UUID
 from sqlalchemy import Connection, RowMapping, delete, insert, select
 from sqlalchemy.exc import IntegrityError
 
+from fabric.auth.identity import PROGRAM_SCOPES
 from fabric.auth.records import GroupRecord
 from fabric.auth.tables import project_groups, projects
 from fabric.errors import Duplicate, NotFound, RequestInvalid
 from fabric.sql import Database, utc_now
 
-GROUP_SCOPES = frozenset({"query", "admin"})
+GROUP_SCOPES = PROGRAM_SCOPES | {"query", "admin"}
 """What a group may do. A site's agent is one process with one key, never a group."""
 
 DEFAULT_MAX_CONCURRENT = 64

@@ -7,10 +7,15 @@ from datetime import datetime
 
 from fabric.errors import PermissionDenied
 
-SCOPES = frozenset({"query", "admin", "site"})
+PROGRAM_SCOPES = frozenset({"program:read", "program:write", "program:gradient", "program:weights"})
+"""What intervention programs may do inside a forward pass: read it, write into it, take gradients,
+read and overlay weights. Nobody has them who was not given them."""
+
+SCOPES = PROGRAM_SCOPES | {"query", "admin", "site"}
 """``query``: send requests, explain them, read the project's runs. ``admin``: change the catalog,
 keys and accounts. ``site``: as one site's agent, ask for launches there. None implies another. A
-ticket has a scope of its own, ``ticket``, which no key can have and no route asks for."""
+ticket has a scope of its own, ``ticket``, which no key can have and no route asks for, and those of
+``PROGRAM_SCOPES`` that its issuer has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,11 @@ class GroupRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TicketRecord:
-    """A ticket without its secret. ``max_usu`` is the most all its calls together may cost."""
+    """A ticket without its secret.
+
+    ``max_usu`` is the most all its calls together may cost; ``scopes`` are what its issuer may do
+    inside a forward pass, and so may its calls.
+    """
 
     id: str
     project: str
@@ -53,16 +57,17 @@ class TicketRecord:
     site: str
     max_usu: int | None
     max_concurrent: int
+    scopes: frozenset[str] = frozenset()
     created_at: datetime
     expires_at: datetime
     revoked_at: datetime | None
 
     def identity(self) -> Identity:
-        """Who calls with it: the key it was issued to, for nothing but raw calls at the site."""
+        """Who calls with it: the key it was issued to, for raw calls at the site alone."""
         return Identity(
             key_id=self.issued_by,
             project=self.project,
-            scopes=frozenset({"ticket"}),
+            scopes=self.scopes | {"ticket"},
             max_concurrent=self.max_concurrent,
             site=self.site,
         )

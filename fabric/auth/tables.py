@@ -53,6 +53,7 @@ tickets = Table(
     Column("site", Text, nullable=False),
     Column("max_usu", BigInteger),
     Column("max_concurrent", Integer, nullable=False),
+    Column("scopes", Text),
     Column("created_at", UtcTime, nullable=False),
     Column("expires_at", UtcTime, nullable=False),
     Column("revoked_at", UtcTime),

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, RowMapping, bindparam, insert, select, update
 
-from fabric.auth.identity import Identity
+from fabric.auth.identity import PROGRAM_SCOPES, Identity
 from fabric.auth.records import TicketRecord
 from fabric.auth.tables import api_keys, tickets
 from fabric.errors import NotFound, RequestInvalid, TicketExpired, TicketInvalid, TicketMissing
@@ -81,6 +81,7 @@ class Tickets:
             site=site,
             max_usu=max_usu,
             max_concurrent=issuer.max_concurrent,
+            scopes=issuer.scopes & PROGRAM_SCOPES,
             created_at=now,
             expires_at=now + timedelta(seconds=lifetime_s),
             revoked_at=None,
@@ -90,7 +91,8 @@ class Tickets:
             if key_ends_at is not None:
                 record = replace(record, expires_at=min(record.expires_at, key_ends_at))
             row = {column.name: getattr(record, column.name) for column in _FIELDS}
-            connection.execute(insert(tickets), row | {"secret_sha256": _sha256(ticket)})
+            row |= {"scopes": " ".join(sorted(record.scopes)), "secret_sha256": _sha256(ticket)}
+            connection.execute(insert(tickets), row)
         return record, ticket
 
     def listed(self, project: str) -> list[TicketRecord]:
@@ -164,4 +166,5 @@ def _sha256(ticket: str) -> str:
 
 
 def _to_record(row: RowMapping) -> TicketRecord:
-    return TicketRecord(**{column.name: row[column.name] for column in _FIELDS})
+    fields = {column.name: row[column.name] for column in _FIELDS}
+    return TicketRecord(**fields | {"scopes": frozenset(str(row["scopes"] or "").split())})

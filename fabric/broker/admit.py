@@ -9,8 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypedDict
 
 from fabric.auth import Identity, require
+from fabric.broker.programs import MARGIN, ProgramBounds
 from fabric.broker.select import MAX_SCARCITY, Context, Offer, expected_tokens
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import Ticket
@@ -109,6 +111,7 @@ class Admission:
         *,
         scope: str = "query",
         also: Also | None = None,
+        bounds: ProgramBounds | None = None,
     ) -> Ticket:
         """Check a request, hold its largest charge and return its ticket.
 
@@ -116,8 +119,9 @@ class Admission:
             identity: Who asks.
             request: What is asked.
             foresee: Where it would go.
-            scope: The permission it takes.
+            scope: The permission it takes, beside those of a program.
             also: What is written in the transaction of the hold, and refuses it by raising.
+            bounds: Of a program, what it may take.
 
         Raises:
             PermissionDenied: The caller has not the permission.
@@ -128,20 +132,22 @@ class Admission:
             InsufficientBalance: No allocation covers the largest charge.
             NoReplica: None can serve it, and no wait could help.
         """
-        require(identity, scope)
+        _require(identity, scope, bounds)
         try:
             facts = await self._recent(identity.project, request.model)
-            return await self._admit(identity, request, facts, foresee, also)
+            return await self._admit(identity, request, facts, foresee, also, bounds)
         except FabricError:
             facts = await self._read(identity.project, request.model)
-            return await self._admit(identity, request, facts, foresee, also)
+            return await self._admit(identity, request, facts, foresee, also, bounds)
 
-    async def prospect(self, identity: Identity, request: Request) -> Context:
+    async def prospect(
+        self, identity: Identity, request: Request, bounds: ProgramBounds | None = None
+    ) -> Context:
         """Check a request and return what a choice for it rests on. Raises as ``admit`` does, but
         for the balance, which the choice weighs."""
-        require(identity, "query")
+        require(identity, "query" if bounds is None else "program:read")
         facts = await self._read(identity.project, request.model)
-        return self._check(request, facts).context
+        return self._check(request, facts, bounds).context
 
     async def _admit(
         self,
@@ -150,8 +156,9 @@ class Admission:
         facts: Facts,
         foresee: Foresee,
         also: Also | None,
+        bounds: ProgramBounds | None,
     ) -> Ticket:
-        checked = self._check(request, facts)
+        checked = self._check(request, facts, bounds)
         offers = checked.context.offers
         affordable = [
             offer
@@ -178,6 +185,7 @@ class Admission:
             held_usu=offer.max_charge_usu,
             prompt_tokens_bound=checked.prompt_tokens_bound,
             max_output_tokens=checked.max_output_tokens,
+            bounds=bounds,
         )
         await self._hold(ticket, also)
         return ticket
@@ -211,13 +219,16 @@ class Admission:
 
     # ---- checks ---------------------------------------------------------------------------------
 
-    def _check(self, request: Request, facts: Facts) -> _Checked:
+    def _check(self, request: Request, facts: Facts, bounds: ProgramBounds | None) -> _Checked:
         for site in (*(request.sites or ()), *filter(None, [request.data_site])):
             if site not in facts.sites:
                 raise UnknownSite(site=site, known=facts.sites)
         version = facts.version
-        prompt_tokens, output_tokens = _bounds(request, version.context_tokens)
-        offers = self._offers(request, facts, prompt_tokens, output_tokens)
+        if bounds is None:
+            prompt_tokens, output_tokens = _bounds(request, version.context_tokens)
+        else:
+            prompt_tokens, output_tokens = bounds.prompt_tokens, bounds.output_tokens
+        offers = self._offers(request, facts, prompt_tokens, output_tokens, bounds)
         if version.digest is None:
             raise NoReplica(model=version.ref, reasons={})
         context = Context(
@@ -234,7 +245,12 @@ class Admission:
         )
 
     def _offers(
-        self, request: Request, facts: Facts, prompt_tokens: int, output_tokens: int
+        self,
+        request: Request,
+        facts: Facts,
+        prompt_tokens: int,
+        output_tokens: int,
+        bounds: ProgramBounds | None,
     ) -> dict[str, Offer]:
         """Return what the request would cost at each site where it may run.
 
@@ -251,12 +267,21 @@ class Admission:
         n, tier = request.sampling.n, request.tier
         likely_prompt, likely_output = expected_tokens(request)
         likely = Usage(prompt_tokens=likely_prompt, output_tokens=n * likely_output)
+        likely_device_s, most = 0.0, _Hooks()
+        if bounds is not None:
+            most = _Hooks(
+                hook_bytes_in=bounds.hook_bytes_in,
+                hook_bytes_out=bounds.hook_bytes_out,
+                device_s=bounds.device_s,
+            )
+            likely = likely.model_copy(update={"output_tokens": output_tokens} | most)
+            likely_device_s = bounds.device_s / MARGIN
         total_usu = sum(one.available_usu for one in facts.allocations)
         offers = {}
         for site in allowed:
             if (rate := facts.rates.get(site)) is None:
                 continue
-            needed_usu = max_charge_usu(rate, tier, prompt_tokens, n * output_tokens)
+            needed_usu = max_charge_usu(rate, tier, prompt_tokens, n * output_tokens, **most)
             payer = _payer(facts.allocations, site, needed_usu)
             available_usu = payer.available_usu if payer else 0
             offers[site] = Offer(
@@ -264,7 +289,7 @@ class Admission:
                 allocation=payer.name if payer else None,
                 available_usu=available_usu,
                 max_charge_usu=needed_usu,
-                expected_charge_usu=charge_usu(rate, tier, likely),
+                expected_charge_usu=charge_usu(rate, tier, likely, device_s=likely_device_s),
                 scarcity=min(MAX_SCARCITY, total_usu / max(1, available_usu)),
             )
         if not offers:
@@ -313,6 +338,19 @@ class Admission:
             allocations=tuple(one for one in allocations if one.is_open(now)),
             read_at=time.monotonic(),
         )
+
+
+class _Hooks(TypedDict, total=False):
+    """What programs pay beside tokens."""
+
+    hook_bytes_in: int
+    hook_bytes_out: int
+    device_s: float
+
+
+def _require(identity: Identity, scope: str, bounds: ProgramBounds | None) -> None:
+    for one in sorted({scope} if bounds is None else {scope, *bounds.scopes}):
+        require(identity, one)
 
 
 def _heard(reading: asyncio.Future[Facts]) -> None:

@@ -168,5 +168,6 @@ def _record(end: End, charge_usu: int) -> RunRecord:
         total_s=outcome.total_s,
         placement=placement,
         error_code=outcome.failure_code,
+        program=ticket.program,
         finished_at=utc_now(),
     )

@@ -20,6 +20,7 @@ from fabric.broker.settings import BrokerSettings
 from fabric.messages import (
     ChatInput,
     InstanceState,
+    Program,
     ProgramInput,
     Request,
     TextInput,
@@ -36,11 +37,19 @@ _WITHOUT = {"embed": "it does not embed", "program": "it runs no programs"}
 
 def expected_tokens(request: Request) -> tuple[int, int]:
     """Return the likely number of prompt tokens and of output tokens of one choice."""
+    if isinstance(request.input, ProgramInput):
+        return _expected_of_program(request.input.program)
     prompt = request.prompt_tokens_bound()
     if not isinstance(request.input, TokensInput):
         prompt = prompt // BYTES_PER_TOKEN + 1
     wanted = request.sampling.max_tokens
     return prompt, PRIOR_OUTPUT_TOKENS if wanted is None else min(wanted, PRIOR_OUTPUT_TOKENS)
+
+
+def _expected_of_program(program: Program) -> tuple[int, int]:
+    """Return the likely tokens of all prompts, and of the longest run: runs go side by side."""
+    prompts = (len(run.ids or (run.text or "")[::BYTES_PER_TOKEN]) for run in program.runs)
+    return sum(prompts) + 1, max(run.gen.max_tokens for run in program.runs)
 
 
 def known_length(request: Request) -> int | None:

@@ -14,8 +14,10 @@ from typing import cast
 from fabric.auth import Identity, TicketRecord
 from fabric.broker.admit import Admission
 from fabric.broker.conclude import Also, Conclusion, End
+from fabric.broker.desk import ProgramDesk
 from fabric.broker.metering import Metering
 from fabric.broker.observe import Observer, Silent
+from fabric.broker.programs import ProgramBounds
 from fabric.broker.replicas import ReplicaView
 from fabric.broker.run import Run
 from fabric.broker.select import Context, select
@@ -114,6 +116,7 @@ class Broker:
         self._state = BrokerState(
             self._settings, started_at=time.monotonic(), salt_key=secrets.token_bytes(32)
         )
+        self.programs = ProgramDesk(self._state, self._admission)
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()
         self._runs: dict[str, Run] = {}
@@ -177,13 +180,21 @@ class Broker:
 
     # ---- requests -------------------------------------------------------------------------------
 
-    async def submit(self, identity: Identity, request: Request, *, deferred: bool = False) -> Run:
+    async def submit(
+        self,
+        identity: Identity,
+        request: Request,
+        *,
+        deferred: bool = False,
+        bounds: ProgramBounds | None = None,
+    ) -> Run:
         """Admit a request and return its run, which is on its way.
 
         Args:
             identity: Who asks.
             request: What is asked.
             deferred: Whether its end waits for ``conclude`` before it is written.
+            bounds: Of a program, what it may take.
 
         Raises:
             TooManyRequests: The key has as many requests in flight as it may have.
@@ -203,7 +214,10 @@ class Broker:
         self._admission.enter(identity)
         self._admitting.add(request.id)
         try:
-            ticket = await self._admission.admit(identity, request, self._foresee)
+            scope = "query" if bounds is None else "program:read"
+            ticket = await self._admission.admit(
+                identity, request, self._foresee, scope=scope, bounds=bounds
+            )
             self._check_open(request)
         except BaseException:
             self._admission.leave(identity.key_id)
@@ -236,14 +250,16 @@ class Broker:
         if ends := [end for end in popped if end is not None]:
             await self._conclusion.together(ends, also)
 
-    async def explain(self, identity: Identity, request: Request) -> Placement:
+    async def explain(
+        self, identity: Identity, request: Request, *, bounds: ProgramBounds | None = None
+    ) -> Placement:
         """Return where the request would go now and why, without holding or sending anything.
 
         Raises:
             NoReplica: Nowhere; the error says why, by instance.
             FabricError: As ``submit`` does.
         """
-        context = await self._admission.prospect(identity, request)
+        context = await self._admission.prospect(identity, request, bounds)
         replicas = self._state.fleet.snapshots(time.monotonic())
         return select(request, replicas, context, whole=True)
 
@@ -261,7 +277,14 @@ class Broker:
 
     # ---- raw calls ------------------------------------------------------------------------------
 
-    async def redeem(self, ticket: TicketRecord, request: Request, *, instance: str) -> None:
+    async def redeem(
+        self,
+        ticket: TicketRecord,
+        request: Request,
+        *,
+        instance: str,
+        bounds: ProgramBounds | None = None,
+    ) -> None:
         """Admit a request that a user sent to this instance, and hold its largest charge.
 
         Raises:
@@ -279,7 +302,9 @@ class Broker:
             snapshots = self._state.fleet.snapshots(time.monotonic())
             return select(request, [one for one in snapshots if one.instance == instance], context)
 
-        await self._metering.redeem(ticket, request, instance=instance, foresee=foresee)
+        await self._metering.redeem(
+            ticket, request, instance=instance, foresee=foresee, bounds=bounds
+        )
 
     async def settle(self, instance: str, metered: Metered) -> None:
         """Charge what an instance says a redeemed request consumed, once.

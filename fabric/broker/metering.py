@@ -18,6 +18,7 @@ from fabric.auth import TicketRecord
 from fabric.broker.admit import Admission, Foresee
 from fabric.broker.conclude import Conclusion
 from fabric.broker.observe import Observer
+from fabric.broker.programs import ProgramBounds
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import Outcome, Settle, Ticket, Void
 from fabric.catalog import Catalog, RedemptionRecord
@@ -85,7 +86,13 @@ class Metering:
         return run_id in self._live
 
     async def redeem(
-        self, ticket: TicketRecord, request: Request, *, instance: str, foresee: Foresee
+        self,
+        ticket: TicketRecord,
+        request: Request,
+        *,
+        instance: str,
+        foresee: Foresee,
+        bounds: ProgramBounds | None = None,
     ) -> None:
         """Admit a raw call and hold its largest charge.
 
@@ -94,6 +101,7 @@ class Metering:
             request: What is asked.
             instance: Where it will run.
             foresee: Returns the placement there, if it can be.
+            bounds: Of a program, what it may take.
 
         Raises:
             RequestInvalid: The id is not one.
@@ -124,6 +132,10 @@ class Metering:
                     tier=request.tier,
                     prompt_tokens_bound=admitted.prompt_tokens_bound,
                     max_output_tokens=request.sampling.n * admitted.max_output_tokens,
+                    max_hook_bytes_in=0 if bounds is None else bounds.hook_bytes_in,
+                    max_hook_bytes_out=0 if bounds is None else bounds.hook_bytes_out,
+                    max_device_s=0.0 if bounds is None else bounds.device_s,
+                    program=admitted.program,
                     held_usu=admitted.held_usu,
                     created_at=admitted.created_at,
                     due_at=admitted.created_at + timedelta(seconds=due_s),
@@ -136,7 +148,12 @@ class Metering:
         )
         try:
             admitted = await self._admission.admit(
-                identity, _confined(request, ticket.site), foresee, scope="ticket", also=write
+                identity,
+                _confined(request, ticket.site),
+                foresee,
+                scope="ticket",
+                also=write,
+                bounds=bounds,
             )
         except BaseException as error:
             self._forget(request.id)
@@ -223,7 +240,9 @@ class Metering:
                 return None
             usage = _bounded(metered.usage, redeemed)
             rate = self._ledger.rate(redeemed.model, redeemed.site, redeemed.created_at)
-            charge = min(redeemed.held_usu, charge_usu(rate, redeemed.tier, usage))
+            device_s = min(redeemed.max_device_s, usage.device_s)
+            charge = charge_usu(rate, redeemed.tier, usage, device_s=device_s)
+            charge = min(redeemed.held_usu, charge)
             outcome = _outcome(redeemed, metered, usage, charge)
             return self._close(redeemed, outcome)
 
@@ -260,6 +279,8 @@ def _bounded(usage: Usage, redeemed: RedemptionRecord) -> Usage:
             "prompt_tokens": prompt_tokens,
             "cached_prompt_tokens": min(usage.cached_prompt_tokens, prompt_tokens),
             "output_tokens": min(usage.output_tokens, redeemed.max_output_tokens),
+            "hook_bytes_in": min(usage.hook_bytes_in, redeemed.max_hook_bytes_in),
+            "hook_bytes_out": min(usage.hook_bytes_out, redeemed.max_hook_bytes_out),
         }
     )
 

@@ -46,6 +46,13 @@ def too_late(run: Progress) -> DeadlineExceeded:
 
 def broken(run: Progress, instance: str, error: FabricError) -> StreamBroken:
     """Return what a stream ends with that cannot go on elsewhere, and why it cannot."""
+    if run.ticket.bounds is not None:
+        return StreamBroken(
+            instance=instance,
+            num_tokens=run.num_tokens,
+            cause=error.code,
+            why="a program that has begun to answer is not begun again; send it again",
+        )
     if run.ticket.request.sampling.reproducible:
         return StreamBroken(
             instance=instance,

@@ -9,7 +9,7 @@ from fabric.broker.facts import ReplicaSnapshot
 from fabric.broker.signals import Ticket
 from fabric.errors import FabricError
 from fabric.ledger import charge_usu
-from fabric.messages import Placement, RunState, Token, Usage
+from fabric.messages import Placement, RunState, Saves, Token, Usage
 from fabric.messages.events import FinishReason
 
 
@@ -20,7 +20,9 @@ class Progress:
     ``instance`` is set while, and only while, an attempt is live there; ``moving_to`` while the
     hold is being moved for a placement; ``waiting_since`` is when the run last began to wait for a
     replica; ``served_site`` is the last that delivered something; ``held_back`` means that a slow
-    client, not the replica, set the pace; ``predicted`` is the replica as it was at ``sent_at``.
+    client, not the replica, set the pace; ``predicted`` is the replica as it was at ``sent_at``;
+    ``saved`` are the runs of a program that have returned all they save. The choices of a program
+    are its runs.
     """
 
     ticket: Ticket
@@ -50,6 +52,9 @@ class Progress:
     prompt_tokens: int = 0
     scored: bool = False
     embedded: bool = False
+    saved: set[str] = field(default_factory=set)
+    saved_bytes: int = 0
+    has_saves: bool = False
     held_back: bool = False
     token_ids: list[int] = field(default_factory=list)
     num_before: int = 0
@@ -57,7 +62,8 @@ class Progress:
     finishes: list[FinishReason | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        num_choices = self.ticket.request.sampling.n
+        bounds = self.ticket.bounds
+        num_choices = self.ticket.request.sampling.n if bounds is None else len(bounds.run_ids)
         self.counts = [0] * num_choices
         self.finishes = [None] * num_choices
 
@@ -69,12 +75,14 @@ class Progress:
     @property
     def resumable(self) -> bool:
         """Whether another replica would go on with the very same tokens."""
+        if self.ticket.bounds is not None:
+            return False
         return self.ticket.request.sampling.reproducible and len(self.counts) == 1
 
     @property
     def delivered(self) -> bool:
         """Whether anything has arrived that is charged."""
-        return bool(self.num_tokens or self.scored or self.embedded)
+        return bool(self.num_tokens or self.scored or self.embedded or self.has_saves)
 
     @property
     def paid_site(self) -> str | None:
@@ -86,9 +94,12 @@ class Progress:
     @property
     def complete(self) -> bool:
         """Whether every choice has had its last token, or none was asked for, or the embedding
-        is there."""
+        is there, and so is all that a program saves."""
         if self.ticket.request.mode == "embed":
             return self.embedded
+        if (bounds := self.ticket.bounds) is not None:
+            ended = zip(bounds.max_tokens, self.finishes, strict=True)
+            return bounds.saving <= self.saved and all(not most or done for most, done in ended)
         return not self.ticket.max_output_tokens or None not in self.finishes
 
     def take(self, token: Token, now: float) -> str | None:
@@ -100,8 +111,11 @@ class Progress:
             return f"a token at position {token.position} where {self.counts[choice]} is next"
         if self.finishes[choice] is not None:
             return "a token after the last"
-        if token.position >= self.ticket.max_output_tokens:
-            return f"more tokens than the {self.ticket.max_output_tokens} that were asked for"
+        bounds, most = self.ticket.bounds, self.ticket.max_output_tokens
+        if bounds is not None:
+            most = bounds.max_tokens[choice]
+        if token.position >= most:
+            return f"more tokens than the {most} that were asked for"
         self.counts[choice] += 1
         self.finishes[choice] = token.finish_reason
         self._serve()
@@ -135,6 +149,26 @@ class Progress:
         self._serve()
         return None
 
+    def take_saves(self, saves: Saves, now: float) -> str | None:
+        """Note what a run of a program saved, or return why the instance may not send it."""
+        if (bounds := self.ticket.bounds) is None:
+            return "saves where no program was asked for"
+        if saves.run not in bounds.run_ids:
+            return f"saves of the run {saves.run!r}, which the program does not have"
+        if saves.run in self.saved:
+            return f"saves of the run {saves.run!r} after its last"
+        if (saves.data is None) == (saves.handle is None) or not _has_size(saves):
+            return "saves that are not what they say"
+        if self.saved_bytes + saves.size > bounds.hook_bytes_out:
+            return f"more bytes than the {bounds.hook_bytes_out} that the program may save"
+        self.saved_bytes += saves.size
+        self.has_saves = True
+        if saves.step is None:
+            self.saved.add(saves.run)
+        self.attempt_first_at, self.silent_until = self.attempt_first_at or now, None
+        self._serve()
+        return None
+
     def _serve(self) -> None:
         if self.placement is not None:
             self.served_site = self.placement.site
@@ -149,22 +183,35 @@ class Progress:
         prompt = self.prompt_tokens
         if reported is None:
             return Usage(
-                prompt_tokens=prompt if self.delivered else 0, output_tokens=self.num_tokens
+                prompt_tokens=prompt if self.delivered else 0,
+                output_tokens=self.num_tokens,
+                hook_bytes_in=self._hook_bytes_in if self.delivered else 0,
+                hook_bytes_out=self.saved_bytes,
             )
         prompt = min(prompt, reported.prompt_tokens)
         return Usage(
             prompt_tokens=prompt,
             cached_prompt_tokens=min(prompt, reported.cached_prompt_tokens),
             output_tokens=min(self.num_tokens, self.num_before + reported.output_tokens),
+            hook_bytes_in=min(self._hook_bytes_in, reported.hook_bytes_in),
+            hook_bytes_out=min(self.saved_bytes, reported.hook_bytes_out),
             queue_s=reported.queue_s,
             device_s=reported.device_s,
         )
+
+    @property
+    def _hook_bytes_in(self) -> int:
+        return 0 if self.ticket.bounds is None else self.ticket.bounds.hook_bytes_in
 
     def charge_usu(self, usage: Usage) -> int:
         """Return the charge at the prices of the site that served, never more than is held."""
         if (site := self.paid_site) is None:
             return 0
-        charge = charge_usu(self.ticket.rates[site], self.ticket.request.tier, usage)
+        bounds = self.ticket.bounds
+        device_s = 0.0 if bounds is None else min(bounds.device_s, usage.device_s)
+        charge = charge_usu(
+            self.ticket.rates[site], self.ticket.request.tier, usage, device_s=device_s
+        )
         return min(self.held_usu, charge)
 
     def decode_tokens_per_s(self) -> float:
@@ -191,3 +238,11 @@ class Progress:
         num_tokens = self.num_tokens - self.num_before
         predicted_s = times_s(self.ticket.request, plain, num_tokens).total_s
         return (now - self.sent_at) / predicted_s if predicted_s > 0 else 0.0
+
+
+def _has_size(saves: Saves) -> bool:
+    """Whether inline saves have the bytes they are charged for."""
+    if saves.data is None:
+        return True
+    padding = saves.data.count("=", -2)
+    return len(saves.data) % 4 == 0 and len(saves.data) // 4 * 3 - padding == saves.size

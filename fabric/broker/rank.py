@@ -136,7 +136,7 @@ class Ranking:
         pool, settings = self._pool, self._context.settings
         if not pool.has_prefixes or not pool.groups.get(self._context.digest):
             return []
-        if self._request.mode == "embed":  # every token of it is computed
+        if self._request.mode != "query":  # every token of it, or of what it reads, is computed
             return []
         if expected_tokens(self._request)[0] < settings.prefix_tokens:
             return []

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from fabric.broker.programs import ProgramBounds
 from fabric.broker.select import Offer
 from fabric.catalog import RedemptionRecord
 from fabric.errors import FabricError
@@ -42,7 +43,8 @@ class Ticket:
         held_allocation: The allocation that holds.
         held_usu: How much it holds.
         prompt_tokens_bound: At least as many tokens as the prompt has.
-        max_output_tokens: The most tokens of one choice.
+        max_output_tokens: The most tokens of one choice, or of all runs of a program.
+        bounds: What a program may take.
     """
 
     request: Request
@@ -57,6 +59,12 @@ class Ticket:
     held_usu: int
     prompt_tokens_bound: int
     max_output_tokens: int
+    bounds: ProgramBounds | None = None
+
+    @property
+    def program(self) -> str | None:
+        """The digest of the program, if it is one."""
+        return None if self.bounds is None else self.bounds.program
 
     @property
     def name(self) -> str:

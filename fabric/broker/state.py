@@ -61,6 +61,7 @@ from fabric.messages import (
     RunCompleted,
     RunFailed,
     RunState,
+    Saves,
     Task,
     Token,
     Usage,
@@ -298,8 +299,16 @@ class BrokerState:
                     yield from self._on_violation(run, now, violation)
                 elif run.cancel_until is None:
                     yield Emit(run_id=event.run_id, event=token)
+            case Saves() as saves:
+                if (violation := run.take_saves(saves, now)) is not None:
+                    yield from self._on_violation(run, now, violation)
+                elif run.cancel_until is None:
+                    yield Emit(run_id=event.run_id, event=saves)
             case Accepted(prompt_tokens=prompt_tokens):
                 run.state = RunState.RUNNING
+                if run.ticket.bounds is not None:
+                    # A program may compute for long before it has anything to say.
+                    run.silent_until = None
                 if not run.prompt_tokens:
                     run.prompt_tokens = min(prompt_tokens, run.ticket.prompt_tokens_bound)
             case PromptScored() as scored:
@@ -316,12 +325,15 @@ class BrokerState:
                 yield from self._on_failed(run, now, failed)
 
     def _on_finished(self, run: Progress, now: float, finished: Finished) -> Instructions:
-        if not run.complete or len(finished.finish_reasons) != len(run.finishes):
+        is_program = run.ticket.bounds is not None
+        if not run.complete or not (
+            is_program or len(finished.finish_reasons) == len(run.finishes)
+        ):
             yield from self._on_violation(run, now, "the end of a task that is not done")
             return
         instance = run.instance or ""
         self.fleet.succeeded(instance)
-        if run.attempt_first_at is not None and not run.held_back:
+        if run.attempt_first_at is not None and not run.held_back and not is_program:
             self.fleet.observed(
                 now,
                 instance,
@@ -331,7 +343,8 @@ class BrokerState:
                 ratio=run.observed_over_predicted(now),
                 cached_tokens=finished.usage.cached_prompt_tokens,
             )
-        run.finishes = list(finished.finish_reasons)
+        if not is_program:
+            run.finishes = list(finished.finish_reasons)
         if run.cancel_until is None:
             yield from self._complete(run, now, finished.usage)
         else:
@@ -361,9 +374,9 @@ class BrokerState:
         self._detach(run)
         if run.cancel_until is not None:
             yield from self._end(run, now, RequestCancelled())
-        elif run.complete and (run.num_tokens or run.embedded):
+        elif run.complete and (run.num_tokens or run.embedded or run.has_saves):
             yield from self._complete(run, now, None)
-        elif run.num_tokens and not run.resumable:
+        elif (run.num_tokens or run.has_saves) and not run.resumable:
             yield from self._end(run, now, broken(run, instance, error))
         elif run.attempt >= self._settings.max_attempts:
             yield from self._end(run, now, error)

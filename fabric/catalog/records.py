@@ -64,7 +64,10 @@ class LaunchRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """One request: whose, where it ran and why there, what it used and cost, how it ended."""
+    """One request: whose, where it ran and why there, what it used and cost, how it ended.
+
+    ``program`` is the SHA-256 of an intervention program; nothing else of it is kept.
+    """
 
     id: str
     project: str
@@ -82,6 +85,7 @@ class RunRecord:
     total_s: float | None = None
     placement: Placement | None = None
     error_code: str | None = None
+    program: str | None = None
     finished_at: datetime | None = None
 
 
@@ -115,6 +119,10 @@ class RedemptionRecord:
         tier: What the rates are multiplied by.
         prompt_tokens_bound: At least as many tokens as the prompt has.
         max_output_tokens: The most tokens of all choices together.
+        max_hook_bytes_in: Of a program, the bytes it was given.
+        max_hook_bytes_out: The most bytes it may return.
+        max_device_s: The most seconds of computing it is charged for.
+        program: Its SHA-256.
         held_usu: The most it may cost.
         charge_usu: What it did cost; ``None`` until its books are closed.
         created_at: When it was admitted.
@@ -132,6 +140,10 @@ class RedemptionRecord:
     tier: str
     prompt_tokens_bound: int
     max_output_tokens: int
+    max_hook_bytes_in: int = 0
+    max_hook_bytes_out: int = 0
+    max_device_s: float = 0.0
+    program: str | None = None
     held_usu: int
     charge_usu: int | None = None
     created_at: datetime

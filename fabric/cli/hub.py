@@ -15,6 +15,7 @@ import click
 import uvicorn
 from fastapi import FastAPI
 
+from fabric.artifacts import Artifacts
 from fabric.auth import Authenticator, GlobusTokens, Groups, Keys
 from fabric.batches import Batches
 from fabric.broker import Broker, BrokerSettings
@@ -77,8 +78,14 @@ async def open_hub(settings: Settings) -> AsyncIterator[FastAPI]:
             answerer=LineAnswerer(broker=broker, catalog=catalog, offload=offload, metrics=metrics),
             directory=StateDir(settings.state_dir).files_dir,
         )
+        artifacts = Artifacts(
+            database=database,
+            offload=offload,
+            directory=StateDir(settings.state_dir).artifacts_dir,
+        )
         await broker.start()
         await batches.start()
+        await artifacts.start()
         try:
             yield create_app(
                 broker=broker,
@@ -90,12 +97,14 @@ async def open_hub(settings: Settings) -> AsyncIterator[FastAPI]:
                 authenticator=authenticator,
                 outreach=outreach,
                 batches=batches,
+                artifacts=artifacts,
                 settings=GatewaySettings(
                     body_limit_bytes=hub.body_limit_bytes, heartbeat_s=hub.heartbeat_s
                 ),
             )
         finally:
             await batches.close()
+            await artifacts.close()
             await outreach.close()
             await broker.close()
             authenticator.close()

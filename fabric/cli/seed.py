@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from fabric.auth import Keys
+from fabric.auth import PROGRAM_SCOPES, Keys
 from fabric.catalog import Catalog
 from fabric.config import SiteSpec
 from fabric.errors import Duplicate, RateMissing, UnknownModel
@@ -77,7 +77,8 @@ def _make_keys(keys: Keys, sites: Sequence[SiteSpec], project: str, label: str) 
     for key in keys.keys(project):
         if key.label == label and key.revoked_at is None:
             keys.revoke(key.id)
-    _, api_key = keys.add_key(project, label=label)
+    # It is the user's own machine: nothing of its models is anybody else's.
+    _, api_key = keys.add_key(project, label=label, scopes={"query"} | PROGRAM_SCOPES)
     tokens = {
         site.name: keys.add_key(project, label=label, scopes=("site",), site=site.name)[1]
         for site in sites

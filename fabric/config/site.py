@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -63,11 +64,14 @@ Executor = Annotated[LocalExecutor | ComputeExecutor, Field(discriminator="kind"
 
 
 class Prices(_Frozen):
-    """Charges per token in micro-SU."""
+    """Charges per token in micro-SU; of programs also per byte in and out, and per second."""
 
     prompt_usu: int = Field(default=10, ge=0)
     cached_prompt_usu: int = Field(default=1, ge=0)
     output_usu: int = Field(default=40, ge=0)
+    hook_in_usu: Decimal = Field(default=Decimal("0.001"), ge=0)
+    hook_out_usu: Decimal = Field(default=Decimal("0.01"), ge=0)
+    device_usu: Decimal = Field(default=Decimal(1000), ge=0)
 
 
 class SiteSpec(_Frozen):

@@ -62,6 +62,11 @@ class StateDir:
         """Where the files of batches are kept."""
         return self.path / "files"
 
+    @property
+    def artifacts_dir(self) -> Path:
+        """Where the artifacts of programs are kept."""
+        return self.path / "artifacts"
+
     def log_path(self, name: str) -> Path:
         """Return the log file of a process."""
         return self.path / "logs" / f"{name}.log"

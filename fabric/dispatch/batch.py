@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fabric.messages import Event, Limits, Task
+from fabric.messages import Event, Limits, ProgramInput, Task
 
 if TYPE_CHECKING:
     from fabric.dispatch.relay import RelayFigures
@@ -119,6 +119,8 @@ class Waiting:
 
 def get_answer_bytes(task: Task, limits: Limits) -> int:
     """Return about how many bytes a task's events take as JSON, if it runs to its end."""
+    if isinstance(asked := task.request.input, ProgramInput):
+        return asked.program.limits.result_bytes * 4 // 3
     sampling = task.request.sampling
     tokens = limits.context_tokens if sampling.max_tokens is None else sampling.max_tokens
     alternatives = 0 if sampling.logprobs is None else 1 + sampling.logprobs

@@ -26,6 +26,7 @@ from fabric.messages import (
     Heartbeat,
     Hello,
     PromptScored,
+    Saves,
     Task,
     Token,
     parse_from_instance,
@@ -103,7 +104,7 @@ def _parse(task: Task, lines: Sequence[str]) -> list[Event]:
     for line in lines:
         event = parse_from_instance(line)
         if not isinstance(
-            event, Accepted | PromptScored | Token | Embedding | Finished | Failed
+            event, Accepted | PromptScored | Token | Embedding | Saves | Finished | Failed
         ) or ((event.task_id, event.attempt) != (task.id, task.attempt)):
             raise ProtocolViolation(
                 peer="The instance", reason=f"a {event.type} that is not of the task"

@@ -29,6 +29,7 @@ from fabric.messages import (
     PromptScored,
     Redeem,
     Redeemed,
+    Saves,
     Settled,
     Task,
     Token,
@@ -101,7 +102,7 @@ class _Inbox:
 
     def put(self, event: Event) -> str | None:
         """Take an event, or return why it does not belong here."""
-        if isinstance(event, Token):
+        if isinstance(event, Token | Saves):
             if not self.accepted:
                 return "a token before the task was accepted"
             if self.allowance == 0:
@@ -227,7 +228,7 @@ class SessionChannel:
                     inbox.arrived.clear()
                     await inbox.arrived.wait()
                 event = inbox.events.popleft()
-                if isinstance(event, Token):
+                if isinstance(event, Token | Saves):
                     credit += 1
                     if credit * 2 >= task.window:
                         inbox.allowance += credit

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from fabric.messages import Event, Limits, Load, Task
+from fabric.messages import Event, Limits, Load, PointManifest, Task
 
 EventSink = Callable[[Event], None]
 """Takes the events of one task in order. Called on the engine's thread; must not block."""
@@ -14,13 +14,15 @@ EventSink = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What a loaded engine says of itself; ``digest`` is of the model's tensors."""
+    """What a loaded engine says of itself; ``digest`` is of the model's tensors, ``points`` where
+    programs may read and write."""
 
     model: str
     digest: str
     limits: Limits
     dtype: str
     engine: str
+    points: PointManifest | None = None
 
 
 class Engine(Protocol):
@@ -45,10 +47,10 @@ class Engine(Protocol):
         """Queue a task and return at once.
 
         The sink gets ``Accepted``, then ``PromptScored`` if asked for, ``Token`` events (or, of the
-        mode ``embed``, one ``Embedding``), and at last ``Finished``; or ``Failed`` at any point,
-        after which nothing follows. Bad input ends the task with ``Failed`` (code
-        ``context_length_exceeded``, ``invalid_parameter``, …) and never raises. A task whose
-        ``deadline_s`` passes fails with ``deadline_exceeded``.
+        mode ``embed``, one ``Embedding``; of the mode ``program``, also ``Saves``), and at last
+        ``Finished``; or ``Failed`` at any point, after which nothing follows. Bad input ends the
+        task with ``Failed`` (code ``context_length_exceeded``, ``invalid_parameter``, …) and never
+        raises. A task whose ``deadline_s`` passes fails with ``deadline_exceeded``.
         """
 
     def cancel(self, task_id: str, attempt: int) -> None:

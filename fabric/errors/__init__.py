@@ -14,6 +14,7 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        ConstraintInvalid), BodyInvalid,
     │                        UnknownModel, UnknownSite, ContextExceeded, BodyTooLarge,
     │                        TooManyRequests, Duplicate, FilesFull, FileInUse, BatchOver,
+    │                        ArtifactsFull,
     │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
     ├── PlacementError       NoReplica, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
@@ -53,6 +54,9 @@ from fabric.errors.admission import (
     UnknownParameter,
     UnknownSite,
     UnsupportedParameter,
+)
+from fabric.errors.artifacts import (
+    ArtifactsFull,
 )
 from fabric.errors.auth import (
     AuthError,
@@ -189,6 +193,7 @@ __all__ = [
     "AllocationClosed",
     "AlreadyRunning",
     "AlreadyStarted",
+    "ArtifactsFull",
     "AuthError",
     "AuthUnavailable",
     "BalanceUnavailable",

@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute
 from starlette.websockets import WebSocket
 
 from fabric.auth import SCOPES, Identity, require
-from fabric.errors import AuthError
+from fabric.errors import AuthError, KeyMissing
 from fabric.gateway.hub import hub_of
 
 CLOSE_BAD_TOKEN = 4401
@@ -85,6 +85,21 @@ class NeedsLaunch(Access):
             )
         except AuthError as error:
             raise WebSocketException(CLOSE_BAD_TOKEN, error.code) from error
+
+
+class NeedsInstance(Access):
+    """The token of a launch is needed, as an instance has it that asks by HTTP."""
+
+    async def __call__(self, connection: HTTPConnection) -> None:
+        """Note the launch in ``connection.state``.
+
+        Raises:
+            AuthError: The token is missing or not valid, or its launch has ended.
+        """
+        token, hub = _bearer(connection), hub_of(connection)
+        if not token:
+            raise KeyMissing
+        connection.state.launch = await hub.offload(hub.catalog.authenticate_launch, token)
 
 
 def _is_local(connection: HTTPConnection) -> bool:

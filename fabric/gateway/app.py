@@ -8,12 +8,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from fabric import __version__
+from fabric.artifacts import Artifacts
 from fabric.auth import Authenticator, Keys
 from fabric.batches import Batches
 from fabric.broker import Broker
 from fabric.catalog import Catalog
 from fabric.errors import FabricError
 from fabric.gateway import (
+    artifact_routes,
     batch_routes,
     chat,
     completions,
@@ -23,6 +25,7 @@ from fabric.gateway import (
     launch_routes,
     model_routes,
     operations,
+    program_routes,
     refusals,
     session_route,
     ticket_routes,
@@ -44,6 +47,10 @@ ROUTERS = (
     batch_routes.router,
     fabric_routes.router,
     fabric_routes.anyone,
+    program_routes.router,
+    program_routes.anyone,
+    artifact_routes.router,
+    artifact_routes.instances,
     ticket_routes.router,
     launch_routes.router,
     compute_routes.router,
@@ -63,6 +70,7 @@ def create_app(
     authenticator: Authenticator | None = None,
     outreach: Outreach | None = None,
     batches: Batches | None = None,
+    artifacts: Artifacts | None = None,
     settings: GatewaySettings = GatewaySettings(),  # noqa: B008
 ) -> FastAPI:
     """Return the application. The caller starts and closes what it is given.
@@ -77,6 +85,8 @@ def create_app(
         authenticator: Who calls; by API keys alone if not given.
         outreach: Reaches instances that cannot dial; one without stores if not given.
         batches: Files and batches; without them their routes answer 404.
+        artifacts: What programs are given and leave; without them programs have inline constants
+            and results alone.
         settings: Caps and intervals.
     """
     app = FastAPI(
@@ -90,7 +100,10 @@ def create_app(
             Middleware(
                 BodyLimit,
                 limit_bytes=settings.body_limit_bytes,
-                at_path_bytes={} if batches is None else batch_routes.limits_of(batches),
+                at_path_bytes={
+                    **({} if batches is None else batch_routes.limits_of(batches)),
+                    **({} if artifacts is None else artifact_routes.limits_of(artifacts)),
+                },
             ),
         ],
         exception_handlers={
@@ -112,6 +125,7 @@ def create_app(
         metrics=metrics,
         settings=settings,
         outreach=outreach or Outreach(),
+        artifacts=artifacts,
     )
     app.state.batches = batches
     metrics.watch_replicas(broker.replicas)

@@ -12,6 +12,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import Receive
 
 from fabric.broker import Run
+from fabric.broker.programs import ProgramBounds
 from fabric.gateway.hub import caller_of, hub_of
 from fabric.gateway.metrics import Metrics
 from fabric.gateway.request_ids import name_after_run
@@ -50,12 +51,19 @@ class Exchange:
         self._departure: asyncio.Task[None] | None = None
 
     @classmethod
-    async def begin(cls, http: HttpRequest, requests: Sequence[Request]) -> Self:
+    async def begin(
+        cls,
+        http: HttpRequest,
+        requests: Sequence[Request],
+        *,
+        bounds: ProgramBounds | None = None,
+    ) -> Self:
         """Admit all requests, or none.
 
         Args:
             http: The HTTP request, its body read; the reply will carry the first run's id.
             requests: What its caller asks.
+            bounds: Of a program, what it may take.
 
         Raises:
             FabricError: One was refused.
@@ -65,7 +73,7 @@ class Exchange:
         runs: list[Run] = []
         try:
             for request in requests:
-                runs.append(await hub.broker.submit(caller, request))
+                runs.append(await hub.broker.submit(caller, request, bounds=bounds))
         except BaseException:
             for run in runs:
                 await run.cancel()

@@ -18,6 +18,8 @@ from fabric.gateway.access import Needs
 from fabric.gateway.bodies import read_body
 from fabric.gateway.hub import Hub, SiteReport, caller_of, hub_of
 from fabric.gateway.openai_models import ChatBody, CompletionBody
+from fabric.gateway.program_checks import prepare
+from fabric.gateway.program_models import ProgramBody
 from fabric.ledger import Statement
 from fabric.messages import InstanceState, Placement
 
@@ -134,17 +136,22 @@ async def list_versions(request: Request) -> Listing[Model]:
 
 @router.post("/explain")
 async def explain(request: Request) -> Placement:
-    """Say where a completion or chat completion would run now, and what every candidate costs."""
+    """Say where a completion, chat completion or program would run now, and what every candidate
+    costs."""
     hub, caller = hub_of(request), caller_of(request)
-    if _has_messages(await request.body()):
+    fields = _fields(await request.body())
+    if "program" in fields:
+        body = (await read_body(request, ProgramBody)).to_request()
+        prepared = await prepare(hub, caller.project, body)
+        return await hub.broker.explain(caller, prepared.request, bounds=prepared.bounds)
+    if "messages" in fields:
         asked = (await read_body(request, ChatBody)).to_request()
     else:
-        body = await read_body(request, CompletionBody)
-        if len(body.prompt) != 1:
-            raise RequestInvalid(
-                param="prompt", value=len(body.prompt), reason="explain takes one prompt at a time"
-            )
-        asked = next(body.requests())
+        completion = await read_body(request, CompletionBody)
+        if (num := len(completion.prompt)) != 1:
+            reason = "explain takes one prompt at a time"
+            raise RequestInvalid(param="prompt", value=num, reason=reason)
+        asked = next(completion.requests())
     return await hub.broker.explain(caller, asked)
 
 
@@ -169,12 +176,12 @@ async def read_run(request: Request, run: str) -> RunRecord:
     return await hub.offload(hub.catalog.run, run, project=project)
 
 
-def _has_messages(data: bytes) -> bool:
+def _fields(data: bytes) -> Collection[str]:
     try:
         body = from_json(data)
     except ValueError:
-        return False
-    return isinstance(body, dict) and "messages" in body
+        return ()
+    return body.keys() if isinstance(body, dict) else ()
 
 
 def _replicas(views: Iterable[ReplicaView]) -> list[Replica]:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, cast
 
 from starlette.requests import HTTPConnection
 
+from fabric.artifacts import Artifacts
 from fabric.auth import Authenticator, Identity, Keys
 from fabric.broker import Broker
-from fabric.catalog import Catalog
+from fabric.catalog import Catalog, LaunchRecord
 from fabric.dispatch.protocol import Channel
 from fabric.gateway.metrics import Metrics
 from fabric.ledger import Ledger
@@ -55,6 +56,7 @@ class Hub:
     metrics: Metrics
     settings: GatewaySettings
     outreach: Outreach
+    artifacts: Artifacts | None = None
     reports: dict[str, SiteReport] = field(default_factory=dict)
     channels: dict[str, Channel] = field(default_factory=dict)
 
@@ -67,3 +69,8 @@ def hub_of(connection: HTTPConnection) -> Hub:
 def caller_of(connection: HTTPConnection) -> Identity:
     """Return who called; there is a caller on every route with ``Needs``."""
     return cast(Identity, connection.state.caller)
+
+
+def launch_of(connection: HTTPConnection) -> LaunchRecord:
+    """Return the launch of the instance that called; it is there on every route of instances."""
+    return cast(LaunchRecord, connection.state.launch)

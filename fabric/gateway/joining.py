@@ -27,6 +27,8 @@ async def check(hub: Hub, launch: LaunchRecord, hello: Hello) -> None:
     ):
         if said != permitted:
             raise SessionRefused(reason=f"its launch permits the {what} {permitted}, not {said}")
+    if hello.points is not None and hello.points.digest != hello.digest:
+        raise SessionRefused(reason="its points are of another model than it serves")
     await hub.offload(hub.catalog.register_digest, launch.model, hello.digest)
 
 

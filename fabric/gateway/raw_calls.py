@@ -6,6 +6,7 @@ import logging
 
 from fabric.errors import FabricError, ProtocolViolation, TicketForeign
 from fabric.gateway.hub import Hub
+from fabric.gateway.program_checks import prepare
 from fabric.messages import Failure, Hello, Metered, Redeem, Redeemed, Settled
 
 logger = logging.getLogger(__name__)
@@ -55,4 +56,7 @@ class SessionTill:
         ticket = await hub.offload(hub.keys.tickets.authenticate, frame.ticket)
         if ticket.site != hello.site:
             raise TicketForeign(site=ticket.site, here=hello.site)
-        await hub.broker.redeem(ticket, frame.request, instance=hello.instance)
+        bounds = None
+        if frame.request.mode == "program":
+            bounds = (await prepare(hub, ticket.project, frame.request, raw=True)).bounds
+        await hub.broker.redeem(ticket, frame.request, instance=hello.instance, bounds=bounds)

@@ -190,7 +190,7 @@ class _Stream:
             if index not in self._opened:
                 pieces.append(self._opening(index))
             if choice == len(end.finish_reasons) - 1:
-                self._news = _completed_object(end)
+                self._news = completed_object(end)
             pieces.append(self._chunk(self._shape.ending(index, reason)))
         return pieces
 
@@ -226,7 +226,8 @@ def _placed_object(run_id: str, event: Placed) -> Json:
     }
 
 
-def _completed_object(end: RunCompleted) -> Json:
+def completed_object(end: RunCompleted) -> Json:
+    """Return the ``fabric`` object of a run that was answered."""
     return {
         "run": end.run,
         "site": end.site,
@@ -244,9 +245,9 @@ def _completed_object(end: RunCompleted) -> Json:
 def _whole_object(ends: Sequence[RunCompleted]) -> Json:
     """Return the ``fabric`` object of a whole reply: of its run, or of all with their sum."""
     if len(ends) == 1:
-        return _completed_object(ends[0])
+        return completed_object(ends[0])
     return {
-        "runs": [_completed_object(end) for end in ends],
+        "runs": [completed_object(end) for end in ends],
         "charge_usu": sum(end.charge_usu for end in ends),
     }
 

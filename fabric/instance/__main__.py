@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fabric.engine.interface import Engine
-from fabric.instance.process import main
+from fabric.instance.process import Keep, main
 from fabric.messages import InstanceSpec
 
 
-def get_torch_engine(spec: InstanceSpec) -> Engine:
+def get_torch_engine(spec: InstanceSpec, _keep: Keep | None = None) -> Engine:
     """Return the engine for the model a launch describes; imports torch."""
     from fabric.engine.config import EngineConfig
     from fabric.engine.source import ModelSource

@@ -7,6 +7,7 @@ when it closes, the parent is gone and the instance ends with it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -24,20 +25,31 @@ from websockets.asyncio.connection import Connection
 from fabric.engine.interface import Engine
 from fabric.errors import DigestMismatch, FabricError
 from fabric.instance.canary import sing
+from fabric.instance.depot import Depot
 from fabric.instance.dial import dial
 from fabric.instance.direct import direct_route
 from fabric.instance.meter import Meter
 from fabric.instance.serve import Peer, serve_session
-from fabric.messages import Hello, InstanceSpec, InstanceState, InstanceStatus
+from fabric.messages import Hello, InstanceSpec, InstanceState, InstanceStatus, Limits
 
-EngineFactory = Callable[[InstanceSpec], Engine]
+Keep = Callable[[bytes], dict[str, object]]
+"""Takes a result too large to travel inline, and returns its handle at once; on any thread."""
+
+EngineFactory = Callable[[InstanceSpec, Keep | None], Engine]
+
+
+MAX_POINTS_BYTES = 4 * 2**20
+"""The largest manifest of points that a session begins with."""
+
+logger = logging.getLogger(__name__)
 
 
 def main(get_engine: EngineFactory) -> NoReturn:
     """Run the instance that standard input describes, and end the process.
 
     Args:
-        get_engine: Returns an engine that has not been started; may import what it needs.
+        get_engine: Returns an engine that has not been started; may import what it needs. It is
+            also given where large results go, if the instance has a hub to leave them at.
     """
     spec = InstanceSpec.model_validate_json(sys.stdin.readline())
     instance = Instance(spec, get_engine)
@@ -68,7 +80,12 @@ class Instance:
         self._started_at = time.monotonic()
         self._drain = asyncio.Event()
         self._meter = Meter(spec.launch.instance)
+        self._depot: Depot | None = None
+        if spec.session_url is not None:
+            launch = spec.launch
+            self._depot = Depot(spec.session_url, launch.token, instance=launch.instance)
         self._direct_url: str | None = None
+        self._points_fit: bool | None = None
         self._num_sessions = 0
         self._idle = asyncio.Event()
 
@@ -139,7 +156,7 @@ class Instance:
         return load.result()
 
     def _start_engine(self) -> Engine:
-        engine = self._get_engine(self._spec)
+        engine = self._get_engine(self._spec, self._depot.keep if self._depot else None)
         engine.start()
         launch, digest = self._launch, engine.info.digest
         if launch.digest is not None and launch.digest != digest:
@@ -162,7 +179,13 @@ class Instance:
         self._num_sessions += 1
         try:
             await serve_session(
-                connection, self._engine, self._hello(), self._drain, peer=peer, meter=self._meter
+                connection,
+                self._engine,
+                self._hello(),
+                self._drain,
+                peer=peer,
+                meter=self._meter,
+                depot=self._depot,
             )
         finally:
             self._num_sessions -= 1
@@ -178,9 +201,25 @@ class Instance:
             site=self._launch.site,
             model=self._launch.model,
             digest=info.digest,
-            limits=info.limits,
+            limits=self._limits(),
             dtype=info.dtype,
             engine=info.engine,
             direct_url=self._direct_url,
             deadline_s=deadline_s,
+            points=info.points if self._tells_points() else None,
         )
+
+    def _tells_points(self) -> bool:
+        """Say whether the hub can be told the points; without them it can check no program."""
+        points = self._engine.info.points
+        if self._points_fit is None:
+            size = 0 if points is None else len(points.model_dump_json())
+            self._points_fit = size <= MAX_POINTS_BYTES
+            if not self._points_fit:
+                logger.warning("no programs: the manifest of points has %d bytes", size)
+        return points is not None and self._points_fit
+
+    def _limits(self) -> Limits:
+        limits = self._engine.info.limits
+        modes = tuple(mode for mode in limits.modes if mode != "program")
+        return limits if self._tells_points() else limits.model_copy(update={"modes": modes})

@@ -18,7 +18,7 @@ from typing import Literal
 from websockets.asyncio.connection import Connection
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError
 
-from fabric.engine.interface import Engine
+from fabric.engine.interface import Engine, EventSink
 from fabric.errors import (
     DigestMismatch,
     EngineStopped,
@@ -29,6 +29,7 @@ from fabric.errors import (
     TicketMissing,
 )
 from fabric.errors import ProtocolViolation as Violation
+from fabric.instance.depot import Depot, constants_elsewhere, out_of_reach
 from fabric.instance.meter import Meter
 from fabric.messages import (
     Cancel,
@@ -46,6 +47,7 @@ from fabric.messages import (
     Metered,
     Redeem,
     Redeemed,
+    Saves,
     Settled,
     Task,
     Token,
@@ -71,6 +73,7 @@ async def serve_session(
     *,
     peer: Peer = "hub",
     meter: Meter | None = None,
+    depot: Depot | None = None,
 ) -> None:
     """Serve the peer of ``connection`` until it goes away or the instance has drained.
 
@@ -87,9 +90,10 @@ async def serve_session(
             reports; a ``client`` on the direct route speaks for the hub; a ``guest`` may only send
             tasks with tickets, and cancel its own.
         meter: Shared by the sessions of an instance; without one no ticket can be redeemed.
+        depot: Shared by them too: the way to the hub's artifacts, if there is one.
     """
     meter = meter or Meter(hello.instance)
-    session = _Session(connection, engine, hello, drain, peer, meter)
+    session = _Session(connection, engine, hello, drain, peer, meter, depot)
     try:
         await session.run()
     except ConnectionClosed:
@@ -109,7 +113,9 @@ async def _close(connection: Connection, code: int, reason: str) -> None:
 class _Outbox:
     """The events of one task that have not been sent, and how many more may be."""
 
-    __slots__ = ("credit", "ended", "muted", "pending", "redeeming", "submitted", "task")
+    __slots__ = (
+        *("credit", "ended", "leaving", "muted", "pending", "preparing", "submitted", "task"),
+    )
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -121,12 +127,16 @@ class _Outbox:
         """Its last event was sent."""
         self.submitted = False
         """The engine has it."""
-        self.redeeming: asyncio.Task[None] | None = None
+        self.preparing: asyncio.Task[None] | None = None
+        """It is redeemed, or its constants are fetched."""
+        self.leaving: dict[int, asyncio.Task[None]] = {}
+        """What takes results to the hub, by the event that waits for it."""
 
     def sendable(self) -> Iterator[Event]:
-        """Yield the pending events in order, until a token has no credit."""
-        while self.pending:
-            if isinstance(self.pending[0], Token):
+        """Yield the pending events in order, until a token has no credit, or a result is not yet
+        at the hub."""
+        while self.pending and id(self.pending[0]) not in self.leaving:
+            if isinstance(self.pending[0], Token | Saves):
                 if self.credit == 0:
                     return
                 self.credit -= 1
@@ -142,7 +152,9 @@ class _Session:
         drain: asyncio.Event,
         peer: Peer,
         meter: Meter,
+        depot: Depot | None,
     ) -> None:
+        self._depot = depot
         self._connection = connection
         self._engine = engine
         self._hello = hello
@@ -179,6 +191,7 @@ class _Session:
             self._meter.disconnect(post)
             for outbox in list(self._outboxes.values()):
                 self._stop(outbox)
+                self._forget(outbox)
             for job in jobs:
                 job.cancel()
             ended = await asyncio.gather(*jobs, return_exceptions=True)
@@ -208,7 +221,10 @@ class _Session:
                 outbox = self._outboxes.get((task_id, attempt))
                 if outbox is not None:
                     outbox.muted = True
-                    outbox.pending = deque(e for e in outbox.pending if not isinstance(e, Token))
+                    self._forget(outbox)
+                    outbox.pending = deque(
+                        e for e in outbox.pending if not isinstance(e, Token | Saves)
+                    )
                     self._flush(outbox)
                     self._stop(outbox)
                 elif self._peer != "guest":
@@ -249,13 +265,35 @@ class _Session:
             self._refuse(
                 outbox, RequestInvalid(param="mode", value=task.request.mode, reason=reason)
             )
+        elif (far := constants_elsewhere(task)) is not None and self._depot is None:
+            self._refuse(outbox, out_of_reach(far))
         elif task.ticket is None and self._peer != "guest":
-            self._engine.submit(task, partial(self._on_event, outbox))
-            outbox.submitted = True
+            sink = partial(self._on_event, outbox)
+            if far is None:
+                self._run(outbox, task, sink)
+            else:
+                outbox.preparing = asyncio.create_task(self._fill(outbox, task, sink))
         elif (error := _check_raw(task)) is not None:
             self._refuse(outbox, error)
         else:
-            outbox.redeeming = asyncio.create_task(self._redeem(outbox))
+            outbox.preparing = asyncio.create_task(self._redeem(outbox))
+
+    def _run(self, outbox: _Outbox, task: Task, sink: EventSink) -> None:
+        self._engine.submit(task, sink)
+        outbox.submitted = True
+
+    async def _fill(self, outbox: _Outbox, task: Task, sink: EventSink) -> None:
+        """Run a task once its program has its constants."""
+        failure: FabricError = RequestCancelled()
+        try:
+            if self._depot is not None:
+                task = await self._depot.fill(task)
+            self._run(outbox, task, sink)
+        except FabricError as error:
+            failure = error
+        finally:
+            if not outbox.submitted:
+                sink(Failed(task_id=task.id, attempt=task.attempt, failure=Failure.of(failure)))
 
     async def _redeem(self, outbox: _Outbox) -> None:
         """Run a raw call once the hub has admitted it."""
@@ -269,18 +307,18 @@ class _Session:
             update={"ticket": None, "deadline_s": min(task.deadline_s, task.request.deadline_s)}
         )
         sink = self._meter.metered(task, partial(self._on_event, outbox))
-        self._engine.submit(task, sink)
-        outbox.submitted = True
+        await self._fill(outbox, task, sink)
 
     def _stop(self, outbox: _Outbox) -> None:
         """End a task wherever it is; nothing happens to one that has ended."""
         if outbox.submitted:
             self._engine.cancel(outbox.task.id, outbox.task.attempt)
-        elif outbox.redeeming is not None and outbox.redeeming.cancel():
+        elif outbox.preparing is not None and outbox.preparing.cancel():
             self._refuse(outbox, RequestCancelled())
 
     def _refuse(self, outbox: _Outbox, error: FabricError) -> None:
         task = outbox.task
+        self._forget(outbox)
         outbox.pending.clear()
         outbox.pending.append(
             Failed(task_id=task.id, attempt=task.attempt, failure=Failure.of(error))
@@ -304,9 +342,35 @@ class _Session:
             if isinstance(event, Failed) and event.failure.code == EngineStopped.code:
                 # An engine nobody stopped has failed: leave, so that another one is started.
                 self._drain.set()
-            if not (outbox.ended or (outbox.muted and isinstance(event, Token))):
+            if not (outbox.ended or (outbox.muted and isinstance(event, Token | Saves))):
                 outbox.pending.append(event)
+                if isinstance(event, Saves) and self._depot is not None and self._depot.has(event):
+                    leaving = self._leave(self._depot, outbox, event)
+                    outbox.leaving[id(event)] = asyncio.create_task(leaving)
                 self._flush(outbox)
+            elif isinstance(event, Saves) and self._depot is not None:
+                self._depot.drop(event)
+
+    async def _leave(self, depot: Depot, outbox: _Outbox, saves: Saves) -> None:
+        """Take a result to the hub; its event goes on once it is there."""
+        try:
+            await depot.leave(saves)
+        except FabricError as error:
+            del outbox.leaving[id(saves)]
+            self._stop(outbox)
+            self._refuse(outbox, error)
+        else:
+            del outbox.leaving[id(saves)]
+            self._flush(outbox)
+
+    def _forget(self, outbox: _Outbox) -> None:
+        """Stop taking results to the hub that nobody will hear of."""
+        for leaving in outbox.leaving.values():
+            leaving.cancel()
+        outbox.leaving.clear()
+        for event in outbox.pending:
+            if isinstance(event, Saves) and self._depot is not None:
+                self._depot.drop(event)
 
     def _flush(self, outbox: _Outbox) -> None:
         for event in outbox.sendable():

@@ -20,6 +20,7 @@ from fabric.messages import (
     Goodbye,
     Hello,
     PromptScored,
+    Saves,
     Task,
     Token,
     Welcome,
@@ -164,7 +165,15 @@ class _Batch:
         match frame:
             case Goodbye():
                 return f"it has left: {frame.reason}"
-            case Accepted() | PromptScored() | Token() | Embedding() | Finished() | Failed():
+            case (
+                Accepted()
+                | PromptScored()
+                | Token()
+                | Embedding()
+                | Saves()
+                | Finished()
+                | Failed()
+            ):
                 key = (frame.task_id, frame.attempt)
                 if key in self._events:
                     self._events[key].append(line)

@@ -227,6 +227,9 @@ class Ledger:
         prompt_usu: int | Decimal,
         cached_prompt_usu: int | Decimal,
         output_usu: int | Decimal,
+        hook_in_usu: int | Decimal = 0,
+        hook_out_usu: int | Decimal = 0,
+        device_usu: int | Decimal = 0,
         effective_from: datetime | None = None,
     ) -> Rate:
         """Set what tokens cost from a time on (now, by default), in micro-SU per token.
@@ -237,6 +240,9 @@ class Ledger:
             prompt_usu: For an uncached prompt token; at most six decimal places.
             cached_prompt_usu: For a cached prompt token.
             output_usu: For a generated token.
+            hook_in_usu: For a byte of a program's constants.
+            hook_out_usu: For a byte that a program saved.
+            device_usu: For a second that a program computed.
             effective_from: When it starts. Charges already made stay as they are.
 
         Raises:
@@ -250,6 +256,9 @@ class Ledger:
             prompt_usu=Decimal(prompt_usu),
             cached_prompt_usu=Decimal(cached_prompt_usu),
             output_usu=Decimal(output_usu),
+            hook_in_usu=Decimal(hook_in_usu),
+            hook_out_usu=Decimal(hook_out_usu),
+            device_usu=Decimal(device_usu),
         )
         try:
             with self._database.transaction() as connection:

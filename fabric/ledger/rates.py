@@ -1,7 +1,9 @@
-"""Prices of tokens, and the one place where usage becomes money.
+"""Prices, and the one place where usage becomes money.
 
-A charge is ``tier x (uncached x prompt rate + cached x cached rate + output x output rate)``,
-computed exactly and rounded up to a whole micro-SU once, at the end.
+A charge is ``tier x (uncached x prompt rate + cached x cached rate + output x output rate)``, and
+of an intervention program also ``tier x (bytes in x hook-in rate + bytes out x hook-out rate +
+device microseconds x device rate / 1,000,000)``; computed exactly and rounded up to a whole
+micro-SU once, at the end.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from math import ceil
 from types import MappingProxyType
@@ -34,7 +36,8 @@ _MAX_PER_MTOKEN = 10**15
 class Rate:
     """Prices from a time on, in micro-SU per token, with at most six decimal places.
 
-    ``model`` and ``site`` say which row matched; ``*`` is a default.
+    ``model`` and ``site`` say which row matched; ``*`` is a default. Programs pay ``hook_in_usu``
+    and ``hook_out_usu`` per byte and ``device_usu`` per second of computing, beside their tokens.
     """
 
     model: str
@@ -43,12 +46,21 @@ class Rate:
     prompt_usu: Decimal
     cached_prompt_usu: Decimal
     output_usu: Decimal
+    hook_in_usu: Decimal = Decimal(0)
+    hook_out_usu: Decimal = Decimal(0)
+    device_usu: Decimal = Decimal(0)
 
 
-def charge_usu(rate: Rate, tier: str, usage: Usage) -> int:
+def charge_usu(rate: Rate, tier: str, usage: Usage, *, device_s: float = 0.0) -> int:
     """Return what a usage costs, in micro-SU.
 
     Cached tokens beyond the prompt's own (a site's false report) are not priced.
+
+    Args:
+        rate: The prices.
+        tier: A key of ``TIERS``.
+        usage: What was used.
+        device_s: Seconds of computing that are priced: a program's, and no others'.
     """
     cached = min(usage.cached_prompt_tokens, usage.prompt_tokens)
     return _total(
@@ -56,10 +68,20 @@ def charge_usu(rate: Rate, tier: str, usage: Usage) -> int:
         (rate.prompt_usu, usage.prompt_tokens - cached),
         (rate.cached_prompt_usu, cached),
         (rate.output_usu, usage.output_tokens),
+        *_hooks(rate, usage.hook_bytes_in, usage.hook_bytes_out, device_s),
     )
 
 
-def max_charge_usu(rate: Rate, tier: str, prompt_tokens_bound: int, max_output_tokens: int) -> int:
+def max_charge_usu(
+    rate: Rate,
+    tier: str,
+    prompt_tokens_bound: int,
+    max_output_tokens: int,
+    *,
+    hook_bytes_in: int = 0,
+    hook_bytes_out: int = 0,
+    device_s: float = 0.0,
+) -> int:
     """Return the most a request may cost, in micro-SU: what is held for it.
 
     Args:
@@ -67,11 +89,15 @@ def max_charge_usu(rate: Rate, tier: str, prompt_tokens_bound: int, max_output_t
         tier: A key of ``TIERS``.
         prompt_tokens_bound: At least as many tokens as the prompt has.
         max_output_tokens: The most tokens generated, over all choices.
+        hook_bytes_in: The most bytes a program is given.
+        hook_bytes_out: The most bytes it may return.
+        device_s: The most seconds of computing it is charged for.
     """
     return _total(
         tier,
         (max(rate.prompt_usu, rate.cached_prompt_usu), prompt_tokens_bound),
         (rate.output_usu, max_output_tokens),
+        *_hooks(rate, hook_bytes_in, hook_bytes_out, device_s),
     )
 
 
@@ -86,6 +112,9 @@ def insert_rate(connection: Connection, rate: Rate) -> None:
             "prompt_usu_per_mtoken": _to_mtoken("prompt_usu", rate.prompt_usu),
             "cached_prompt_usu_per_mtoken": _to_mtoken("cached_prompt_usu", rate.cached_prompt_usu),
             "output_usu_per_mtoken": _to_mtoken("output_usu", rate.output_usu),
+            "hook_in_usu_per_mbyte": _to_mtoken("hook_in_usu", rate.hook_in_usu),
+            "hook_out_usu_per_mbyte": _to_mtoken("hook_out_usu", rate.hook_out_usu),
+            "device_usu_per_million_s": _to_mtoken("device_usu", rate.device_usu),
         },
     )
 
@@ -122,12 +151,25 @@ def find_rate(connection: Connection, model: str, site: str, at: datetime) -> Ra
         prompt_usu=_from_mtoken(row.prompt_usu_per_mtoken),
         cached_prompt_usu=_from_mtoken(row.cached_prompt_usu_per_mtoken),
         output_usu=_from_mtoken(row.output_usu_per_mtoken),
+        hook_in_usu=_from_mtoken(row.hook_in_usu_per_mbyte),
+        hook_out_usu=_from_mtoken(row.hook_out_usu_per_mbyte),
+        device_usu=_from_mtoken(row.device_usu_per_million_s),
+    )
+
+
+def _hooks(
+    rate: Rate, bytes_in: int, bytes_out: int, device_s: float
+) -> tuple[tuple[Decimal, int], ...]:
+    return (
+        (rate.hook_in_usu, bytes_in),
+        (rate.hook_out_usu, bytes_out),
+        (rate.device_usu / MTOKEN, ceil(device_s * MTOKEN)),
     )
 
 
 def _total(tier: str, *priced: tuple[Decimal, int]) -> int:
-    # Exact: no price, count and tier together have more digits than a decimal keeps (28).
-    return ceil(TIERS[tier] * sum((p * num_tokens for p, num_tokens in priced), Decimal(0)))
+    with localcontext(prec=64):  # exact: whatever the price and the count
+        return ceil(TIERS[tier] * sum((p * count for p, count in priced), Decimal(0)))
 
 
 def _to_mtoken(name: str, price: Decimal) -> int:
@@ -136,7 +178,7 @@ def _to_mtoken(name: str, price: Decimal) -> int:
         raise RequestInvalid(
             param=name,
             value=str(price),
-            reason="a price is 0 to 1e9 micro-SU per token, with at most six decimal places",
+            reason="a price is 0 to 1e9 micro-SU a unit, with at most six decimal places",
         )
     return int(exact)
 

@@ -93,4 +93,7 @@ rates = Table(
     Column("prompt_usu_per_mtoken", BigInteger, nullable=False),
     Column("cached_prompt_usu_per_mtoken", BigInteger, nullable=False),
     Column("output_usu_per_mtoken", BigInteger, nullable=False),
+    Column("hook_in_usu_per_mbyte", BigInteger, nullable=False, server_default="0"),
+    Column("hook_out_usu_per_mbyte", BigInteger, nullable=False, server_default="0"),
+    Column("device_usu_per_million_s", BigInteger, nullable=False, server_default="0"),
 )

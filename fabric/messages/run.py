@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fabric.messages.events import Embedding, Failure, FinishReason, PromptScored, Token, Usage
+from fabric.messages.events import (
+    Embedding,
+    Failure,
+    FinishReason,
+    PromptScored,
+    Saves,
+    Token,
+    Usage,
+)
 from fabric.messages.wire import Wire
 
 
@@ -79,6 +87,6 @@ class RunFailed(Wire):
 
 
 RunEvent = Annotated[
-    Placed | PromptScored | Token | Embedding | RunCompleted | RunFailed,
+    Placed | PromptScored | Token | Embedding | Saves | RunCompleted | RunFailed,
     Field(discriminator="type"),
 ]

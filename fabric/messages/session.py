@@ -23,15 +23,17 @@ from fabric.messages.events import (
     Failure,
     Finished,
     PromptScored,
+    Saves,
     Token,
     Usage,
 )
 from fabric.messages.lifecycle import InstanceState
+from fabric.messages.points import PointManifest
 from fabric.messages.request import Mode, ModelRef, Request, SiteName
 from fabric.messages.task import Task
 from fabric.messages.wire import Wire
 
-PROTOCOL = 2
+PROTOCOL = 3
 """The version of this protocol; a peer with another one is refused."""
 
 MAX_FRAME_BYTES = 16 * 2**20
@@ -73,7 +75,8 @@ class Hello(Wire):
     """An instance presents itself. It is ready: its canary has run.
 
     ``digest`` is of the model's tensors; ``deadline_s`` the seconds until its block ends, if known;
-    ``direct_url`` where clients at the same site may reach it.
+    ``direct_url`` where clients at the same site may reach it; ``points`` where programs may read
+    and write, of an instance that runs them.
     """
 
     type: Literal["hello"] = "hello"
@@ -88,6 +91,7 @@ class Hello(Wire):
     load: Load = Load()
     direct_url: str | None = None
     deadline_s: float | None = None
+    points: PointManifest | None = None
 
 
 class Heartbeat(Wire):
@@ -188,6 +192,7 @@ FromInstance = Annotated[
     | PromptScored
     | Token
     | Embedding
+    | Saves
     | Finished
     | Failed
     | Redeem

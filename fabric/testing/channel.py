@@ -41,6 +41,7 @@ class FakeChannel:
             dtype=info.dtype,
             engine=info.engine,
             deadline_s=deadline_s,
+            points=info.points,
         )
         self.draining = False
         self._reason: str | None = None

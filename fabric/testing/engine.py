@@ -44,6 +44,8 @@ from fabric.messages import (
     Usage,
     pack_floats,
 )
+from fabric.messages.program import MAX_INLINE_BYTES
+from fabric.testing.fixed_programs import FixedProgram, Keep, count_words, get_manifest
 
 FIRST_TOKEN_ID = 1000
 LOGPROB = -0.5
@@ -64,8 +66,8 @@ def count_prompt_tokens(request: Request) -> int:
             return max(1, len(text.split()))
         case ChatInput(messages=messages):
             return sum(1 + len(message.content.split()) for message in messages)
-        case ProgramInput():
-            return request.prompt_tokens_bound()
+        case ProgramInput(program=program):
+            return sum(map(count_words, program.runs))
 
 
 def embed(request: Request) -> list[float]:
@@ -88,6 +90,8 @@ class _Job:
     submitted_at: float
     started_at: float | None = None
     cancelled: bool = False
+    program: FixedProgram | None = None
+    hook_bytes_out: int = 0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -95,6 +99,8 @@ class _Job:
 
     @property
     def num_rows(self) -> int:
+        if self.program is not None:
+            return len(self.program.program.runs)
         return self.task.request.sampling.n
 
 
@@ -105,7 +111,8 @@ class FixedDelayEngine:
     """An ``Engine`` whose every token takes a known time.
 
     Token ids are ``FIRST_TOKEN_ID + position``; all choices of a request are equal; ``stop`` is not
-    looked for. An embedding, made by ``embed``, takes as long as a first token.
+    looked for. An embedding, made by ``embed``, takes as long as a first token. A program's runs
+    generate side by side, and what they save are zeros (``fixed_programs``).
 
     Args:
         first_token_s: Seconds from a row's start to its first token.
@@ -116,6 +123,8 @@ class FixedDelayEngine:
         model: The model's name.
         digest: The model's digest.
         limits: Of context and rows; tasks beyond ``max_rows`` rows wait.
+        keep: Takes saves over ``inline_bytes``; without it they fail.
+        inline_bytes: Of one run's saves in its event.
     """
 
     def __init__(
@@ -129,24 +138,30 @@ class FixedDelayEngine:
         model: str = "fixed",
         digest: str = "sha256:" + "0" * 64,
         limits: Limits | None = None,
+        keep: Keep | None = None,
+        inline_bytes: int = MAX_INLINE_BYTES,
     ) -> None:
         self.first_token_s = first_token_s
         self.token_s = token_s
         self.stop_after = stop_after
         self.fail_after = fail_after
         self.start_error = start_error
+        self.keep = keep
+        self.inline_bytes = inline_bytes
+        limits = limits or Limits(
+            context_tokens=2048,
+            max_rows=64,
+            cache_tokens=2048 * 64,
+            modes=("query", "embed", "program"),
+        )
+        self._points = get_manifest(model, digest, limits.context_tokens)
         self._info = EngineInfo(
             model=model,
             digest=digest,
-            limits=limits
-            or Limits(
-                context_tokens=2048,
-                max_rows=64,
-                cache_tokens=2048 * 64,
-                modes=("query", "embed"),
-            ),
+            limits=limits,
             dtype="float32",
             engine="fixed-delay",
+            points=self._points if "program" in limits.modes else None,
         )
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -189,7 +204,14 @@ class FixedDelayEngine:
             position=len(task.prefix),
             submitted_at=now,
         )
-        if prompt_tokens + max_tokens > context_tokens:
+        if isinstance(task.request.input, ProgramInput):
+            try:
+                job.program = FixedProgram(task.request.input.program, self._points)
+            except FabricError as refusal:
+                self._finish(job, refusal)
+                return
+            job.end = job.program.num_steps
+        elif prompt_tokens + max_tokens > context_tokens:
             error = ContextExceeded(
                 prompt_tokens=prompt_tokens, max_tokens=max_tokens, context_tokens=context_tokens
             )
@@ -304,11 +326,16 @@ class FixedDelayEngine:
         if job.position == self.fail_after:
             self._finish(job, RowFailed(reason=f"told to fail after {self.fail_after} tokens"))
             return
+        if job.program is not None and not self._save(job, step=job.position):
+            return
         if job.position < job.end:
             for choice in range(job.num_rows):
-                job.sink(self._token(job, choice))
+                if job.position < self._end(job, choice):
+                    job.sink(self._token(job, choice))
             job.position += 1
         if job.position >= job.end:
+            if job.program is not None and not self._save(job, step=None):
+                return
             if (task := job.task).request.mode == "embed":
                 data = pack_floats(embed(task.request))
                 job.sink(Embedding(task_id=task.id, attempt=task.attempt, data=data))
@@ -316,6 +343,25 @@ class FixedDelayEngine:
             return
         with self._changed:
             self._schedule(at + self.token_s, self._step, job)
+
+    def _save(self, job: _Job, *, step: int | None) -> bool:
+        """Emit what a program saves in a step or at its end; return whether it goes on."""
+        assert job.program is not None
+        try:
+            for saves in job.program.saves(
+                job.task, step=step, keep=self.keep, inline_bytes=self.inline_bytes
+            ):
+                job.hook_bytes_out += saves.size
+                job.sink(saves)
+        except FabricError as error:
+            self._finish(job, error)
+            return False
+        return True
+
+    def _end(self, job: _Job, choice: int) -> int:
+        if job.program is None:
+            return job.end
+        return job.program.program.runs[choice].gen.max_tokens
 
     def _token(self, job: _Job, choice: int) -> Token:
         text = word(job.position)
@@ -334,7 +380,7 @@ class FixedDelayEngine:
             token_text=text,
             logprob=None if asked is None else LOGPROB,
             top_logprobs=tuple(top),
-            finish_reason=self._reason(job) if job.position + 1 >= job.end else None,
+            finish_reason=self._reason(job) if job.position + 1 >= self._end(job, choice) else None,
         )
 
     def _reason(self, job: _Job) -> Literal["stop", "length"]:
@@ -356,9 +402,13 @@ class FixedDelayEngine:
         num_steps = job.position - len(task.prefix)
         usage = Usage(
             prompt_tokens=job.prompt_tokens,
-            output_tokens=num_steps * job.num_rows,
+            output_tokens=sum(
+                min(num_steps, self._end(job, choice)) for choice in range(job.num_rows)
+            ),
+            hook_bytes_in=job.program.hook_bytes_in if job.program else 0,
+            hook_bytes_out=job.hook_bytes_out,
             queue_s=started_at - job.submitted_at,
-            device_s=num_steps * self.token_s,
+            device_s=num_steps * self.token_s + (self.first_token_s if job.program else 0.0),
         )
         if error is None:
             reasons = (self._reason(job),) * job.num_rows

@@ -18,11 +18,13 @@ import uvicorn
 import uvloop
 from websockets.asyncio.client import ClientConnection
 
+from fabric.artifacts import Artifacts, ArtifactSettings
 from fabric.auth import Authenticator, GlobusTokens, Keys
 from fabric.batches import Batches, BatchSettings
 from fabric.broker import Broker, BrokerSettings
 from fabric.catalog import Catalog
 from fabric.gateway import GatewaySettings, LineAnswerer, Metrics, create_app, get_server_config
+from fabric.instance.depot import Depot
 from fabric.instance.dial import dial
 from fabric.instance.serve import serve_session
 from fabric.ledger import Ledger
@@ -72,6 +74,7 @@ class RunningHub:
     broker: Broker
     loop: asyncio.AbstractEventLoop
     files_dir: Path
+    artifacts: Artifacts
     sites: dict[str, RunningSite] = field(default_factory=dict)
 
     @property
@@ -105,13 +108,16 @@ class RunningHub:
             limits=info.limits,
             dtype=info.dtype,
             engine=info.engine,
+            points=info.points,
         )
+        depot = Depot(self.session_url, token, instance=launch.instance)
+        engine.keep = depot.keep
         site = self.sites[name] = RunningSite(name=name, instance=launch.instance, engine=engine)
         drain = asyncio.Event()
 
         async def serve(connection: ClientConnection) -> None:
             site.connection = connection
-            await serve_session(connection, engine, hello, drain)
+            await serve_session(connection, engine, hello, drain, depot=depot)
 
         site.dialling = asyncio.create_task(dial(self.session_url, token, serve, drain))
         await eventually(
@@ -130,6 +136,7 @@ class HubOptions(TypedDict, total=False):
         broker: The broker's settings.
         gateway: The gateway's settings.
         batches: The settings of batches.
+        artifacts: The settings of artifacts.
         tokens: Makes what takes Globus logins, over the hub's database; none by default.
     """
 
@@ -139,6 +146,7 @@ class HubOptions(TypedDict, total=False):
     broker: BrokerSettings
     gateway: GatewaySettings
     batches: BatchSettings
+    artifacts: ArtifactSettings
     tokens: Callable[[Database], GlobusTokens]
 
 
@@ -174,6 +182,12 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
             directory=directory / "files",
             settings=options.get("batches", BatchSettings(poll_s=0.1)),
         )
+        artifacts = Artifacts(
+            database=database,
+            offload=offload,
+            directory=directory / "artifacts",
+            settings=options.get("artifacts", ArtifactSettings()),
+        )
         app = create_app(
             broker=broker,
             catalog=catalog,
@@ -183,10 +197,12 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
             metrics=metrics,
             authenticator=authenticator,
             batches=batches,
+            artifacts=artifacts,
             settings=options.get("gateway", GatewaySettings()),
         )
         await broker.start()
         await batches.start()
+        await artifacts.start()
         async with _serving(get_server_config(app, host="127.0.0.1", port=0)) as base_url:
             hub = RunningHub(
                 base_url=base_url,
@@ -197,6 +213,7 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
                 broker=broker,
                 loop=asyncio.get_running_loop(),
                 files_dir=directory / "files",
+                artifacts=artifacts,
             )
             try:
                 for name in sites:
@@ -204,6 +221,7 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
                 yield hub
             finally:
                 await batches.close()
+                await artifacts.close()
                 for site in hub.sites.values():
                     await site.kill()
         await broker.close()

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from fabric.engine.interface import Engine
 from fabric.errors import ModelNotLoadable
-from fabric.instance.process import main
+from fabric.instance.process import Keep, main
 from fabric.messages import InstanceSpec, Limits
+from fabric.messages.program import MAX_INLINE_BYTES
 from fabric.testing.engine import FixedDelayEngine
 
 MODULE = "fabric.testing.instance"
 
 
-def get_fixed_delay_engine(spec: InstanceSpec) -> Engine:
+def get_fixed_delay_engine(spec: InstanceSpec, keep: Keep | None = None) -> Engine:
     """Return the engine a launch's source describes.
 
     Args:
         spec: Its source may set ``first_token_s``, ``token_s`` (seconds), ``stop_after``,
-            ``fail_after``, ``context_tokens`` (tokens) and ``digest``; ``broken=1`` does not load.
+            ``fail_after``, ``context_tokens`` (tokens), ``inline_bytes`` and ``digest``;
+            ``broken=1`` does not load.
+        keep: Where its large results go.
     """
     _, _, text = spec.launch.source.partition(":")
     given = dict(pair.split("=") for pair in text.split(",") if pair)
@@ -37,8 +40,13 @@ def get_fixed_delay_engine(spec: InstanceSpec) -> Engine:
         model=model,
         digest=given.get("digest", "sha256:" + "0" * 64),
         limits=Limits(
-            context_tokens=context_tokens, max_rows=max_rows, cache_tokens=context_tokens * max_rows
+            context_tokens=context_tokens,
+            max_rows=max_rows,
+            cache_tokens=context_tokens * max_rows,
+            modes=("query", "program"),
         ),
+        keep=keep,
+        inline_bytes=int(given.get("inline_bytes", MAX_INLINE_BYTES)),
     )
 
 

@@ -16,7 +16,8 @@ from fabric.cli.admin.database import (
 )
 from fabric.cli.output import Column, Output, note, to_json
 
-SCOPES = click.Choice(["query", "admin", "site"])
+PROGRAM_SCOPES = ("program:read", "program:write", "program:gradient", "program:weights")
+SCOPES = click.Choice(["query", "admin", "site", *PROGRAM_SCOPES])
 
 
 @click.group()

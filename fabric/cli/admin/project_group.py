@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from fabric.cli.admin.database import Books, confirm, database_options, day, yes_option
+from fabric.cli.admin.key import PROGRAM_SCOPES
 from fabric.cli.output import Column, Output, note
 
 
@@ -19,7 +20,7 @@ def group() -> None:
 @click.option(
     "--scope",
     "scopes",
-    type=click.Choice(["query", "admin"]),
+    type=click.Choice(["query", "admin", *PROGRAM_SCOPES]),
     multiple=True,
     default=["query"],
     show_default=True,

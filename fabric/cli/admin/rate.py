@@ -32,7 +32,10 @@ PRICE = PriceType()
 
 @click.group()
 def rate() -> None:
-    """What tokens cost, in SU per million. Prices are never changed, only followed by others."""
+    """What tokens cost, in SU per million. Prices are never changed, only followed by others.
+
+    Programs also pay for bytes (SU per million) and for computing (micro-SU per second).
+    """
 
 
 @rate.command()
@@ -43,6 +46,9 @@ def rate() -> None:
     "--cached-prompt", "cached_prompt_usu", type=PRICE, help="For cached ones; as --prompt."
 )
 @click.option("--output", "output_usu", type=PRICE, required=True, help="For generated tokens.")
+@click.option("--hook-in", "hook_in_usu", type=PRICE, default="0", help="For a program's bytes in.")
+@click.option("--hook-out", "hook_out_usu", type=PRICE, default="0", help="For its bytes out.")
+@click.option("--device", "device_usu", type=PRICE, default="0", help="For a second it computes.")
 @click.option("--from", "effective_from", type=UTC_TIME, help="From when on (UTC); now.")
 @database_options
 def add(
@@ -51,6 +57,9 @@ def add(
     prompt_usu: Decimal,
     cached_prompt_usu: Decimal | None,
     output_usu: Decimal,
+    hook_in_usu: Decimal,
+    hook_out_usu: Decimal,
+    device_usu: Decimal,
     effective_from: datetime | None,
     books: Books,
     output: Output,
@@ -62,6 +71,9 @@ def add(
         prompt_usu=prompt_usu,
         cached_prompt_usu=prompt_usu if cached_prompt_usu is None else cached_prompt_usu,
         output_usu=output_usu,
+        hook_in_usu=hook_in_usu,
+        hook_out_usu=hook_out_usu,
+        device_usu=device_usu,
         effective_from=effective_from,
     )
     from_at = day(record.effective_from)
@@ -89,14 +101,17 @@ def show(models: tuple[str, ...], sites: tuple[str, ...], books: Books, output: 
     output.table(
         [
             *("MODEL", "SITE", Column("PROMPT", numeric=True), Column("CACHED", numeric=True)),
-            *(Column("OUTPUT", numeric=True), "SET FOR", "SINCE (UTC)"),
+            *(Column("OUTPUT", numeric=True), Column("HOOK IN", numeric=True)),
+            *(Column("HOOK OUT", numeric=True), Column("DEVICE S", numeric=True)),
+            *("SET FOR", "SINCE (UTC)"),
         ],
         [
             (
                 *(ref, name, rate.prompt_usu, rate.cached_prompt_usu, rate.output_usu),
+                *(rate.hook_in_usu, rate.hook_out_usu, rate.device_usu),
                 *(f"{rate.model} at {rate.site}", day(rate.effective_from)),
             )
             for ref, name, rate in found
         ],
-        title="SU per million tokens",
+        title="SU per million tokens, bytes and seconds",
     )

@@ -1,0 +1,65 @@
+"""What the broker knows of programs before and while they run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from fabric.auth import Identity
+from fabric.broker.admit import Admission
+from fabric.broker.programs import ProgramBounds, get_bounds
+from fabric.broker.state import BrokerState
+from fabric.messages import InstanceState, PointManifest, Request
+from fabric.programs import Checked
+
+
+class ProgramDesk:
+    """Points, bounds and prices. Called on the broker's event loop."""
+
+    def __init__(self, state: BrokerState, admission: Admission) -> None:
+        self._state = state
+        self._admission = admission
+
+    def points(self, digest: str) -> PointManifest | None:
+        """Return where programs may read and write in a version, if an instance of it is there."""
+        hellos = (one.hello for one in self._state.fleet if one.state is not InstanceState.LOST)
+        return next((one.points for one in hellos if one.digest == digest and one.points), None)
+
+    def bound(
+        self, checked: Checked, manifest: PointManifest, request: Request, *, program: str
+    ) -> ProgramBounds:
+        """Return what a checked program may take, by the rates of the replicas that may run it.
+
+        Args:
+            checked: What was found valid.
+            manifest: The points it was checked against.
+            request: What is asked.
+            program: The program's digest, as it was sent.
+        """
+        snapshots = self._state.fleet.snapshots(time.monotonic())
+        return get_bounds(
+            checked,
+            manifest,
+            [one for one in snapshots if one.digest == manifest.digest],
+            digest=program,
+            prompt_tokens=request.prompt_tokens_bound(),
+            tier=request.tier,
+        )
+
+    async def quote(
+        self, identity: Identity, request: Request, bounds: ProgramBounds
+    ) -> Mapping[str, int]:
+        """Return the most a program would cost at each site, in micro-SU.
+
+        Raises:
+            FabricError: As ``Broker.submit`` does, but for the balance.
+        """
+        context = await self._admission.prospect(identity, request, bounds)
+        return {site: offer.max_charge_usu for site, offer in context.offers.items()}
+
+    def payer(self, run_id: str, instance: str) -> tuple[str, int] | None:
+        """Return whose a program is that is at an instance now, and the most it may save."""
+        run = self._state.runs.get(run_id)
+        if run is None or run.instance != instance or run.ticket.bounds is None:
+            return None
+        return run.ticket.project, run.ticket.bounds.hook_bytes_out
