@@ -300,7 +300,7 @@ async def run(
         async for reply in replies:
             if reply.get("object") == "program.result":
                 last = reply
-            elif event := read_event(reply):
+            elif event := await _read_event(transport, reply):
                 if isinstance(event, StepSaves):
                     steps.setdefault(event.run, []).append(event)
                 if on_event is not None:
@@ -347,11 +347,30 @@ async def _sendable(transport: Transport, program: Program) -> Program:
     return program.model_copy(update={"consts": stored})
 
 
+async def _read_event(transport: Transport, reply: Json) -> ProgramEvent | None:
+    """Return one event of a stream; ``None`` of a kind that is not known."""
+    match reply.get("object"):
+        case "program.saves":
+            handle = reply.get("handle")
+            data = await _fetch(transport, handle) if handle else b64decode(reply["data"])
+            return StepSaves(
+                run=reply["run"], step=reply["step"], names=tuple(reply["names"]), data=data
+            )
+        case "program.token":
+            return RunToken(run=reply["run"], token_id=reply["token_id"], text=reply["text"])
+        case _:
+            return None
+
+
+async def _fetch(transport: Transport, handle: Json) -> bytes:
+    return await transport.get_bytes(f"/v1/fabric/artifacts/{handle['id']}")
+
+
 async def _finish(
     transport: Transport, reply: Json, steps: Mapping[str, list[StepSaves]]
 ) -> ProgramResult:
     files = {
-        run["id"]: await transport.get_bytes(f"/v1/fabric/artifacts/{run['handle']['id']}")
+        run["id"]: await _fetch(transport, run["handle"])
         for run in reply["runs"]
         if run.get("handle")
     }
@@ -361,22 +380,6 @@ async def _finish(
 def streams(program: Program) -> bool:
     """Whether any run sends saves while it goes on."""
     return any(getattr(node, "stream", False) for run in program.runs for node in run.nodes)
-
-
-def read_event(reply: Json) -> ProgramEvent | None:
-    """Return one event of a streamed program; ``None`` of a kind that is not known."""
-    match reply.get("object"):
-        case "program.saves":
-            return StepSaves(
-                run=reply["run"],
-                step=reply["step"],
-                names=tuple(reply["names"]),
-                data=b64decode(reply["data"]),
-            )
-        case "program.token":
-            return RunToken(run=reply["run"], token_id=reply["token_id"], text=reply["text"])
-        case _:
-            return None
 
 
 def _read_run(run: Json, file: bytes | None, steps: Sequence[StepSaves]) -> RunResult:

@@ -74,7 +74,7 @@ def _print_quote(quote: Quote, output: Output) -> None:
             ("prompt tokens", quote.num_prompt_tokens),
             ("comes back", f"{quote.result_bytes:,} bytes at most"),
             ("goes in", f"{quote.hook_bytes_in:,} bytes"),
-            ("needs", ", ".join(f"program:{scope}" for scope in quote.scopes)),
+            ("needs", ", ".join(quote.scopes)),
         ]
     )
 

@@ -190,7 +190,7 @@ class InProcess:
             result_bytes=checked.result_bytes,
             hook_bytes_in=checked.hook_bytes_in,
             num_prompt_tokens=sum(len(run.ids or run.text or "") for run in program.runs),
-            scopes=tuple(sorted(checked.scopes)),
+            scopes=tuple(sorted(f"program:{scope}" for scope in checked.scopes)),
             charge_usu_max=0,
             device_s_max=program.limits.device_s,
         )
