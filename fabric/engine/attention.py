@@ -1,6 +1,9 @@
-"""Attention of one step over the paged cache: decoding rows together, longer chunks one by one.
+"""Attention of one step over the paged cache: short chunks together, longer ones one by one.
 
-Shapes: N tokens of the step, B single-token chunks, n tokens of one chunk, M cached tokens
+A token attends over its row's blocks alone, so each token of a short chunk is computed as if its
+row decoded it: what speculation verifies is, bit by bit, what decoding computes.
+
+Shapes: N tokens of the step, B tokens of short chunks, n tokens of one chunk, M cached tokens
 (whole blocks), H query heads, K key-value heads, G = H / K, D head size.
 """
 
@@ -15,7 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fabric.engine.cache import BLOCK_TOKENS, KvCache
+from fabric.engine.lowrank import Delta
 from fabric.engine.native import load_native
+
+_SHORT_TOKENS = BLOCK_TOKENS
+"""The longest chunk that the CPU's kernel computes token by token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +30,15 @@ class Chunk:
     """Consecutive tokens of one row.
 
     ``start`` is the position of the first; keys and values of the positions before it are in
-    ``blocks``, the row's table. Logits are wanted of the last ``num_wanted`` tokens.
+    ``blocks``, the row's table. Logits are wanted of the last ``num_wanted`` tokens. ``deltas``
+    change the model's linear layers for these tokens alone.
     """
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
     num_wanted: int
+    deltas: tuple[Delta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,28 +80,36 @@ class StepAttention:
     """The attention of one step's chunks, of all layers.
 
     Args:
-        chunks: Of different rows, single tokens first.
+        chunks: Of different rows, short ones first.
         cache: Their keys and values; those of the step are written to it.
     """
 
     def __init__(self, chunks: Sequence[Chunk], cache: KvCache) -> None:
         self._cache = cache
         device = cache.device
-        singles = list(itertools.takewhile(lambda chunk: len(chunk.tokens) == 1, chunks))
-        self._num_singles = len(singles)
         self._native = load_native() if device.type == "cpu" else None
+        longest = 1 if self._native is None else _SHORT_TOKENS
+        short = list(itertools.takewhile(lambda chunk: len(chunk.tokens) <= longest, chunks))
+        self._num_singles = sum(len(chunk.tokens) for chunk in short)
         self._spans: list[_Span] = []
         end = self._num_singles
-        for chunk in chunks[self._num_singles :]:
+        for chunk in chunks[len(short) :]:
             begin, end = end, end + len(chunk.tokens)
             self._spans.append(_Span(chunk, begin, end, device))
         slots = [slot for chunk in chunks for slot in _slots(chunk)]
         self._slots_N = torch.tensor(slots, device=device)
-        if singles:
-            lengths = [chunk.start + 1 for chunk in singles]
+        if short:
+            counts = [len(chunk.tokens) for chunk in short]
+            lengths = [
+                chunk.start + 1 + i
+                for chunk, count in zip(short, counts, strict=True)
+                for i in range(count)
+            ]
             most = _num_blocks(max(lengths))
-            tables = [_table(chunk, most) for chunk in singles]
-            self._tables = torch.tensor(tables, device=device)
+            tables = torch.tensor([_table(chunk, most) for chunk in short], device=device)
+            if self._num_singles > len(short):
+                tables = tables.repeat_interleave(torch.tensor(counts, device=device), 0)
+            self._tables = tables
             self._lengths_B = torch.tensor(lengths, device=device)
             self._visible: dict[int, Tensor] = {}
 

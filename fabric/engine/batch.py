@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from logging import getLogger
 
 from fabric.engine.blocks import CacheBlocks
 from fabric.engine.config import EngineConfig
 from fabric.engine.costs import StepCosts
+from fabric.engine.drafts import Drafter
 from fabric.engine.intake import Intake
 from fabric.engine.interface import EventSink
+from fabric.engine.programs.programs import Programs
 from fabric.engine.reports import Reports
 from fabric.engine.rows import ActiveTask
 from fabric.engine.runner import Runner
 from fabric.engine.scheduler import Run, Scheduler
-from fabric.engine.step import Chosen, run_step
+from fabric.engine.speculation import Speculator
+from fabric.engine.step import Chosen, Outcome, run_step
 from fabric.errors import (
     DeadlineExceeded,
     EngineError,
@@ -24,7 +28,7 @@ from fabric.errors import (
     RequestInvalid,
     RowFailed,
 )
-from fabric.messages import Event, Load, Task
+from fabric.messages import Event, Load, ProgramInput, Task
 
 _logger = getLogger(__name__)
 
@@ -40,10 +44,18 @@ class Batch:
         intake: Makes tasks ready to run.
         reports: Makes their events.
         config: Row and step limits.
+        drafter: Guesses tokens; ``None``: nothing is guessed.
+        programs: Runs intervention programs; ``None``: none can be run.
     """
 
     def __init__(
-        self, runner: Runner, intake: Intake, reports: Reports, config: EngineConfig
+        self,
+        runner: Runner,
+        intake: Intake,
+        reports: Reports,
+        config: EngineConfig,
+        drafter: Drafter | None = None,
+        programs: Programs | None = None,
     ) -> None:
         self._runner = runner
         self._intake = intake
@@ -58,13 +70,17 @@ class Batch:
             step_tokens=config.step_tokens,
             slowdown=config.slowdown,
         )
+        self._speculator = drafter and Speculator(drafter, self._scheduler, self._costs)
+        self._programs = programs
+        if programs is not None:
+            programs.attach(self._scheduler, tell)
         self._prefill, self._decode = _Rate(), _Rate()
         self._busy_s = 0.0
 
     @property
     def busy(self) -> bool:
         """Whether there is a task to step for."""
-        return bool(self._tasks)
+        return bool(self._tasks) or (self._programs is not None and self._programs.busy)
 
     def load(self) -> Load:
         """Return how busy the batch is."""
@@ -75,6 +91,8 @@ class Batch:
             num_preempted=self._scheduler.num_preempted,
             prefix_queried_tokens=self._blocks.num_queried_tokens,
             prefix_found_tokens=self._blocks.num_found_tokens,
+            drafted_tokens=self._speculator.num_drafted if self._speculator else 0,
+            accepted_tokens=self._speculator.num_accepted if self._speculator else 0,
             busy_s=self._busy_s,
             step_s=self._costs.predict(self._scheduler.num_running),
             prefill_wait_s=self._costs.predict(self._scheduler.num_due_tokens),
@@ -86,6 +104,9 @@ class Batch:
         """Make a task ready and queue it; what is wrong with it goes to its sink."""
         key = (task.id, task.attempt)
         try:
+            if isinstance(task.request.input, ProgramInput):
+                self._add_program(task, sink, received_at)
+                return
             if key in self._tasks:
                 raise RequestInvalid(
                     param="attempt", value=task.attempt, reason="this attempt is running already"
@@ -108,15 +129,29 @@ class Batch:
         """End a task whose caller wants no more of it; unknown ones are ignored."""
         if active := self._tasks.get((task_id, attempt)):
             self._fail(active, RequestCancelled())
+        elif self._programs is not None:
+            self._programs.cancel((task_id, attempt), RequestCancelled())
+            self._wipe_suspect()
 
     def fail_all(self, error: FabricError) -> None:
         """End every task with ``error``."""
+        if self._programs is not None:
+            self._programs.fail_all(error)
         for active in self._scheduler:
             self._fail(active, error)
+
+    def _add_program(self, task: Task, sink: EventSink, received_at: float) -> None:
+        if self._programs is None:
+            mode = task.request.mode
+            reason = "this instance runs no programs"
+            raise RequestInvalid(param="mode", value=mode, reason=reason)
+        self._programs.add(task, sink, received_at=received_at)
 
     def step(self) -> None:
         """Run the rows that are due once. Errors end their own task, or those of the step."""
         self._drop_overdue()
+        if self._programs is not None:
+            self._busy_s += self._programs.run_alone()
         runs = self._scheduler.plan(time.monotonic())
         self._wipe_suspect()
         if not runs:
@@ -124,13 +159,18 @@ class Batch:
         involved = list(dict.fromkeys(run.row.active for run in runs))
         started = time.perf_counter()
         try:
+            if self._speculator:
+                runs = self._speculator.extend(runs)
+            model_started = time.perf_counter()
             outcome = run_step(runs, self._runner, self._scheduler)
         except Exception as error:
             _logger.exception("a step failed", extra={"num_runs": len(runs)})
             for active in involved:
                 self._fail(active, _step_error(error))
             return
-        self._account(runs, time.perf_counter() - started)
+        ended = time.perf_counter()
+        self._costs.add(sum(run.num_tokens for run in runs), ended - model_started)
+        self._account(runs, outcome, ended - started)
         for active in involved:
             if active in outcome.failed:
                 self._fail(active, outcome.failed[active])
@@ -142,39 +182,71 @@ class Batch:
             except Exception as error:
                 _logger.exception("a row failed", extra={"task": active.task.id})
                 self._fail(active, _row_error(error))
+        if self._speculator:
+            self._review(self._speculator, runs, outcome)
+
+    def _review(self, speculator: Speculator, runs: Sequence[Run], outcome: Outcome) -> None:
+        """Learn from guesses; what a guess has spoilt is computed again."""
+        num_chosen = Counter(c.row for chosen in outcome.chosen.values() for c in chosen)
+        for run in runs:
+            if run.draft:
+                speculator.learn(run, max(0, num_chosen[run.row] - 1))
+        for active in {row.active for row in outcome.spoilt if row.finish_reason is None}:
+            if (active.task.id, active.task.attempt) in self._tasks:
+                self._scheduler.recompute(active)
 
     def _drop_overdue(self) -> None:
         now = time.monotonic()
+        if self._programs is not None:
+            self._programs.drop_overdue(now)
         for active in self._scheduler:
             task = active.task
+            if active.program is not None:
+                continue
             if active.deaf:
                 self._fail(active, RequestCancelled())
             elif now - active.received_at >= task.deadline_s:
                 error = DeadlineExceeded(deadline_s=task.deadline_s, attempts=task.attempt)
                 self._fail(active, error)
 
-    def _account(self, runs: Sequence[Run], seconds: float) -> None:
+    def _account(self, runs: Sequence[Run], outcome: Outcome, seconds: float) -> None:
         total = sum(run.num_tokens for run in runs)
-        self._costs.add(total, seconds)
         self._busy_s += seconds
+        own_s = {run: run.row.active.program.take_seconds() for run in runs
+                 if run.row.active.program is not None}  # fmt: skip
+        shared_s = seconds - sum(own_s.values())
         for run in runs:
             usage = run.row.active.usage
-            device_s = usage.device_s + seconds * run.num_tokens / total
-            run.row.active.usage = usage.model_copy(update={"device_s": device_s})
-        decoded = sum(run.num_tokens == 1 and run.row.position > 0 for run in runs)
-        self._prefill.add(total - decoded, seconds)
-        self._decode.add(decoded, seconds)
+            device_s = shared_s * run.num_tokens / total + own_s.get(run, 0.0)
+            update: dict[str, float] = {"device_s": usage.device_s + device_s}
+            if run.draft:
+                update["drafted_tokens"] = usage.drafted_tokens + len(run.draft)
+            run.row.active.usage = usage.model_copy(update=update)
+        decoding = [run for run in runs if run.num_own == 1 and run.row.position > 0]
+        rows = {run.row for run in decoding}
+        num_chosen = sum(c.row in rows for chosen in outcome.chosen.values() for c in chosen)
+        self._prefill.add(total - sum(run.num_tokens for run in decoding), seconds)
+        self._decode.add(num_chosen, seconds)
 
     def _advance(self, active: ActiveTask, chosen: Sequence[Chosen]) -> None:
+        if active.program is not None:
+            assert self._programs is not None
+            self._programs.advance(active, chosen)
+            self._wipe_suspect()
+            return
         if active.scores and active.prompt_done:
             self._tell(active, self._reports.prompt_scored(active))
             active.scores, active.scored = [], True
         for choice in chosen:
             row = choice.row
+            if row.ended:
+                continue  # it ended within what was guessed for it
+            num_guessed = len(row.tokens) - row.num_cached  # a guess that was right has its keys
+            row.num_cached += num_guessed
             text = row.append(choice.token_id)
-            num_output = active.usage.output_tokens + 1
-            active.usage = active.usage.model_copy(update={"output_tokens": num_output})
+            active.count_output(num_guessed)
             if row.finish_reason:
+                self._scheduler.keep(row)
                 self._scheduler.retire(row)
             self._tell(active, self._reports.token(row, text, choice.score))
         if active.prompt_done and active.embeds:
@@ -189,6 +261,11 @@ class Batch:
         self._tell(active, self._reports.finished(active))
 
     def _fail(self, active: ActiveTask, error: FabricError) -> None:
+        if active.program is not None:
+            assert self._programs is not None
+            self._programs.fail(active.program.owner, error)
+            self._wipe_suspect()
+            return
         self._forget(active, poisoned=isinstance(error, EngineError))
         self._tell(active, self._reports.failed(active.task, error, active.usage))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from fabric.errors import SettingInvalid
 
@@ -22,6 +22,9 @@ class EngineConfig:
         slowdown: How many times longer than decoding alone a step with prefill may take; prefill
             takes what room that leaves, but always a little.
         context_tokens: The longest row; ``None``: as long as the model allows.
+        speculation: Whether several tokens of a row may be verified at once, and who guesses them:
+            ``lookup`` in the row's own text, ``model`` by ``draft_model``. Answers stay the same.
+        draft_model: Source of a smaller model with the same tokenizer.
 
     Raises:
         SettingInvalid: A number is out of range.
@@ -34,6 +37,8 @@ class EngineConfig:
     step_tokens: int = 512
     slowdown: float = 1.8
     context_tokens: int | None = None
+    speculation: Literal["off", "lookup", "model"] = "off"
+    draft_model: str | None = None
 
     def __post_init__(self) -> None:
         for setting, least in (("num_threads", 0), ("cache_bytes", 1), ("max_rows", 1)):
@@ -45,6 +50,11 @@ class EngineConfig:
             self._refuse("slowdown", "it must be at least 1")
         if self.context_tokens is not None and self.context_tokens < 1:
             self._refuse("context_tokens", "it must be at least 1")
+        for setting in ("dtype", "speculation"):
+            if getattr(self, setting) not in get_args(get_type_hints(EngineConfig)[setting]):
+                self._refuse(setting, "it must be one of those that the documentation names")
+        if (self.speculation == "model") != (self.draft_model is not None):
+            self._refuse("draft_model", "it and speculation 'model' go together")
 
     def _refuse(self, setting: str, reason: str) -> None:
         raise SettingInvalid(

@@ -65,6 +65,13 @@ class Matcher:
         bits = np.unpackbits(packed, count=vocabulary, bitorder="little")
         return bits.view(np.bool_)
 
+    def after(self, token_id: int) -> Matcher | None:
+        """Return another one, a token further; ``None`` if it may not come or nothing follows."""
+        other = self.copy()
+        if not other._matcher.consume_token(token_id) or other._matcher.is_stopped():
+            return None
+        return other
+
     def advance(self, token_id: int) -> None:
         """Take the row's next token.
 

@@ -75,6 +75,7 @@ def _rotate(
         or unsqueeze_dim != 1
         or q_BHND.shape[0] != 1
         or q_BHND.requires_grad
+        or k_BKND.requires_grad
         or q_BHND.shape[-1] != cos_BND.shape[-1]
         or not q_BHND.dtype == k_BKND.dtype == cos_BND.dtype
         or not (native.takes(q_BHND) and native.takes(k_BKND) and cos_BND.is_contiguous())

@@ -42,7 +42,8 @@ class Intake:
         self._digest = digest
         self._limits = limits
         self._dimensions = dimensions
-        self._prefix_key = PrefixKey()
+        self.prefix_key = PrefixKey()
+        """Of all prefixes of the engine."""
 
     def activate(self, task: Task, sink: EventSink, *, received_at: float) -> ActiveTask:
         """Return the task with a row for each choice, nothing of it run.
@@ -59,10 +60,7 @@ class Intake:
         request, wanted = task.request, task.request.sampling
         if task.digest != self._digest:
             raise DigestMismatch(name=request.model, expected=task.digest, actual=self._digest)
-        if isinstance(request.input, ProgramInput):
-            raise RequestInvalid(
-                param="mode", value=request.mode, reason="this instance runs no programs"
-            )
+        assert not isinstance(request.input, ProgramInput), "programs have an intake of their own"
         check_dimensions(request, self._dimensions)
         if wanted.n > self._limits.max_rows:
             raise RequestInvalid(
@@ -88,7 +86,7 @@ class Intake:
             seed=fresh_seed() if wanted.seed is None else wanted.seed,
             received_at=received_at,
             # Without a salt a task shares its prefixes with nobody but itself.
-            prefix_start=self._prefix_key.start(task.cache_salt or f"{task.id}#{task.attempt}"),
+            prefix_start=self.prefix_key.start(task.cache_salt or f"{task.id}#{task.attempt}"),
             forked=wanted.n == 1,
             usage=Usage(prompt_tokens=len(prompt)),
         )

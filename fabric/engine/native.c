@@ -256,6 +256,53 @@ static inline float same(float value) { return value; }
             free(scores);                                                                          \
         }                                                                                          \
         return failed;                                                                             \
+    }                                                                                              \
+                                                                                                   \
+    /* One token's low-rank change: y [N] += (x [K] down^T) up, with down [R, K] and up [R, N].    \
+     * wide has room for K + N + R numbers. */                                                     \
+    static inline void add_lowrank_row_##NAME(const T *x, T *y, const T *down, const T *up, long K,\
+                                              long N, long R, float *restrict wide) {              \
+        float *restrict sums = wide + K, *restrict inner = sums + N;                               \
+        for (long k = 0; k < K; k++) wide[k] = WIDEN(x[k]);                                        \
+        for (long n = 0; n < N; n++) sums[n] = WIDEN(y[n]);                                        \
+        for (long r = 0; r < R; r++) {                                                             \
+            float dot = 0;                                                                         \
+            _Pragma("omp simd reduction(+ : dot)") for (long k = 0; k < K; k++)                    \
+                dot += wide[k] * WIDEN(down[r * K + k]);                                           \
+            inner[r] = dot;                                                                        \
+        }                                                                                          \
+        long r = 0;                                                                                \
+        for (; r + 4 <= R; r += 4) { /* four at a time: the sums are read and written less often */\
+            const T *a = up + r * N, *b = a + N, *c = b + N, *d = c + N;                           \
+            _Pragma("omp simd") for (long n = 0; n < N; n++)                                       \
+                sums[n] += inner[r] * WIDEN(a[n]) + inner[r + 1] * WIDEN(b[n]) +                   \
+                           inner[r + 2] * WIDEN(c[n]) + inner[r + 3] * WIDEN(d[n]);                \
+        }                                                                                          \
+        for (; r < R; r++)                                                                         \
+            _Pragma("omp simd") for (long n = 0; n < N; n++)                                       \
+                sums[n] += inner[r] * WIDEN(up[r * N + n]);                                        \
+        for (long n = 0; n < N; n++) y[n] = NARROW(sums[n]);                                       \
+    }                                                                                              \
+                                                                                                   \
+    /* The same for some tokens, all different: factors [T, 3] has down, up and R of each. */      \
+    int add_lowrank_##NAME(const T *x, long x_stride, T *y, long y_stride, long K, long N,         \
+                           const int64_t *tokens, const int64_t *factors, long num_tokens) {       \
+        int failed = 0;                                                                            \
+        _Pragma("omp parallel for schedule(dynamic) reduction(| : failed) if (num_tokens > 1)")    \
+        for (long t = 0; t < num_tokens; t++) {                                                    \
+            const int64_t *of = factors + 3 * t;                                                   \
+            if (!of[2]) continue;                                                                  \
+            float *wide = malloc(sizeof(float) * (size_t)(K + N + of[2]));                         \
+            if (!wide) {                                                                           \
+                failed = 1;                                                                        \
+                continue;                                                                          \
+            }                                                                                      \
+            add_lowrank_row_##NAME(x + tokens[t] * x_stride, y + tokens[t] * y_stride,             \
+                                   (const T *)(intptr_t)of[0], (const T *)(intptr_t)of[1], K, N,   \
+                                   of[2], wide);                                                   \
+            free(wide);                                                                            \
+        }                                                                                          \
+        return failed;                                                                             \
     }
 
 FOR_DTYPE(bf16, bf16, widen, narrow)

@@ -1,6 +1,7 @@
 """The CPU kernels of ``native.c``, compiled for this machine when a process first wants them.
 
-Shapes: M rows, K inputs, N outputs, B decoding rows, H query heads, D head size.
+Shapes: M rows, K inputs, N outputs, B decoding rows, H query heads, D head size; of low-rank
+changes N tokens, O outputs, R rank, T changed tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import threading
 from logging import getLogger
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _logger = getLogger(__name__)
@@ -32,6 +35,8 @@ _PANEL = 32
 """Outputs that lie together in a packed weight; what ``native.c`` calls PANEL."""
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+Numbers = NDArray[np.int64]
+
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
@@ -44,7 +49,7 @@ class Native:
             library.linear,
             [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _LONG, _POINTER],
         )
-        self._norms, self._rotations, self._attends = {}, {}, {}
+        self._norms, self._rotations, self._attends, self._adds = {}, {}, {}, {}
         for dtype, name in _NAMES.items():
             self._norms[dtype] = _declare(
                 getattr(library, f"rms_norm_{name}"),
@@ -60,6 +65,11 @@ class Native:
                  _FLOAT, _LONG, _FLOAT, _POINTER],
                 ctypes.c_int,
             )  # fmt: skip
+            self._adds[dtype] = _declare(
+                getattr(library, f"add_lowrank_{name}"),
+                [_POINTER, _LONG, _POINTER, *[_LONG] * 3, *[_POINTER] * 2, _LONG],
+                ctypes.c_int,
+            )
         self.has_linear = bool(library.has_linear())
         """Whether the processor multiplies bfloat16 natively (AVX512-BF16)."""
 
@@ -143,6 +153,26 @@ class Native:
         if failed:
             raise MemoryError("no memory for the scores of a decoding row")
         return out
+
+    def add_lowrank(self, x_NK: Tensor, y_NO: Tensor, tokens_T: Numbers, table_T3: Numbers) -> None:
+        """Add ``(x down^T) up`` to the outputs of some tokens, each with factors of its own.
+
+        Args:
+            x_NK: The inputs of all tokens.
+            y_NO: Their outputs, changed in place.
+            tokens_T: Which tokens, each once.
+            table_T3: For each of them the address of ``down`` [R, K], that of ``up`` [R, O], and
+                R, which may be 0; both dense and of the dtype of ``x``.
+
+        Raises:
+            MemoryError: The sums of a token find no memory.
+        """
+        failed = self._adds[x_NK.dtype](
+            x_NK.data_ptr(), x_NK.stride(0), y_NO.data_ptr(), y_NO.stride(0), x_NK.shape[1],
+            y_NO.shape[1], tokens_T.ctypes.data, table_T3.ctypes.data, len(tokens_T),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the sums of a changed token")
 
 
 _loading = threading.Lock()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fabric.engine.attention import Chunk, Scoring, attend_causally
 from fabric.engine.cache import BLOCK_TOKENS, LayerShape
+from fabric.engine.lowrank import LayerSize
 from fabric.engine.runner import Runner, run_ragged, use_our_attention
 from fabric.errors import ModelNotLoadable
 
@@ -130,3 +133,40 @@ def _refuse_options(options: Mapping[str, object], *, name: str) -> None:
 def _tokens(model: PreTrainedModel) -> list[int]:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return [(7 * i * i + 3 * i + 1) % vocabulary for i in range(_NUM_TOKENS)]
+
+
+def observe_linears(model: PreTrainedModel) -> dict[str, LayerSize]:
+    """Run two tokens and return the linear layers that are given every token once, in order.
+
+    That leaves out experts, which see some of the tokens, and the output layer.
+    """
+    seen: dict[str, list[LayerSize | None]] = {}
+
+    def note(name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x, y = inputs[0].shape, output.shape
+        whole = len(x) == len(y) == 3 and x[:2] == y[:2] == (1, 2)
+        size = LayerSize(num_inputs=x[-1], num_outputs=y[-1]) if whole else None
+        seen.setdefault(name, []).append(size)
+
+    def attend(
+        _layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        options: Mapping[str, object],
+    ) -> Tensor:
+        return attend_causally(q, k, v, Scoring.of(scale, options, q.shape[2]))
+
+    hooks = [
+        module.register_forward_hook(partial(note, name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    try:
+        chunk = Chunk(tokens=_tokens(model)[:2], start=0, blocks=(), num_wanted=1)
+        run_ragged(model, [chunk], attend)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: sizes[0] for name, sizes in seen.items() if len(sizes) == 1 and sizes[0]}

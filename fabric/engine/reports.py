@@ -34,6 +34,11 @@ class Reports:
         task = active.task
         return Accepted(task_id=task.id, attempt=task.attempt, prompt_tokens=len(active.prompt))
 
+    @staticmethod
+    def accepted_program(task: Task, num_prompt_tokens: int) -> Accepted:
+        """Return the first event of a program whose runs have so many tokens of prompts."""
+        return Accepted(task_id=task.id, attempt=task.attempt, prompt_tokens=num_prompt_tokens)
+
     def prompt_scored(self, active: ActiveTask) -> PromptScored:
         """Return the prompt's tokens with their scores."""
         tokens = tuple(

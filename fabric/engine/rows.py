@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -10,13 +12,41 @@ from fabric.engine.blocks import next_name
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.constraints import Matcher
 from fabric.engine.interface import EventSink
+from fabric.engine.lowrank import Delta
 from fabric.engine.sampling import Score
 from fabric.engine.text import TextStream
 from fabric.messages import Sampling, Task, Usage
 from fabric.messages.events import FinishReason
 
+if TYPE_CHECKING:
+    from fabric.engine.programs.task import RunProgram
+
 _PATIENCE_S = {"interactive": 0.0, "standard": 10.0, "batch": 120.0}
 """How much later than it came a task of each tier is due."""
+
+FIRST_ACCEPTANCE = 0.6
+"""What part of a row's guesses is taken to be right before any has been run."""
+
+_GRAM_TOKENS = 3
+
+
+class Grams:
+    """Where each run of three tokens of a row was last followed by another token."""
+
+    def __init__(self) -> None:
+        self._followed: dict[tuple[int, ...], int] = {}
+        self._num_read = _GRAM_TOKENS
+
+    def find(self, tokens: Sequence[int]) -> int | None:
+        """Return where what followed the last three tokens begins, if they came before.
+
+        Args:
+            tokens: The row's; each time the same ones and perhaps more.
+        """
+        for end in range(self._num_read, len(tokens)):
+            self._followed[tuple(tokens[end - _GRAM_TOKENS : end])] = end
+        self._num_read = max(self._num_read, len(tokens))
+        return self._followed.get(tuple(tokens[-_GRAM_TOKENS:]))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -38,6 +68,13 @@ class Row:
     num_named: int = 0
     """Blocks at the start of its table that others can find."""
     finish_reason: FinishReason | None = None
+    acceptance: float = FIRST_ACCEPTANCE
+    """What part of the tokens guessed for it were right, the last ones counting most."""
+    grams: Grams = field(default_factory=Grams)
+    num_drafted: int = 0
+    """Tokens at its start whose keys a draft model has."""
+    spoilt: bool = False
+    """Whether a guess has left NaN in its blocks; nothing more is guessed for it."""
 
     @property
     def num_remaining(self) -> int:
@@ -50,15 +87,27 @@ class Row:
         return self.num_remaining == 1 and self.num_cached >= len(self.active.prompt)
 
     @property
+    def ended(self) -> bool:
+        """Whether it has its last token."""
+        return self.finish_reason is not None
+
+    @property
     def position(self) -> int:
         """The position of the next generated token."""
         return len(self.tokens) - len(self.active.prompt)
+
+    @property
+    def num_left(self) -> int:
+        """The most tokens that it may still generate."""
+        return self.active.max_tokens - self.position
 
     def block_names(self, num_blocks: int) -> list[bytes]:
         """Return the names of its first ``num_blocks`` blocks, which its tokens fill."""
         while len(self.names) < num_blocks:
             before = self.names[-1] if self.names else self.active.prefix_start
             begin = len(self.names) * BLOCK_TOKENS
+            if self.active.program is not None:
+                before = self.active.program.name_before(before, range(begin, begin + BLOCK_TOKENS))
             self.names.append(next_name(before, self.tokens[begin : begin + BLOCK_TOKENS]))
         return self.names[:num_blocks]
 
@@ -123,10 +172,13 @@ class ActiveTask:
     deaf: bool = False
     """Whether its sink has raised; nobody is left to run it for."""
 
+    program: RunProgram | None = None
+    """What it is a run of, if it is one."""
+
     @property
     def sampling(self) -> Sampling:
         """How its tokens are chosen."""
-        return self.task.request.sampling
+        return self.task.request.sampling if self.program is None else self.program.sampling
 
     @property
     def due_at(self) -> float:
@@ -144,6 +196,25 @@ class ActiveTask:
         """Choices that run: the first until the prompt is done, then all that have not ended."""
         rows = self.rows if self.forked else self.rows[:1]
         return [row for row in rows if row.finish_reason is None]
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens at its start that need not run where others have computed them."""
+        most = max(len(row.tokens) for row in self.live_rows) - 1
+        return most if self.program is None else min(most, self.program.execution.first_read)
+
+    @property
+    def deltas(self) -> tuple[Delta, ...]:
+        """What changes the model's linear layers for it."""
+        return () if self.program is None else self.program.model.deltas
+
+    def restart(self) -> None:
+        """Forget what was computed of a task that gave its blocks up."""
+        self.scores = [] if self.scores_due else self.scores
+        self.hidden_H = None
+        if self.program is not None:
+            self.program.execution.restart()
+            self.rows[0].tokens = list(self.prompt)
 
     @property
     def embeds(self) -> bool:
@@ -169,6 +240,14 @@ class ActiveTask:
     def finished(self) -> bool:
         """Whether every choice has ended."""
         return all(row.finish_reason for row in self.rows)
+
+    def count_output(self, num_accepted: int) -> None:
+        """Count a token; ``num_accepted`` is 1 where the one before it had been guessed."""
+        usage = self.usage
+        update = {"output_tokens": usage.output_tokens + 1}
+        if num_accepted:
+            update["accepted_tokens"] = usage.accepted_tokens + num_accepted
+        self.usage = usage.model_copy(update=update)
 
     def end_empty(self) -> None:
         """End every choice without a token."""

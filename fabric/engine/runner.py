@@ -11,7 +11,10 @@ K key-value heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,14 +22,29 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from fabric.engine.attention import Chunk, Scoring, StepAttention
 from fabric.engine.cache import KvCache, LayerShape
+from fabric.engine.lowrank import LayerSize, LowRankLayers, Span
 
-__all__ = ["ATTENTION", "Attend", "Chunk", "Runner", "run_ragged", "use_our_attention"]
+if TYPE_CHECKING:
+    from fabric.engine.programs.points import Points
+
+__all__ = ["ATTENTION", "Attend", "Chunk", "Runner", "StepHooks", "run_ragged", "use_our_attention"]
 
 ATTENTION = "fabric"
 """The name of our attention in transformers' registries."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, "float | None", Mapping[str, object]], Tensor]
 """(layer, q_NHD, k_NKD, v_NKD, scale, options of the module) -> out_NHD."""
+
+
+class StepHooks(Protocol):
+    """What acts inside a forward pass."""
+
+    def hooked(self) -> AbstractContextManager[None]:
+        """Run the model inside this; it may end before there are logits, if nobody wants any."""
+
+    def around(self, attend: Attend) -> Attend:
+        """Return the attention that the model shall call."""
+
 
 _attend: ContextVar[Attend] = ContextVar("fabric_attend")
 
@@ -38,20 +56,30 @@ class Runner:
         model: Set to our attention (``use_our_attention``).
         layers: The shape of each layer's keys and values.
         num_blocks: Cache blocks that can be given out.
+        linears: The layers that chunks' deltas can change; see ``LowRankLayers``.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: Sequence[LayerShape], *, num_blocks: int
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[LayerShape],
+        *,
+        num_blocks: int,
+        linears: Mapping[str, LayerSize] = MappingProxyType({}),
     ) -> None:
         self.model = model
+        self.lowrank = LowRankLayers(model, linears)
         self.num_blocks = num_blocks
+        self.points: Points | None = None
+        """Where programs may act, if they may."""
         self.cache = KvCache(layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
 
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], programs: StepHooks | None = None) -> Tensor:
         """Run one step.
 
         Args:
             chunks: At least one, of different rows; single-token ones first for speed.
+            programs: What acts inside it.
 
         Returns:
             The wanted logits in the chunks' order, [W, V] in float32.
@@ -69,9 +97,17 @@ class Runner:
             scoring = Scoring.of(scale, options, q_NHD.shape[2])
             return attention(layer, q_NHD, k_NKD, v_NKD, scoring)
 
-        return run_ragged(self.model, chunks, attend)
+        with self.lowrank.applied(_spans(chunks)):
+            if programs is None:
+                return run_ragged(self.model, chunks, attend)
+            logits_WV = torch.zeros(0, 1)
+            with programs.hooked():
+                logits_WV = run_ragged(self.model, chunks, programs.around(attend))
+            return logits_WV  # noqa: RET504 - the programs may end the pass before
 
-    def forward_hidden(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
+    def forward_hidden(
+        self, chunks: Sequence[Chunk], programs: StepHooks | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run one step; return its logits as ``forward`` does, and all tokens' last hidden states
         in the chunks' order, [N, hidden] in float32."""
         seen: list[Tensor] = []
@@ -81,14 +117,19 @@ class Runner:
 
         hook = self.model.base_model.register_forward_hook(keep)
         try:
-            logits_WV = self.forward(chunks)
+            logits_WV = self.forward(chunks, programs)
         finally:
             hook.remove()
         return logits_WV, seen[0].float()
 
 
-def run_ragged(model: PreTrainedModel, chunks: Sequence[Chunk], attend: Attend) -> Tensor:
-    """Run the model over the chunks' tokens with this attention; return logits [W, V], float32."""
+def run_ragged(
+    model: PreTrainedModel, chunks: Sequence[Chunk], attend: Attend, *, grad: bool = False
+) -> Tensor:
+    """Run the model over the chunks' tokens with this attention; return logits [W, V], float32.
+
+    With ``grad`` it remembers what gradients need.
+    """
     ids: list[int] = []
     positions: list[int] = []
     wanted: list[int] = []
@@ -99,7 +140,7 @@ def run_ragged(model: PreTrainedModel, chunks: Sequence[Chunk], attend: Attend) 
     # A context variable, because the registered function is one for all engines of the process.
     token = _attend.set(attend)
     try:
-        with torch.inference_mode():
+        with torch.enable_grad() if grad else torch.inference_mode():
             output = model(
                 input_ids=torch.tensor([ids], device=model.device),
                 position_ids=torch.tensor([positions], device=model.device),
@@ -110,6 +151,16 @@ def run_ragged(model: PreTrainedModel, chunks: Sequence[Chunk], attend: Attend) 
         _attend.reset(token)
     logits: Tensor = output.logits[0].float()
     return logits
+
+
+def _spans(chunks: Sequence[Chunk]) -> list[Span]:
+    """Return which of the step's tokens are changed, and how."""
+    spans, start = [], 0
+    for chunk in chunks:
+        stop = start + len(chunk.tokens)
+        spans += [Span(start=start, stop=stop, delta=delta) for delta in chunk.deltas]
+        start = stop
+    return spans
 
 
 def use_our_attention(model: PreTrainedModel) -> None:

@@ -26,11 +26,18 @@ _LEAST_PREFILL = BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What one row runs in a step: ``num_tokens`` from ``row.num_cached`` on."""
+    """What one row runs in a step: ``num_tokens`` from ``row.num_cached`` on, the last of them
+    those of ``draft``, which are not the row's yet."""
 
     row: Row
     num_tokens: int
     num_wanted: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_own(self) -> int:
+        """How many of the tokens are the row's."""
+        return self.num_tokens - len(self.draft)
 
 
 class Scheduler:
@@ -102,7 +109,8 @@ class Scheduler:
 
     def retire(self, row: Row) -> None:
         """Free the blocks of a choice that has ended."""
-        self._blocks.release(row.blocks)
+        freed = self._blocks.release(row.blocks)
+        self._suspect += freed if row.spoilt else []
         row.blocks = []
 
     def take_suspect(self) -> list[int]:
@@ -124,6 +132,7 @@ class Scheduler:
             own = [active.fork_blocks.pop()] if active.fork_blocks else []
             row.blocks = shared + own
             row.num_cached = row.num_sound = first.num_cached
+            row.num_drafted = min(first.num_drafted, len(shared) * BLOCK_TOKENS)
             row.names, row.num_named = list(first.names), first.num_named
             self._blocks.share(shared)
             copies += [(first.blocks[len(shared)], block) for block in own]
@@ -143,18 +152,36 @@ class Scheduler:
                 self._blocks.name(block, name)
             row.num_named = num_full
 
+    def lend(self, row: Row, most: int) -> int:
+        """Return how many tokens more than its next one a row may hold, at most ``most``.
+
+        Nobody is preempted for guesses, and every other row can still grow by a block.
+        """
+        spare = max(0, self._blocks.num_free - self.num_running)
+        num_tokens = row.num_cached + 1
+        room = (len(row.blocks) + spare) * BLOCK_TOKENS - num_tokens
+        most = min(most, room)
+        missing = -(-(num_tokens + most) // BLOCK_TOKENS) - len(row.blocks)
+        row.blocks += self._blocks.take(max(0, missing))
+        return most
+
+    def recompute(self, active: ActiveTask) -> None:
+        """Compute a running task again later."""
+        self._preempt(active)
+
     def plan(self, now: float) -> list[Run]:
         """Admit what fits and return the next step, single-token runs first."""
         self._admit(now)
         runs = self._plan_decoding()
-        budget = self._budget(len(runs))
+        budget, first = self._budget(len(runs)), True
         for active in list(self._admitted):
             for row in active.live_rows:
                 if not row.decodes and budget > 0 and active in self._admitted:
-                    run = self._plan_prefill(row, budget)
+                    run = self._plan_prefill(row, budget, first=first)
                     if run is not None:
                         runs.append(run)
                         budget -= run.num_tokens
+                        first = False
         admitted = set(self._admitted)
         runs = [run for run in runs if run.row.active in admitted]
         return sorted(runs, key=lambda run: run.num_tokens > 1)
@@ -181,11 +208,15 @@ class Scheduler:
         within = self._costs.largest(pause_s, least=least, most=self._step_tokens)
         return min(most, within - num_decoding)
 
-    def _plan_prefill(self, row: Row, budget: int) -> Run | None:
+    def _plan_prefill(self, row: Row, budget: int, *, first: bool) -> Run | None:
         active = row.active
         if not row.blocks and not active.reads_all:
             self._find(row)
         num_tokens = min(row.num_remaining, budget)
+        if active.program is not None:
+            num_tokens = active.program.num_due(row, budget, first=first)
+            if num_tokens == 0:
+                return None
         if active.scores_due:
             num_tokens = min(num_tokens, _SCORED_TOKENS)
         completes = num_tokens == row.num_remaining and not active.forked
@@ -202,7 +233,7 @@ class Scheduler:
 
     def _find(self, row: Row) -> None:
         """Start a row with the blocks that others have computed, its last token excepted."""
-        names = row.block_names((len(row.tokens) - 1) // BLOCK_TOKENS)
+        names = row.block_names(row.active.num_reusable // BLOCK_TOKENS)
         row.blocks = self._blocks.find(names)
         row.num_cached = row.num_sound = len(row.blocks) * BLOCK_TOKENS
         row.num_named = len(row.blocks)
@@ -226,9 +257,7 @@ class Scheduler:
     def _preempt(self, active: ActiveTask) -> None:
         self._admitted.remove(active)
         self._release(active)
-        if active.scores_due:
-            active.scores = []
-        active.hidden_H = None
+        active.restart()
         self.num_preempted += 1
         self.add(active)
 
@@ -240,8 +269,9 @@ class Scheduler:
                 self._suspect += self._blocks.discard(row.blocks)
             else:
                 freed = self._blocks.release(row.blocks)
-                self._suspect += freed if row.num_cached > row.num_sound else []
+                self._suspect += freed if row.spoilt or row.num_cached > row.num_sound else []
             row.blocks, row.num_cached, row.num_named, row.num_sound = [], 0, 0, 0
+            row.num_drafted = 0
 
     def _admit(self, now: float) -> None:
         while self._waiting:
@@ -268,7 +298,7 @@ class Scheduler:
         for row in active.live_rows:
             needed += -(-len(row.tokens) // BLOCK_TOKENS)
             if not active.reads_all:
-                names = row.block_names((len(row.tokens) - 1) // BLOCK_TOKENS)
+                names = row.block_names(active.num_reusable // BLOCK_TOKENS)
                 num_found, num_free = self._blocks.num_findable(names)
                 needed -= num_found - num_free
         promised = sum(
@@ -284,7 +314,9 @@ def _due_at(active: ActiveTask) -> float:
 
 
 def _run(row: Row, num_tokens: int) -> Run:
-    if row.active.scores_due and row.num_cached < len(row.active.prompt):
+    if row.active.program is not None:
+        num_wanted = row.active.program.num_wanted(row, num_tokens)
+    elif row.active.scores_due and row.num_cached < len(row.active.prompt):
         num_wanted = num_tokens
     else:
         num_wanted = int(num_tokens == row.num_remaining)

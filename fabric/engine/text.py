@@ -69,6 +69,10 @@ class Texts:
             list(ids), skip_special_tokens=skip_special_tokens
         )
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Return where in a prompt's text each of its tokens begins and ends, in characters."""
+        return list(self._tokenizer.backend_tokenizer.encode(text).offsets)
+
     def token_text(self, token_id: int) -> str:
         """Return the text of one token alone, special ones by their name."""
         return self.decode([token_id], skip_special_tokens=False)

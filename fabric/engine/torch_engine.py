@@ -11,12 +11,15 @@ from logging import getLogger
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from fabric import __version__
 from fabric.engine.batch import Batch, tell
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.config import EngineConfig
 from fabric.engine.constraints import Grammars
+from fabric.engine.draft_model import load_draft_model
+from fabric.engine.drafts import Drafter, LookupDrafter
 from fabric.engine.encoder_batch import EncoderBatch
 from fabric.engine.fused import fuse
 from fabric.engine.intake import Intake
@@ -27,9 +30,15 @@ from fabric.engine.native import load_native
 from fabric.engine.probe import (
     LEAST_BLOCKS,
     observe_layers,
+    observe_linears,
     reference_logits,
     verify_runner,
 )
+from fabric.engine.programs.model import Weights
+from fabric.engine.programs.points import Points
+from fabric.engine.programs.prepare import Preparer
+from fabric.engine.programs.programs import Programs
+from fabric.engine.programs.results import Keep
 from fabric.engine.reports import Reports
 from fabric.engine.runner import Runner
 from fabric.engine.source import ModelSource
@@ -60,6 +69,8 @@ class TorchEngine:
         config: Limits and choices.
         name: What the instance calls the model.
         expected_digest: Of the tensors in the configured dtype; ``None`` takes any.
+        keep: Where results of programs go that are too large to be sent: takes a safetensors file
+            and returns its handle at once. Without it they are refused.
     """
 
     def __init__(
@@ -69,8 +80,10 @@ class TorchEngine:
         *,
         name: str,
         expected_digest: str | None = None,
+        keep: Keep | None = None,
     ) -> None:
         self._source = source
+        self._keep = keep
         self._config = config
         self._name = name
         self._expected_digest = expected_digest
@@ -163,8 +176,14 @@ class TorchEngine:
             )
         context_tokens = min(stated)
         layers = observe_layers(model, name=self._name)
+        draft = None
+        if config.draft_model is not None:
+            draft = load_draft_model(
+                config.draft_model, loaded, dtype=config.dtype, context_tokens=context_tokens
+            )
+        cached = [*layers, *(draft.layers if draft else ())]
         block_bytes = (
-            sum(layer.num_values for layer in layers) * model.dtype.itemsize * BLOCK_TOKENS
+            sum(layer.num_values for layer in cached) * model.dtype.itemsize * BLOCK_TOKENS
         )
         num_blocks = config.cache_bytes // block_bytes - 1
         if num_blocks < LEAST_BLOCKS:
@@ -174,17 +193,26 @@ class TorchEngine:
                 f" {(LEAST_BLOCKS + 1) * block_bytes} bytes"
                 " of the smallest cache",
             )
+        linears = observe_linears(model)
+        weights = Weights(model, self._reload)
         expected = reference_logits(model)
         pack_linears(model)
         fuse(model)
-        runner = Runner(model, layers, num_blocks=num_blocks)
+        runner = Runner(model, layers, num_blocks=num_blocks, linears=linears)
         verify_runner(runner, expected, name=self._name)
         cache_tokens = num_blocks * BLOCK_TOKENS
         limits = Limits(
             context_tokens=min(context_tokens, cache_tokens),
             max_rows=config.max_rows,
             cache_tokens=cache_tokens,
-            modes=("query", "embed"),
+            modes=("query", "embed", "program"),
+        )
+        runner.points = Points(model)
+        manifest = runner.points.manifest(
+            name=self._name,
+            digest=loaded.digest,
+            context_tokens=limits.context_tokens,
+            weights=weights.shapes,
         )
         texts = Texts(
             loaded.tokenizer,
@@ -197,6 +225,7 @@ class TorchEngine:
             limits=limits,
             dtype=config.dtype,
             engine=VERSIONS,
+            points=manifest,
         )
         grammars = Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, eos_ids=loaded.eos_ids)
         threading.Thread(target=grammars.read_tokenizer, name="grammars", daemon=True).start()
@@ -208,7 +237,32 @@ class TorchEngine:
             limits=limits,
             dimensions=model.get_input_embeddings().weight.shape[1],
         )
-        return Batch(runner, intake, Reports(texts), config)
+        drafter: Drafter | None = None
+        if draft is not None:
+            drafter = draft.drafter(num_blocks=num_blocks, step_tokens=config.step_tokens)
+        elif config.speculation == "lookup":
+            drafter = LookupDrafter()
+        reports = Reports(texts)
+        programs = Programs(
+            Preparer(texts, manifest, limits),
+            runner,
+            weights,
+            texts,
+            reports,
+            prefix_key=intake.prefix_key,
+            eos_ids=loaded.eos_ids,
+            keep=self._keep,
+        )
+        return Batch(runner, intake, reports, config, drafter, programs)
+
+    def _reload(self) -> PreTrainedModel:
+        """Load the model again, for what packing has given up."""
+        return load_model(
+            self._source,
+            name=self._name,
+            dtype=self._config.dtype,
+            expected_digest=self.info.digest,
+        ).model
 
     def _serve(self, batch: AnyBatch) -> None:
         try:

@@ -14,7 +14,7 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        ConstraintInvalid), BodyInvalid,
     │                        UnknownModel, UnknownSite, ContextExceeded, BodyTooLarge,
     │                        TooManyRequests, Duplicate, FilesFull, FileInUse, BatchOver,
-    │                        ArtifactsFull,
+    │                        ArtifactsFull, LowRankInvalid, AdapterInvalid, AdaptersFull,
     │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
     ├── PlacementError       NoReplica, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
@@ -24,7 +24,7 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
     │                        BalanceUnavailable
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
-    │                        EngineStopped
+    │                        EngineStopped, AdapterMemoryFull, AdapterUnavailable
     ├── ProgramError         ProgramInvalid, PointUnknown, PointRefused, ProgramTooLarge,
     │                        ProgramFailed, TraceError
     ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
@@ -41,6 +41,13 @@ value, what to do) and ``detail`` (JSON-safe fields). Across processes goes ``Fa
 (``fabric.messages``), which is rebuilt here by code.
 """
 
+from fabric.errors.adapters import (
+    AdapterInvalid,
+    AdapterMemoryFull,
+    AdaptersFull,
+    AdapterUnavailable,
+    LowRankInvalid,
+)
 from fabric.errors.admission import (
     AdmissionError,
     BodyInvalid,
@@ -189,6 +196,10 @@ from fabric.errors.tracing import (
 )
 
 __all__ = [
+    "AdapterInvalid",
+    "AdapterMemoryFull",
+    "AdapterUnavailable",
+    "AdaptersFull",
     "AdmissionError",
     "AllocationClosed",
     "AlreadyRunning",
@@ -235,6 +246,7 @@ __all__ = [
     "LedgerInconsistent",
     "LoginFailed",
     "LoginRequired",
+    "LowRankInvalid",
     "ManifestInvalid",
     "ModelNotLoadable",
     "NoReplica",

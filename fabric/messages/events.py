@@ -26,7 +26,8 @@ class Usage(Wire):
     """What one attempt consumed. The engine knows no prices.
 
     ``prompt_tokens`` counts the prompt once, whatever ``n`` is; ``output_tokens`` sums over
-    choices. ``hook_bytes_in`` are a program's constants and artifacts, ``hook_bytes_out`` what it
+    choices. Of ``drafted_tokens``, guessed in speculation, ``accepted_tokens`` became output.
+    ``hook_bytes_in`` are a program's constants and artifacts, ``hook_bytes_out`` what it
     saved. ``device_s`` is the attempt's share of the engine's steps: each step's seconds divided
     among its rows by their tokens.
     """
@@ -34,6 +35,8 @@ class Usage(Wire):
     prompt_tokens: int = Field(default=0, ge=0)
     cached_prompt_tokens: int = Field(default=0, ge=0)
     output_tokens: int = Field(default=0, ge=0)
+    drafted_tokens: int = Field(default=0, ge=0)
+    accepted_tokens: int = Field(default=0, ge=0)
     hook_bytes_in: int = Field(default=0, ge=0)
     hook_bytes_out: int = Field(default=0, ge=0)
     queue_s: float = Field(default=0.0, ge=0.0)

@@ -19,6 +19,8 @@ class EngineOptions(Wire):
     cache_bytes: int | None = Field(default=None, ge=1)
     max_rows: int = Field(default=16, ge=1)
     step_tokens: int = Field(default=512, ge=1)
+    speculation: str | None = None
+    draft_model: str | None = None
 
 
 class Launch(Wire):

@@ -54,8 +54,8 @@ class Load(Wire):
     """How busy an instance is; rates are exponentially weighted over its recent steps.
 
     ``step_s`` is what the next step of decoding should take, ``prefill_wait_s`` the prompts that
-    wait. ``busy_s`` (seconds of all steps), ``num_preempted`` and the prefix cache's tokens count
-    from the instance's start.
+    wait. ``busy_s`` (seconds of all steps), ``num_preempted``, the prefix cache's tokens and those
+    of speculation (drafted, and accepted of them) count from the instance's start.
     """
 
     num_running: int = Field(default=0, ge=0)
@@ -69,6 +69,8 @@ class Load(Wire):
     num_preempted: int = Field(default=0, ge=0)
     prefix_queried_tokens: int = Field(default=0, ge=0)
     prefix_found_tokens: int = Field(default=0, ge=0)
+    drafted_tokens: int = Field(default=0, ge=0)
+    accepted_tokens: int = Field(default=0, ge=0)
 
 
 class Hello(Wire):

@@ -1,0 +1,1 @@
+"""Intervention programs inside the one continuous batch."""

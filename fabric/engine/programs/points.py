@@ -1,0 +1,420 @@
+"""Where a loaded model's points are, found in its structure and held to what it computes.
+
+Every point is watched while a few tokens run. One that is not what its name says (the residual
+stream that a layer's parts add up to, a projection with so many heads) is refused with the reason.
+
+Shapes: N tokens, F features of a module, H heads, K key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fabric.engine.attention import Chunk, Scoring, attend_causally
+from fabric.engine.programs.anatomy import Anatomy, LayerParts
+from fabric.engine.runner import run_ragged
+from fabric.messages import PointManifest, PointSpec
+from fabric.messages.points import Lane
+
+Side = Literal["in", "out", "attention", "logits", "sample"]
+
+_NUM_TOKENS = 5
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Of the distance of sums to what they should be, relative to their norm."""
+
+_IN_ATTENTION = ("q_rope", "k_rope", "scores", "pattern", "z")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tap:
+    """Where one point is met.
+
+    Args:
+        side: What of it: a module's input, its output, inside our attention, or after the model.
+        module: Whose.
+        layer: Whose attention.
+        heads: The features stand for so many heads; 0: they are not divided.
+        columns: Which of the features; ``None``: all.
+        item: Which of several outputs.
+        shared: Others hold the same tensor, and a write must reach them: it is changed in place.
+    """
+
+    side: Side
+    module: nn.Module | None = None
+    layer: int | None = None
+    heads: int = 0
+    columns: tuple[int, int] | None = None
+    item: int = 0
+    shared: bool = False
+
+    def view(self, x_NF: Tensor) -> Tensor:
+        """Return the point's own view of a module's tensor, [N, F] or [N, H, D]."""
+        if self.columns is not None:
+            x_NF = x_NF[:, slice(*self.columns)]
+        return x_NF.unflatten(-1, (self.heads, -1)) if self.heads else x_NF
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Site:
+    """A point of one layer (or of none) as it was found: where, in what shape; or why not."""
+
+    name: str
+    tap: Tap | None = None
+    tail: tuple[Literal["S"] | int, ...] = ()
+    dtype: str = ""
+    write: bool = True
+    lane: Lane = "boundary"
+    reason: str = ""
+
+
+class Points:
+    """The points of one loaded model.
+
+    Args:
+        model: Set to our attention.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.anatomy = Anatomy.of(model)
+        self.taps: dict[str, Tap] = {}
+        """By canonical name, those that can be served."""
+        self._model = model
+        self._dtype = str(model.dtype).removeprefix("torch.")
+        self._hidden: int = model.get_input_embeddings().weight.shape[1]
+
+    def manifest(
+        self,
+        *,
+        name: str,
+        digest: str,
+        context_tokens: int,
+        weights: Mapping[str, tuple[int, ...]],
+    ) -> PointManifest:
+        """Find the points and return what programs may read and write.
+
+        Args:
+            name: What the instance calls the model.
+            digest: Of its tensors.
+            context_tokens: The longest row.
+            weights: Its parameters by name, with their shapes.
+        """
+        model = self._model
+        vocabulary, hidden = model.get_input_embeddings().weight.shape
+        return PointManifest(
+            model=name,
+            digest=digest,
+            family=model.config.model_type,
+            dtype=self._dtype,
+            num_layers=model.config.num_hidden_layers,
+            hidden=hidden,
+            vocabulary=vocabulary,
+            context_tokens=context_tokens,
+            num_parameters=sum(torch.Size(shape).numel() for shape in weights.values()),
+            points=self.find(),
+            weights=dict(weights),
+        )
+
+    def find(self) -> tuple[PointSpec, ...]:
+        """Run a few tokens and find the points, their taps with them."""
+        anatomy = self.anatomy
+        vocabulary: int = self._model.get_input_embeddings().weight.shape[0]
+        outer = [
+            _Site(name="logits", tap=Tap(side="logits"), tail=(vocabulary,), dtype="float32"),
+            _Site(name="sample", tap=Tap(side="sample"), dtype="int64"),
+        ]
+        if anatomy is None:
+            return self._listed([], [], outer)
+        seen = _Watch(self._model, anatomy).run()
+        embedding = _Site(
+            name="embed.out",
+            tap=Tap(side="out", module=anatomy.embedding),
+            tail=(self._hidden,),
+            dtype=self._dtype,
+        )
+        if anatomy.final_norm is not None:
+            norm = Tap(side="out", module=anatomy.final_norm)
+            outer.insert(
+                0,
+                _Site(name="final.norm.out", tap=norm, tail=(self._hidden,), dtype=self._dtype),
+            )
+        layers = [self._layer(index, parts, seen) for index, parts in enumerate(anatomy.layers)]
+        return self._listed([embedding], layers, outer)
+
+    def _listed(
+        self, before: list[_Site], layers: list[list[_Site]], after: list[_Site]
+    ) -> tuple[PointSpec, ...]:
+        """Note the taps, and return the sites of all layers by kind."""
+        specs = [self._spec(site, ()) for site in before]
+        names = list(dict.fromkeys(site.name for sites in layers for site in sites))
+        order = sorted(names, key=_ORDER.index)
+        for name in order:
+            having = {i: s for i, sites in enumerate(layers) for s in sites if s.name == name}
+            served = {i: s for i, s in having.items() if s.tap is not None} or having
+            for index, site in served.items():
+                if site.tap is not None:
+                    self.taps[f"layers.{index}.{name}"] = site.tap
+            specs.append(self._spec(next(iter(served.values())), tuple(served)))
+        return (*specs, *(self._spec(site, ()) for site in after))
+
+    def _spec(self, site: _Site, layers: tuple[int, ...]) -> PointSpec:
+        if not layers and site.tap is not None:
+            self.taps[site.name] = site.tap
+        return PointSpec(
+            pattern=f"layers.{{i}}.{site.name}" if layers else site.name,
+            layers=layers,
+            shape=("T", *site.tail),
+            dtype=site.dtype or self._dtype,
+            read=site.tap is not None,
+            write=site.tap is not None and site.write,
+            lane=site.lane,
+            reason=site.reason,
+        )
+
+    def _layer(self, index: int, parts: LayerParts, seen: _Seen) -> list[_Site]:
+        heads = seen.heads[index]
+        return [
+            self._flat("in", Tap(side="in", module=parts.layer)),
+            *self._attention(index, parts, heads),
+            self._middle(index, parts, seen),
+            *self._mlp(parts, seen.widths),
+            self._flat("out", Tap(side="out", module=parts.layer)),
+        ]
+
+    def _flat(self, name: str, tap: Tap, *, width: int | None = None, lane: Lane = "boundary"
+              ) -> _Site:  # fmt: skip
+        return _Site(name=name, tap=tap, tail=(width or self._hidden,), lane=lane)
+
+    def _attention(self, index: int, parts: LayerParts, heads: _Heads) -> list[_Site]:
+        sites = [self._flat("attn.in", Tap(side="in", module=parts.attention), lane="eager")]
+        sizes = {"q": (heads.num, heads.size), "k": (heads.num_kv, heads.size),
+                 "v": (heads.num_kv, heads.value_size)}  # fmt: skip
+        begin = 0
+        for name, (num, size) in sizes.items():
+            module, width = getattr(parts, name), num * size
+            columns = None
+            if module is None and parts.fused is not None:
+                module, columns = parts.fused, (begin, begin + width)
+            begin += width
+            expected = begin if parts.fused is None else sum(n * s for n, s in sizes.values())
+            if module is None or (columns is None and _width(module) not in (None, width)):
+                sites.append(
+                    _Site(name=f"attn.{name}", tail=(num, size),
+                          reason=f"its projection does not give {num} heads of {size} alone")
+                )  # fmt: skip
+                continue
+            del expected
+            tap = Tap(side="out", module=module, heads=num, columns=columns)
+            sites.append(_Site(name=f"attn.{name}", tap=tap, tail=(num, size), lane="eager"))
+        for name, (num, size) in {"q_rope": sizes["q"], "k_rope": sizes["k"]}.items():
+            if hasattr(parts.attention, "rotary_fn") or _rotates(self._model):
+                tap = Tap(side="attention", layer=index)
+                sites.append(_Site(name=f"attn.{name}", tap=tap, tail=(num, size), lane="eager"))
+            else:
+                reason = "its positions are not rotary; it is the same as without _rope"
+                sites.append(_Site(name=f"attn.{name}", tail=(num, size), reason=reason))
+        inner = Tap(side="attention", layer=index)
+        for name in ("scores", "pattern"):
+            sites.append(
+                _Site(name=f"attn.{name}", tap=inner, tail=(heads.num, "S"), dtype="float32",
+                      lane="recompute")
+            )  # fmt: skip
+        sites.append(
+            _Site(name="attn.z", tap=inner, tail=(heads.num, heads.value_size), lane="eager")
+        )
+        tail = (heads.num, self._hidden)
+        if parts.output is None:
+            reason = "its output projection is not found"
+            sites.append(_Site(name="attn.head_out", tail=tail, reason=reason))
+        else:
+            tap = Tap(side="out", module=parts.output, heads=heads.num)
+            sites.append(_Site(name="attn.head_out", tap=tap, tail=tail, lane="recompute"))
+        sites.append(self._flat("attn.out", Tap(side="out", module=parts.attention)))
+        return sites
+
+    def _middle(self, index: int, parts: LayerParts, seen: _Seen) -> _Site:
+        reason = seen.middle_reasons.get(index)
+        if reason is None:
+            tap = Tap(side="in", module=parts.mlp_norm, shared=True)
+            return self._flat("mid", tap)
+        return _Site(name="mid", tail=(self._hidden,), reason=reason)
+
+    def _mlp(self, parts: LayerParts, widths: Mapping[nn.Module, int]) -> list[_Site]:
+        mlp = parts.mlp
+        if mlp is None:
+            return []
+        sites = [self._flat("mlp.in", Tap(side="in", module=mlp), lane="eager")]
+        fused = "its experts are fused: what is inside them is never written down"
+        if parts.experts is not None and parts.router in widths:
+            assert parts.router is not None
+            width = widths[parts.router]
+            sites.append(
+                _Site(name="moe.router", tap=Tap(side="out", module=parts.router), tail=(width,),
+                      write=False, lane="eager",
+                      reason="the choice of experts is made together with its logits")
+            )  # fmt: skip
+            sites.append(
+                _Site(name="moe.experts", tap=Tap(side="out", module=parts.router, item=2),
+                      tail=(getattr(parts.router, "top_k", 1),), dtype="int64", write=False,
+                      lane="eager", reason="the choice of experts cannot be replaced")
+            )  # fmt: skip
+        missing = fused if parts.experts is not None else "its MLP has none"
+        gates: list[tuple[str, nn.Module | None, Side]] = [
+            ("mlp.gate", parts.gate, "out"), ("mlp.up", parts.up, "out"),
+            ("mlp.act", parts.down, "in"),
+        ]  # fmt: skip
+        for name, module, side in gates:
+            if module is None or module not in widths:
+                width = next(iter(widths.values()), self._hidden)
+                sites.append(_Site(name=name, tail=(width,), reason=missing))
+            else:
+                tap = Tap(side=side, module=module)
+                sites.append(self._flat(name, tap, width=widths[module], lane="eager"))
+        sites.append(self._flat("mlp.out", Tap(side="out", module=mlp)))
+        return sites
+
+
+_ORDER = (
+    "in", "attn.in", "attn.q", "attn.k", "attn.v", "attn.q_rope", "attn.k_rope", "attn.scores",
+    "attn.pattern", "attn.z", "attn.head_out", "attn.out", "mid", "mlp.in", "moe.router",
+    "moe.experts", "mlp.gate", "mlp.up", "mlp.act", "mlp.out", "out",
+)  # fmt: skip
+"""A layer's points, as a forward pass comes by them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    num: int
+    num_kv: int
+    size: int
+    value_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    heads: dict[int, _Heads]
+    widths: dict[nn.Module, int]
+    """Features of the points inside an MLP: inputs of down projections, outputs of the others."""
+    middle_reasons: dict[int, str]
+    """Layers whose residual stream cannot be met in their middle, and why."""
+
+
+class _Watch:
+    """Runs a few tokens, moves every layer's middle a little, and sees what adds up."""
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+        self._model = model
+        self._anatomy = anatomy
+        self._heads: dict[int, _Heads] = {}
+        self._kept: dict[tuple[nn.Module, str], Tensor] = {}
+
+    def run(self) -> _Seen:
+        hooks = []
+        for parts in self._anatomy.layers:
+            if parts.mlp_norm is not None:
+                hooks.append(parts.mlp_norm.register_forward_pre_hook(self._move, with_kwargs=True))
+            for module in (parts.layer, parts.mlp, parts.attention, *_inside(parts), *_post(parts)):
+                if module is not None:
+                    hooks.append(module.register_forward_pre_hook(self._keep_in, with_kwargs=True))
+                    hooks.append(module.register_forward_hook(self._keep_out))
+        tokens = list(range(_NUM_TOKENS))
+        chunk = Chunk(tokens=tokens, start=0, blocks=(), num_wanted=1)
+        try:
+            run_ragged(self._model, [chunk], self._attend)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        widths = {
+            module: self._kept[module, "in" if module is parts.down else "out"].shape[-1]
+            for parts in self._anatomy.layers
+            for module in _inside(parts)
+            if (module, "out") in self._kept
+        }
+        reasons = {
+            index: reason
+            for index, parts in enumerate(self._anatomy.layers)
+            if (reason := self._middle_reason(parts))
+        }
+        return _Seen(self._heads, widths, reasons)
+
+    def _attend(
+        self,
+        layer: int,
+        q_NHD: Tensor,
+        k_NKD: Tensor,
+        v_NKD: Tensor,
+        scale: float | None,
+        options: Mapping[str, object],
+    ) -> Tensor:
+        self._heads[layer] = _Heads(q_NHD.shape[1], k_NKD.shape[1], k_NKD.shape[2], v_NKD.shape[2])
+        return attend_causally(q_NHD, k_NKD, v_NKD, Scoring.of(scale, options, q_NHD.shape[2]))
+
+    def _move(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        x = given(args, kwargs)
+        self._kept[module, "before"] = x.clone()
+        x += 0.5 * x.flip(-1)
+        self._kept[module, "moved"] = x.clone()
+
+    def _keep_in(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        self._kept[module, "in"] = given(args, kwargs).clone()
+
+    def _keep_out(self, module: nn.Module, _: object, output: object) -> None:
+        x = output[0] if isinstance(output, tuple) else output
+        assert isinstance(x, Tensor)
+        self._kept[module, "out"] = x.clone()
+
+    def _middle_reason(self, parts: LayerParts) -> str:
+        norm = parts.mlp_norm
+        if norm is None or (norm, "moved") not in self._kept or parts.mlp is None:
+            return "its layers have no norm between attention and MLP that takes the residual"
+        after_attention, after_mlp = _post(parts)
+        of_attention = self._kept[after_attention or parts.attention, "out"]
+        of_mlp = self._kept[after_mlp or parts.mlp, "out"]
+        before, moved = self._kept[norm, "before"], self._kept[norm, "moved"]
+        sums = [
+            (self._kept[parts.layer, "in"] + of_attention, before),
+            (moved + of_mlp, self._kept[parts.layer, "out"]),
+        ]
+        for total, expected in sums:
+            distance = float((total.float() - expected.float()).norm() / expected.float().norm())
+            if not distance <= _TOLERANCE[self._model.dtype]:
+                return "its attention and its MLP do not add to the residual one after the other"
+        return ""
+
+
+def given(args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
+    """Return the tensor that a module is called with, by position or as ``hidden_states``."""
+    x = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(x, Tensor)
+    return x
+
+
+def _inside(parts: LayerParts) -> list[nn.Module]:
+    found = (parts.gate, parts.up, parts.down, parts.router)
+    return [module for module in found if module is not None]
+
+
+def _post(parts: LayerParts) -> tuple[nn.Module | None, nn.Module | None]:
+    """Return the norms that Gemma puts after attention and after the MLP."""
+    children = dict(parts.layer.named_children())
+    if "pre_feedforward_layernorm" not in children:
+        return None, None
+    return children.get("post_attention_layernorm"), children.get("post_feedforward_layernorm")
+
+
+def _width(module: nn.Module) -> int | None:
+    for name in ("out_features", "nf"):
+        if isinstance(size := getattr(module, name, None), int):
+            return size
+    return None
+
+
+def _rotates(model: PreTrainedModel) -> bool:
+    return any("rotary" in name for name, _ in model.base_model.named_children())

@@ -1,0 +1,455 @@
+"""The programs of one step: hooks at the points that they touch, each for its own tokens.
+
+Nothing is hooked in a step without programs. What a program raises ends its run alone: its tokens
+go on unchanged, and the step with them.
+
+Shapes: N tokens of the step, n tokens of one run in it, W tokens whose logits are wanted,
+V vocabulary, H query heads, K key-value heads, D head size, S keys of one run, F features.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fabric.engine.attention import Scoring
+from fabric.engine.cache import BLOCK_TOKENS
+from fabric.engine.programs.cells import Cell, HeadsCell, TensorCell
+from fabric.engine.programs.execution import IDLE, Execution, StepPlan
+from fabric.engine.programs.model import RunModel, nested
+from fabric.engine.programs.points import Points, Tap, given
+from fabric.engine.programs.values import MAX_VALUE_BYTES
+from fabric.engine.runner import Attend, Runner
+from fabric.errors import FabricError, ProgramFailed, ProgramTooLarge
+
+if TYPE_CHECKING:
+    from fabric.engine.rows import ActiveTask, Row
+    from fabric.engine.scheduler import Run
+
+Keys = Callable[[int, "RunStep"], tuple[Tensor, Tensor]]
+"""(layer, run) -> the run's keys and values in the cache, [S, K, D] each."""
+
+
+class Stopped(Exception):
+    """The forward pass ends here: no run of the step goes further."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class RunStep:
+    """One run's tokens in a step.
+
+    Args:
+        execution: The run's state.
+        model: The model, as the run sees it.
+        begin: Where its tokens begin in the ragged row.
+        count: How many there are.
+        start: The position of the first.
+        wanted: Where its logits begin among the wanted ones, and how many they are.
+        row: Of the batch; ``None`` where it shares none.
+        until: When (``time.perf_counter``) its ``limit_s`` seconds are over.
+    """
+
+    execution: Execution
+    model: RunModel
+    begin: int
+    count: int
+    start: int
+    wanted: tuple[int, int]
+    row: Row | None = None
+    until: float = math.inf
+    limit_s: float = math.inf
+    plan: StepPlan = IDLE
+    error: FabricError | None = None
+
+    @property
+    def rows(self) -> slice:
+        """Its tokens in the ragged row."""
+        return slice(self.begin, self.begin + self.count)
+
+    @property
+    def wanted_rows(self) -> slice:
+        """Its tokens among those whose logits are wanted."""
+        return slice(self.wanted[0], sum(self.wanted))
+
+    @property
+    def acts(self) -> bool:
+        """Whether nodes may act on its tokens."""
+        return self.start + self.count > self.execution.first_touched
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        """Do something for the run; what goes wrong is kept and ends it. Its time is its own."""
+        if self.error is not None:
+            return
+        started = time.perf_counter()
+        try:
+            if started > self.until:
+                over = self.limit_s + started - self.until
+                raise ProgramTooLarge(cap="limits.device_s", value=over, limit=self.limit_s)
+            action()
+        except FabricError as error:
+            self.error = error
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".rstrip(". ")
+            self.error = ProgramFailed(run=self.execution.run.id, reason=reason)
+        self.execution.seconds += time.perf_counter() - started
+
+
+class ProgramStep:
+    """The programs among the rows of a step.
+
+    Args:
+        runs: Those that have something to do.
+        points: Of the model that runs.
+        keys: Finds a run's keys and values.
+        alone: Whether all rows of the step are among ``runs``.
+    """
+
+    def __init__(
+        self, runs: Sequence[RunStep], points: Points, keys: Keys, *, alone: bool = False
+    ) -> None:
+        self.runs = list(runs)
+        self._points = points
+        self._keys = keys
+        self._alone = alone
+        self._at: dict[str, list[RunStep]] = {}
+
+    def begin(self) -> None:
+        """Evaluate what comes before any point."""
+        for run in self.runs:
+            run.attempt(lambda run=run: self._open(run))  # type: ignore[misc]
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Run the model inside this: its touched points are served."""
+        by_module: dict[tuple[nn.Module, str], list[tuple[str, Tap]]] = {}
+        for point in self._at:
+            tap = self._points.taps[point]
+            if tap.module is not None:
+                by_module.setdefault((tap.module, tap.side), []).append((point, tap))
+        with ExitStack() as stack:
+            for module, at in self._private().items():
+                stack.callback(module.register_forward_hook(self._replacing(at)).remove)
+            for (module, side), served in by_module.items():
+                handle = (
+                    module.register_forward_pre_hook(self._entering(served), with_kwargs=True)
+                    if side == "in"
+                    else module.register_forward_hook(self._leaving(served))
+                )
+                stack.callback(handle.remove)
+            if (last := self._last_layer()) is not None:
+                stack.callback(last.register_forward_pre_hook(_stop).remove)
+            with suppress(Stopped):
+                yield
+
+    def around(self, attend: Attend) -> Attend:
+        """Return the attention with the points inside it served."""
+        touched = {
+            tap.layer for point in self._at if (tap := self._points.taps[point]).side == "attention"
+        }
+        if not touched:
+            return attend
+
+        def served(
+            layer: int,
+            q_NHD: Tensor,
+            k_NKD: Tensor,
+            v_NKD: Tensor,
+            scale: float | None,
+            options: Mapping[str, object],
+        ) -> Tensor:
+            if layer not in touched:
+                return attend(layer, q_NHD, k_NKD, v_NKD, scale, options)
+            name = f"layers.{layer}.attn"
+            q_NHD = self._serve(f"{name}.q_rope", q_NHD)
+            k_NKD = self._serve(f"{name}.k_rope", k_NKD)
+            out_NHD = attend(layer, q_NHD, k_NKD, v_NKD, scale, options)
+            scoring = Scoring.of(scale, options, q_NHD.shape[2])
+            out_NHD = self._score(layer, q_NHD, out_NHD, scoring)
+            return self._serve(f"{name}.z", out_NHD)
+
+        return served
+
+    def logits(self, logits_WV: Tensor) -> Tensor:
+        """Serve the logits."""
+        return self._serve("logits", logits_WV, wanted=True)
+
+    def sample(self, row: Row, token: int) -> int:
+        """Serve the token that a row's step chose; return the one that it shall be."""
+        run = next(run for run in self.runs if run.row is row)
+        told = run.execution.told
+        token = told[row.position] if row.position < len(told) else token
+        if "sample" not in run.plan.at:
+            return token
+        cell = TensorCell(torch.tensor([token]))
+        last = run.start + run.count - 1
+        run.attempt(lambda: run.execution.visit("sample", cell, last))
+        return token if cell.changed is None else int(cell.changed[0])
+
+    def end(self) -> None:
+        """End the step for its runs."""
+        for run in self.runs:
+            if run.acts:
+                run.attempt(run.execution.end)
+
+    def failed(self) -> dict[ActiveTask, FabricError]:
+        """Return the tasks whose run failed, with its error."""
+        return {
+            run.row.active: run.error
+            for run in self.runs
+            if run.row is not None and run.error is not None
+        }
+
+    def _open(self, run: RunStep) -> None:
+        if not run.acts:
+            return
+        run.plan = run.execution.begin(run.start, run.count)
+        for point in run.plan.at:
+            self._at.setdefault(point, []).append(run)
+
+    def _visit(self, run: RunStep, point: str, cell: Cell, base: int) -> None:
+        run.attempt(lambda: run.execution.visit(point, cell, base))
+
+    def _serve(self, point: str, x_NX: Tensor, *, wanted: bool = False) -> Tensor:
+        """Let the runs see their tokens at a point; return it with what they changed."""
+        result = x_NX
+        for run in self._at.get(point, ()):
+            rows = run.wanted_rows if wanted else run.rows
+            cell = TensorCell(x_NX[rows])
+            self._visit(run, point, cell, run.start + run.count - cell.num_rows)
+            if cell.changed is not None and run.error is None:
+                result = x_NX.clone() if result is x_NX else result
+                result[rows] = cell.changed
+        return result
+
+    def _serve_tap(self, point: str, tap: Tap, x: Tensor) -> Tensor | None:
+        """Serve a point of a module's tensor; return another one where it was changed."""
+        result: Tensor | None = x if tap.shared else None
+        changed = False
+        for run in self._at[point]:
+            x_NF = _flat(x if result is None else result)
+            cell = TensorCell(tap.view(x_NF[run.rows]))
+            self._visit(run, point, cell, run.start)
+            if cell.changed is None or run.error is not None:
+                continue
+            if result is None:
+                result = x.clone()
+            tap.view(_flat(result)[run.rows]).copy_(cell.changed)
+            changed = True
+        return result if changed and not tap.shared else None
+
+    def _entering(self, served: Sequence[tuple[str, Tap]]) -> Callable[..., object]:
+        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+            if nested():
+                return None
+            x = given(args, kwargs)
+            before = x
+            for point, tap in served:
+                x = _or(self._serve_tap(point, tap, x), x)
+            if x is before:
+                return None
+            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+        return hook
+
+    def _leaving(self, served: Sequence[tuple[str, Tap]]) -> Callable[..., object]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: object) -> object:
+            if nested():
+                return None
+            parts = list(output) if isinstance(output, tuple) else [output]
+            before = list(parts)
+            for point, tap in served:
+                x = parts[tap.item]
+                assert isinstance(x, Tensor)
+                if point.endswith(".head_out"):
+                    parts[0] = self._serve_heads(point, tap, module, args[0], x)
+                else:
+                    parts[tap.item] = _or(self._serve_tap(point, tap, x), x)
+            if all(part is old for part, old in zip(parts, before, strict=True)):
+                return None
+            return tuple(parts) if isinstance(output, tuple) else parts[0]
+
+        return hook
+
+    def _serve_heads(self, point: str, tap: Tap, module: nn.Module, z: Tensor, y: Tensor) -> Tensor:
+        result = y
+        for run in self._at[point]:
+            z_nHD = tap.view(_flat(z)[run.rows])
+            cell = HeadsCell(z_nHD, lambda x, run=run: run.model.apply(module, x))  # type: ignore[misc]
+            self._visit(run, point, cell, run.start)
+            if cell.delta_nO is not None and run.error is None:
+                result = y.clone() if result is y else result
+                _flat(result)[run.rows] += cell.delta_nO
+        return result
+
+    def _score(self, layer: int, q_NHD: Tensor, out_NHD: Tensor, scoring: Scoring) -> Tensor:
+        """Compute again what fused attention never writes down, for the runs that ask for it."""
+        points = [f"layers.{layer}.attn.{name}" for name in ("scores", "pattern")]
+        runs = {run: None for point in points for run in self._at.get(point, ())}
+        result = out_NHD
+        for run in runs:
+            cells: list[Tensor] = []
+            run.attempt(
+                lambda run=run, cells=cells: cells.extend(  # type: ignore[misc]
+                    self._scored(layer, run, points, q_NHD[run.rows], scoring)
+                )
+            )
+            if cells and run.error is None:
+                result = out_NHD.clone() if result is out_NHD else result
+                result[run.rows] = cells[0]
+        return result
+
+    def _scored(
+        self, layer: int, run: RunStep, points: list[str], q_nHD: Tensor, scoring: Scoring
+    ) -> list[Tensor]:
+        """Return the run's attention where it changed the scores or the pattern, else nothing."""
+        num_keys = run.start + run.count
+        size = 4 * run.count * q_nHD.shape[1] * num_keys
+        if size > MAX_VALUE_BYTES:
+            raise ProgramTooLarge(cap="attention scores, bytes", value=size, limit=MAX_VALUE_BYTES)
+        k_SKD, v_SKD = self._keys(layer, run)
+        visible_nS = _visible(run.start, run.count, scoring.window)[:, None]
+        scores_nHS = _scores(q_nHD, k_SKD, scoring).masked_fill(~visible_nS, float("-inf"))
+        changed = False
+        for point in points:
+            x_nHS = scores_nHS if point.endswith("scores") else torch.softmax(scores_nHS, -1)
+            if run in self._at.get(point, ()):
+                cell = TensorCell(x_nHS)
+                run.execution.visit(point, cell, run.start)
+                if cell.changed is not None:
+                    changed, x_nHS = True, cell.changed
+            if point.endswith("scores"):
+                scores_nHS = x_nHS.masked_fill(~visible_nS, float("-inf"))
+            else:
+                pattern_nHS = x_nHS
+        return [_weighted(pattern_nHS, v_SKD)] if changed else []
+
+    def _private(self) -> dict[nn.Module, list[RunStep]]:
+        """Return the modules of which runs have weights of their own."""
+        found: dict[nn.Module, list[RunStep]] = {}
+        for run in self.runs:
+            for module in run.model.private:
+                found.setdefault(module, []).append(run)
+        return found
+
+    def _replacing(self, runs: Sequence[RunStep]) -> Callable[..., object]:
+        head = None if self._points.anatomy is None else self._points.anatomy.head
+
+        def hook(module: nn.Module, args: tuple[object, ...], output: object) -> object:
+            if nested():
+                return None
+            parts = list(output) if isinstance(output, tuple) else [output]
+            parts = [part.clone() if isinstance(part, Tensor) else part for part in parts]
+            for run in runs:
+                call = run.model.private_call
+                rows = run.wanted_rows if module is head else run.rows
+                own: list[object] = []
+                run.attempt(lambda run=run, rows=rows, own=own: own.extend(  # type: ignore[misc]
+                    _parts_of(call(module, [_cut(module, arg, rows) for arg in args]))
+                ))  # fmt: skip
+                for part, new in zip(parts, own, strict=False):
+                    if isinstance(part, Tensor) and isinstance(new, Tensor):
+                        _flat(part)[rows] = _flat(new)
+            return tuple(parts) if isinstance(output, tuple) else parts[0]
+
+        return hook
+
+    def _last_layer(self) -> nn.Module | None:
+        """Return the layer before which the step may end: no run of it goes further."""
+        ends = [run.execution.run.stop_at for run in self.runs]
+        anatomy = self._points.anatomy
+        if not self._alone or anatomy is None or any(end is None for end in ends):
+            return None
+        last = max(end for end in ends if end is not None)
+        return anatomy.layers[last].layer if last < len(anatomy.layers) else None
+
+
+def programs_of(runs: Sequence[Run], runner: Runner) -> ProgramStep | None:
+    """Return the programs of a step, begun; ``None`` if there are none."""
+    found: list[RunStep] = []
+    begin = wanted = 0
+    for run in runs:
+        if (program := run.row.active.program) is not None:
+            found.append(
+                RunStep(
+                    execution=program.execution,
+                    model=program.model,
+                    begin=begin,
+                    count=run.num_tokens,
+                    start=run.row.num_cached,
+                    wanted=(wanted, run.num_wanted),
+                    row=run.row,
+                )
+            )
+        begin, wanted = begin + run.num_tokens, wanted + run.num_wanted
+    if not found:
+        return None
+    assert runner.points is not None
+
+    def keys(layer: int, run: RunStep) -> tuple[Tensor, Tensor]:
+        assert run.row is not None
+        num_keys = run.start + run.count
+        blocks = torch.tensor([run.row.blocks[: -(-num_keys // BLOCK_TOKENS)]])
+        k_1MKD, v_1MKD = runner.cache.read(layer, blocks)
+        return k_1MKD[0, :num_keys], v_1MKD[0, :num_keys]
+
+    step = ProgramStep(found, runner.points, keys, alone=len(found) == len(runs))
+    with torch.inference_mode():
+        step.begin()
+    return step
+
+
+def _stop(*_: object) -> None:
+    if not nested():
+        raise Stopped
+
+
+def _or(x: Tensor | None, other: Tensor) -> Tensor:
+    return other if x is None else x
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return a module's tensor without its batch axis of one: [N, ...]."""
+    return x[0] if x.dim() > 2 else x
+
+
+def _cut(module: nn.Module, arg: object, rows: slice) -> object:
+    """Return a run's part of what a module is called with."""
+    if not isinstance(arg, Tensor):
+        return arg
+    batched = arg.dim() > 2 or isinstance(module, nn.Embedding)
+    return arg[:, rows] if batched else arg[rows]
+
+
+def _parts_of(output: object) -> list[object]:
+    return list(output) if isinstance(output, tuple) else [output]
+
+
+def _visible(start: int, count: int, window: int) -> Tensor:
+    """Return which of its keys each token of a run sees, [n, S]."""
+    at_n1 = torch.arange(start, start + count)[:, None]
+    keys_S = torch.arange(start + count)
+    visible_nS = keys_S <= at_n1
+    return visible_nS & (keys_S > at_n1 - window) if window else visible_nS
+
+
+def _scores(q_nHD: Tensor, k_SKD: Tensor, scoring: Scoring) -> Tensor:
+    num, num_heads, size = q_nHD.shape
+    q_KGnD = q_nHD.transpose(0, 1).reshape(k_SKD.shape[1], -1, num, size)
+    scores_KGnS = (q_KGnD @ k_SKD.permute(1, 2, 0)[:, None]).float() * scoring.scale
+    if scoring.cap:
+        scores_KGnS = torch.tanh(scores_KGnS / scoring.cap) * scoring.cap
+    return scores_KGnS.reshape(num_heads, num, -1).transpose(0, 1)
+
+
+def _weighted(pattern_nHS: Tensor, v_SKD: Tensor) -> Tensor:
+    num, num_heads, num_keys = pattern_nHS.shape
+    p_KGnS = pattern_nHS.to(v_SKD.dtype).transpose(0, 1).reshape(v_SKD.shape[1], -1, num, num_keys)
+    out_KGnD = p_KGnS @ v_SKD.transpose(0, 1)[:, None]
+    return out_KGnD.reshape(num_heads, num, -1).transpose(0, 1)
