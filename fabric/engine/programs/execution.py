@@ -335,7 +335,8 @@ class Execution:
         if new.shape != h.shape:
             reason = f"it would write {list(new.shape)} where {list(h.shape)} stands"
             raise ProgramFailed(run=self.run.id, node=k, reason=reason)
-        unsound = new.isnan() if self._points[k] in _MASKED else ~new.isfinite()
+        masked = (self._points[k] or "").endswith(".scores")
+        unsound = new.isnan() if masked else ~new.isfinite()
         if new.dtype.is_floating_point and bool(unsound.any()):
             raise ProgramFailed(
                 run=self.run.id, node=k, reason=f"what it writes at {self._points[k]} is not finite"
@@ -468,7 +469,6 @@ class Execution:
 
 
 _Selecting = ops.Read | ops.Write | ops.Project | ops.Clamp | ops.Skip | ops.Grad
-_MASKED = ("scores",)
 
 
 def _index(numbers: Sequence[int]) -> Tensor:

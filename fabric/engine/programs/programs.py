@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from logging import getLogger
 from typing import TYPE_CHECKING
 
@@ -113,7 +114,7 @@ class Programs:
         )
         self._tasks[key] = owner
         self._say(owner, self._reports.accepted_program(task, num_prompt))
-        self._guard(owner, lambda: self._start_ready(owner))
+        self._guard(owner, partial(self._start_ready, owner))
 
     def cancel(self, key: tuple[str, int], error: FabricError) -> None:
         """End a program that is wanted no more; unknown ones are ignored."""
@@ -152,14 +153,14 @@ class Programs:
         assert program is not None
         owner = program.owner
         if (owner.task.id, owner.task.attempt) in self._tasks:
-            self._guard(owner, lambda: self._advance(owner, program, active, chosen))
+            self._guard(owner, partial(self._advance, owner, program, active, chosen))
 
     def run_alone(self) -> float:
         """Run one run that shares no batch, if there is one; return the seconds it took."""
         for owner in list(self._tasks.values()):
             if owner.alone:
                 started = time.perf_counter()
-                self._guard(owner, lambda owner=owner: self._run_alone(owner))  # type: ignore[misc]
+                self._guard(owner, partial(self._run_alone, owner))
                 return time.perf_counter() - started
         return 0.0
 

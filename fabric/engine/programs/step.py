@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 Keys = Callable[[int, "RunStep"], tuple[Tensor, Tensor]]
 """(layer, run) -> the run's keys and values in the cache, [S, K, D] each."""
+
+
+_T = TypeVar("_T")
 
 
 class Stopped(Exception):
@@ -83,22 +87,24 @@ class RunStep:
         """Whether nodes may act on its tokens."""
         return self.start + self.count > self.execution.first_touched
 
-    def attempt(self, action: Callable[[], object]) -> None:
+    def attempt(self, action: Callable[..., _T], *args: object) -> _T | None:
         """Do something for the run; what goes wrong is kept and ends it. Its time is its own."""
         if self.error is not None:
-            return
+            return None
         started = time.perf_counter()
         try:
             if started > self.until:
                 over = self.limit_s + started - self.until
                 raise ProgramTooLarge(cap="limits.device_s", value=over, limit=self.limit_s)
-            action()
+            return action(*args)
         except FabricError as error:
             self.error = error
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".rstrip(". ")
             self.error = ProgramFailed(run=self.execution.run.id, reason=reason)
-        self.execution.seconds += time.perf_counter() - started
+        finally:
+            self.execution.seconds += time.perf_counter() - started
+        return None
 
 
 class ProgramStep:
@@ -123,7 +129,7 @@ class ProgramStep:
     def begin(self) -> None:
         """Evaluate what comes before any point."""
         for run in self.runs:
-            run.attempt(lambda run=run: self._open(run))  # type: ignore[misc]
+            run.attempt(self._open, run)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -189,7 +195,7 @@ class ProgramStep:
             return token
         cell = TensorCell(torch.tensor([token]))
         last = run.start + run.count - 1
-        run.attempt(lambda: run.execution.visit("sample", cell, last))
+        run.attempt(run.execution.visit, "sample", cell, last)
         return token if cell.changed is None else int(cell.changed[0])
 
     def end(self) -> None:
@@ -214,7 +220,7 @@ class ProgramStep:
             self._at.setdefault(point, []).append(run)
 
     def _visit(self, run: RunStep, point: str, cell: Cell, base: int) -> None:
-        run.attempt(lambda: run.execution.visit(point, cell, base))
+        run.attempt(run.execution.visit, point, cell, base)
 
     def _serve(self, point: str, x_NX: Tensor, *, wanted: bool = False) -> Tensor:
         """Let the runs see their tokens at a point; return it with what they changed."""
@@ -281,7 +287,7 @@ class ProgramStep:
         result = y
         for run in self._at[point]:
             z_nHD = tap.view(_flat(z)[run.rows])
-            cell = HeadsCell(z_nHD, lambda x, run=run: run.model.apply(module, x))  # type: ignore[misc]
+            cell = HeadsCell(z_nHD, partial(run.model.apply, module))
             self._visit(run, point, cell, run.start)
             if cell.delta_nO is not None and run.error is None:
                 result = y.clone() if result is y else result
@@ -294,21 +300,16 @@ class ProgramStep:
         runs = {run: None for point in points for run in self._at.get(point, ())}
         result = out_NHD
         for run in runs:
-            cells: list[Tensor] = []
-            run.attempt(
-                lambda run=run, cells=cells: cells.extend(  # type: ignore[misc]
-                    self._scored(layer, run, points, q_NHD[run.rows], scoring)
-                )
-            )
-            if cells and run.error is None:
+            own_nHD = run.attempt(self._scored, layer, run, points, q_NHD[run.rows], scoring)
+            if own_nHD is not None:
                 result = out_NHD.clone() if result is out_NHD else result
-                result[run.rows] = cells[0]
+                result[run.rows] = own_nHD
         return result
 
     def _scored(
         self, layer: int, run: RunStep, points: list[str], q_nHD: Tensor, scoring: Scoring
-    ) -> list[Tensor]:
-        """Return the run's attention where it changed the scores or the pattern, else nothing."""
+    ) -> Tensor | None:
+        """Return the run's attention where it changed the scores or the pattern."""
         num_keys = run.start + run.count
         size = 4 * run.count * q_nHD.shape[1] * num_keys
         if size > MAX_VALUE_BYTES:
@@ -328,7 +329,7 @@ class ProgramStep:
                 scores_nHS = x_nHS.masked_fill(~visible_nS, float("-inf"))
             else:
                 pattern_nHS = x_nHS
-        return [_weighted(pattern_nHS, v_SKD)] if changed else []
+        return _weighted(pattern_nHS, v_SKD) if changed else None
 
     def _private(self) -> dict[nn.Module, list[RunStep]]:
         """Return the modules of which runs have weights of their own."""
@@ -347,13 +348,11 @@ class ProgramStep:
             parts = list(output) if isinstance(output, tuple) else [output]
             parts = [part.clone() if isinstance(part, Tensor) else part for part in parts]
             for run in runs:
-                call = run.model.private_call
                 rows = run.wanted_rows if module is head else run.rows
-                own: list[object] = []
-                run.attempt(lambda run=run, rows=rows, own=own: own.extend(  # type: ignore[misc]
-                    _parts_of(call(module, [_cut(module, arg, rows) for arg in args]))
-                ))  # fmt: skip
-                for part, new in zip(parts, own, strict=False):
+                own = run.attempt(
+                    run.model.private_call, module, [_cut(module, arg, rows) for arg in args]
+                )
+                for part, new in zip(parts, _parts_of(own), strict=False):
                     if isinstance(part, Tensor) and isinstance(new, Tensor):
                         _flat(part)[rows] = _flat(new)
             return tuple(parts) if isinstance(output, tuple) else parts[0]

@@ -144,7 +144,7 @@ def noise(node: ops.Noise, index: int, like: Value) -> Value:
     x = like.data
     key = np.array([node.seed, index], dtype=np.uint64)
 
-    def draw(position: int, shape: tuple[int, ...]) -> np.ndarray:  # type: ignore[type-arg]
+    def draw(position: int, shape: tuple[int, ...]) -> np.ndarray:
         counter = np.array([0, 0, 0, position], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter)).standard_normal(
             shape

@@ -1,0 +1,78 @@
+"""Every point of every family, read and written, against the model with PyTorch hooks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fabric.testing.families import FAMILIES
+
+NEW = 3
+
+
+def close(actual, expected, tolerance=1e-5):
+    """Equal to rounding, relative to the largest number."""
+    scale = max(1.0, expected[expected.isfinite()].abs().max().item())
+    same = (actual - expected).abs() <= tolerance * scale
+    return actual.shape == expected.shape and bool((same | (actual == expected)).all())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reads_of_every_point_equal_hooks_in_prefill_and_decoding(family, rig_of, program_of):
+    rig = rig_of(family)
+    nodes = []
+    for point in rig.points():
+        nodes.append({"op": "read", "at": point})
+        nodes.append({"op": "save", "name": point, "x": len(nodes) - 1})
+    program = program_of({"nodes": nodes, "gen": {"max_tokens": NEW}, "ids": [3, 9] * 12})
+    outcome, expected = rig.run(program), rig.expect(program)["r0"]
+    assert outcome.end.type == "finished", outcome.end.failure.message
+    assert outcome.tokens[0] == expected.tokens
+    for point in rig.points():
+        assert close(outcome.saves["r0"][point], expected.saves[point]), point
+        assert outcome.positions["r0"].get(point) == expected.positions.get(point), point
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_writes_at_every_point_change_the_logits_as_hooks_do(family, rig_of, program_of):
+    rig = rig_of(family)
+    torch.manual_seed(1)
+    constants, runs = {}, [{"nodes": _logits([])}]
+    for i, point in enumerate(rig.points(write=True)):
+        if point == "sample":
+            continue
+        sel = {"pos": [2, 4, -1, len(PROMPT)]}
+        if shape := _shape(rig, point):
+            constants[f"x{i}"] = torch.randn(shape)
+            write = {"op": "write", "at": point, "x": 0, "mode": "add", "alpha": 2.0, "sel": sel}
+            nodes = [{"op": "const", "name": f"x{i}"}, write]
+        else:
+            sel["heads"] = [0]
+            nodes = [{"op": "write", "at": point, "mode": "scale", "alpha": 0.3, "sel": sel}]
+        runs.append({"id": point, "nodes": _logits(nodes), "gen": {"max_tokens": NEW}})
+    program = program_of(*runs, constants=constants)
+    outcome, expected = rig.run(program), rig.expect(program, constants)
+    assert outcome.end.type == "finished", outcome.end.failure.message
+    plain = outcome.saves["r0"]["logits"]
+    for i, run in enumerate(runs):
+        name = run.get("id", "r0")
+        assert close(outcome.saves[name]["logits"], expected[name].saves["logits"], 1e-4), name
+        if i:
+            effect = (outcome.saves[name]["logits"][: len(PROMPT)] - plain).abs().max()
+            assert effect > 1e-2, f"{name} changed nothing"
+            assert outcome.tokens[i] == expected[name].tokens
+
+
+PROMPT = [5, 6, 7, 8, 9, 10, 11]
+
+
+def _logits(nodes):
+    nodes = [*nodes, {"op": "read", "at": "logits"}]
+    return [*nodes, {"op": "save", "name": "logits", "x": len(nodes) - 1}]
+
+
+def _shape(rig, point):
+    from fabric.programs import resolve
+
+    spec = resolve(rig.manifest, point)
+    return () if "S" in spec.shape else spec.shape[1:]
