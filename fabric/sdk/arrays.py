@@ -55,9 +55,9 @@ def as_array(value: object) -> Array:
     return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
 
 
-def write_tensors(arrays: Mapping[str, Array]) -> bytes:
+def write_tensors(arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return arrays as one safetensors file; equal arrays give equal bytes."""
-    header: dict[str, object] = {}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     parts: list[bytes] = []
     begin = 0
     for name, array in sorted(arrays.items()):

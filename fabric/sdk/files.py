@@ -64,7 +64,13 @@ def write_result(path: str | Path, result: ProgramResult) -> None:
     arrays = {
         f"{run.id}/{name}": array for run in result.runs for name, array in run.arrays.items()
     }
-    Path(path).write_bytes(write_tensors(arrays))
+    about = {
+        "model": result.model,
+        "digest": result.digest,
+        "site": result.site or "",
+        "run": result.run_id,
+    }
+    Path(path).write_bytes(write_tensors(arrays, about))
 
 
 def _read(path: str | Path, param: str) -> bytes:

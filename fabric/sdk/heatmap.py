@@ -43,6 +43,7 @@ _DIVERGING: tuple[Colour, ...] = (
     (67, 147, 195),
     (33, 102, 172),
 )
+_SEEN = {ord("\n"): r"\n", ord("\t"): r"\t", ord("\r"): r"\r", ord(" "): "·"}
 _SCALE = 2
 """Pixels of a point: pictures are for screens of twice the resolution."""
 
@@ -189,9 +190,9 @@ class Heatmap:
 
 def shown(text: str, most: int = 14) -> str:
     """Return a token's text with its spaces and control characters visible, and not too long."""
-    if text.strip() == "" and text:
-        return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    visible = "".join(c if c.isprintable() else "·" for c in text.strip(" "))
+    if not text.strip() or not text.isprintable():
+        text = text.translate(_SEEN)
+    visible = "".join(c if c.isprintable() else "?" for c in text.strip(" "))
     return visible if len(visible) <= most else visible[: most - 1] + "…"
 
 

@@ -121,6 +121,8 @@ class Place(Operand):
 
     def _fit(self, x: object) -> int:
         """Return the node of x with the axes again that this part's index has dropped."""
+        if isinstance(x, int) and self._run.spec(self.point).dtype == "int64":
+            x = [x]  # a token: other numbers are floating ones
         value = self._run.value(x)
         for axis in self._region.dropped:
             # Axes before it broadcast; where x has none of them, nothing is to be put in.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -89,7 +90,13 @@ class Oracle:
             RunResult(
                 id=run.id,
                 names=tuple(outcomes[run.id].saves),
-                data=write_tensors({name: _array(x) for name, x in outcomes[run.id].saves.items()}),
+                data=write_tensors(
+                    {name: _array(x) for name, x in outcomes[run.id].saves.items()},
+                    {
+                        f"positions:{name}": json.dumps(where)
+                        for name, where in outcomes[run.id].positions.items()
+                    },
+                ),
                 tokens=tuple(outcomes[run.id].tokens),
                 text=self._tokenizer.decode(outcomes[run.id].tokens),
             )
