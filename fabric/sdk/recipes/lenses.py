@@ -167,7 +167,8 @@ def attention_lens(
             tops.append(logits.softmax().topk(k).save(f"layer {layer}"))
         session.execute()
         heads = tuple(f"head {head}" for head in range(tops[0].indices.shape[0]))
-        return _finish(session, f"Attention heads at position {position}", tops, taken, heads)
+        token = labels_of(session, prompt)[position].strip()
+        return _finish(session, f"What each head adds at “{token}”", tops, taken, heads)
 
 
 def lens_logits(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Unpack
 
 from fabric.errors import RequestInvalid
-from fabric.messages.program import MAX_RUNS
 from fabric.sdk.arrays import Array
 from fabric.sdk.heatmap import Heatmap
 from fabric.sdk.programs import ProgramResult
@@ -27,6 +26,9 @@ from fabric.sdk.tracing.run import Prompt, TracedRun
 from fabric.sdk.tracing.session import Session, Target
 from fabric.sdk.tracing.sweep import NamedArray
 from fabric.sdk.tracing.values import Value
+
+_RUNS_A_PROGRAM = 256
+"""A larger sweep goes in several programs: each has a time limit, and shares its machine."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -289,7 +291,7 @@ class _Plan:
     @property
     def batches(self) -> Iterator[tuple[int, ...]]:
         """The layers, as many at a time as a program has runs for."""
-        size = max((MAX_RUNS - 2) // len(self.positions), 1)
+        size = max(_RUNS_A_PROGRAM // len(self.positions), 1)
         return (self.layers[at : at + size] for at in range(0, len(self.layers), size))
 
     def gather(self, parts: Sequence[_Part], title: str, measure: str) -> PatchGrid:
