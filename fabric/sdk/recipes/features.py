@@ -8,9 +8,10 @@ from typing import Unpack
 from fabric.sdk.arrays import Array
 from fabric.sdk.programs import ProgramResult
 from fabric.sdk.recipes.asking import Options, asking
+from fabric.sdk.tracing.operand import Operand
 from fabric.sdk.tracing.run import Prompt
 from fabric.sdk.tracing.session import Target
-from fabric.sdk.tracing.values import Operand, Value
+from fabric.sdk.tracing.values import Value
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from fabric.messages import nodes as wire
 from fabric.sdk.tracing.index import Region, select
 from fabric.sdk.tracing.lines import refuse
-from fabric.sdk.tracing.values import Compared, Operand, Value
+from fabric.sdk.tracing.operand import Operand
+from fabric.sdk.tracing.values import Compared, Value
 
 if TYPE_CHECKING:
     from fabric.sdk.tracing.run import TracedRun

@@ -14,10 +14,11 @@ from fabric.messages.program import Generate, ProgramRun
 from fabric.sdk.tracing.edit import Edit
 from fabric.sdk.tracing.index import Region
 from fabric.sdk.tracing.lines import Line, refuse
+from fabric.sdk.tracing.operand import Operand
 from fabric.sdk.tracing.places import Layers, Place, Places, unknown
 from fabric.sdk.tracing.record import Order
 from fabric.sdk.tracing.scope import Scope, as_constant
-from fabric.sdk.tracing.values import Operand, Saved, Value
+from fabric.sdk.tracing.values import Saved, Value
 
 if TYPE_CHECKING:
     from fabric.messages import Program

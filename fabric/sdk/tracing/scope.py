@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from fabric.messages import nodes as wire
 from fabric.sdk.tracing.lines import refuse
+from fabric.sdk.tracing.operand import Operand
 from fabric.sdk.tracing.record import Recorder
-from fabric.sdk.tracing.values import Operand, Saved, Value
+from fabric.sdk.tracing.values import Saved, Value
 
 if TYPE_CHECKING:
     from fabric.sdk.arrays import Array
