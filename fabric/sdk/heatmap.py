@@ -144,8 +144,13 @@ class Heatmap:
             return math.ceil(font.getlength(text))
 
         height, gap = 22 * _SCALE, 8 * _SCALE
-        labels = [shown(text) for text in self.columns]
-        texts = [[shown(text) for text in row] for row in self.cells]
+        missing = bytes(font.getmask("\uffff"))
+
+        def drawn(text: str) -> str:
+            return "".join("?" if bytes(font.getmask(c)) == missing else c for c in shown(text))
+
+        labels = [drawn(text) for text in self.columns]
+        texts = [[drawn(text) for text in row] for row in self.cells]
         widths = [
             max([wide(labels[c]), *(wide(row[c]) for row in texts), 14 * _SCALE]) + gap
             for c in range(len(labels))

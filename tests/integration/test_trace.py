@@ -14,6 +14,7 @@ import fabric
 from fabric.cli.main import fabric as command
 from fabric.errors import (
     FabricError,
+    HubUnreachable,
     NotFound,
     PermissionDenied,
     PointRefused,
@@ -139,6 +140,13 @@ def test_limits_of_the_user_are_held_before_anything_runs(client: Fabric) -> Non
         fabric.trace(MODEL, "one two", backend=client, limits=small) as t,
     ):
         t.logits.save()
+
+
+def test_a_hub_that_is_not_there_is_told() -> None:
+    with Fabric("http://127.0.0.1:9", "sk-none", num_retries=0) as nobody:
+        t = fabric.trace(MODEL, "one", backend=nobody)
+        with pytest.raises(HubUnreachable), t:
+            t.logits.save()
 
 
 def test_two_traces_at_once_keep_apart(client: Fabric) -> None:

@@ -63,7 +63,7 @@ class PatchGrid:
         """The effect by its colour."""
         rows = tuple(f"layer {layer}" for layer in self.effect.axes["layer"])
         return Heatmap(
-            cells=[[""] * len(self.columns) for _ in rows],
+            cells=[[f"{value:.2f}" for value in row] for row in self.effect.array],
             values=self.effect.array,
             rows=rows,
             columns=self.columns,

@@ -129,7 +129,10 @@ class Scope:
 
     def new_name(self) -> str:
         """Return a name that no save has."""
-        return f"_{len(self._saves)}"
+        number = len(self._saves)
+        while (name := f"_{number}") in self._saves:
+            number += 1
+        return name
 
     @property
     def is_done(self) -> bool:

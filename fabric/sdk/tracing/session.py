@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from pydantic import ValidationError
 
-from fabric.errors import FabricError, ProgramInvalid
+from fabric.errors import FabricError, PointRefused, PointUnknown, ProgramInvalid
 from fabric.messages import PointManifest, Program
 from fabric.messages.nodes import Artifact
 from fabric.messages.program import MAX_RUNS, Constants, Generate, ProgramLimits
@@ -346,12 +346,15 @@ def _constants(data: bytes) -> Constants:
 
 
 def _at_its_line(error: FabricError, lines: Mapping[str, Sequence[Line]]) -> FabricError:
-    """Return the error of the line whose node was refused, if the error names a node."""
+    """Return the error of the line whose node cannot be sent; others get a note of their line."""
     run, node = error.detail.get("run"), error.detail.get("node")
     where = lines.get(run, ()) if isinstance(run, str) else ()
     if not isinstance(node, int) or not 0 <= node < len(where):
         return error
-    reason = error.message
+    line = where[node]
     if isinstance(error, ProgramInvalid):
-        reason = f"This cannot be sent: {error.detail['reason']}."
-    return where[node].error(reason)
+        return line.error(f"This cannot be sent: {error.detail['reason']}.")
+    if isinstance(error, PointUnknown | PointRefused):
+        return line.error(error.message)
+    error.add_note(f"{line.file}, line {line.number}: `{line.text}`")
+    return error

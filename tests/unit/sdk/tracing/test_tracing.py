@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fabric import session, trace
-from fabric.errors import FabricError, ProgramError, TraceError
+from fabric.errors import FabricError, ProgramFailed, TraceError
 from fabric.messages import PointManifest
 from fabric.sdk.programs import RunToken, StepSaves
 from fabric.sdk.tracing import InProcess
@@ -384,8 +384,9 @@ def test_runs_of_one_name_and_empty_sweeps_are_refused(oracle: Any) -> None:
 def test_numbers_that_are_none_end_one_trace_and_not_the_engine(engine: Any, value: float) -> None:
     t = trace(engine, PROMPT)
     t.layers[0].out[0] = np.full(HIDDEN, value)
-    with pytest.raises(ProgramError), t:
+    with pytest.raises(ProgramFailed) as caught, t:
         t.logits[-1].save()
+    assert any("np.full(HIDDEN, value)" in note for note in caught.value.__notes__)
     with trace(engine, PROMPT) as t:
         fine = t.logits[-1].save()
     assert np.isfinite(fine.value).all()
