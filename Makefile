@@ -28,14 +28,14 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt requirements-models.txt
 
 install: $(STAMP)  ## Install everything into .venv.
 
-system:  ## Install RabbitMQ and Redis (Debian) where they are missing.
+system:  ## Install RabbitMQ, Redis and Slurm (Debian) where they are missing.
 	@.ci/system
 
-demo: install $(if $(filter globus,$(FEDERATION)),system)  ## A hub and two sites answer, fail over, and show the bill (FEDERATION=globus: behind Globus Compute endpoints).
-	@$(if $(filter globus,$(FEDERATION)),$(BIN)/python -m fabric.testing.globus.demo,$(BIN)/fabric demo)
+demo: install $(if $(FEDERATION),system)  ## A hub and two sites answer, fail over, and show the bill (FEDERATION=globus: behind Globus Compute endpoints; slurm: in jobs of your own).
+	@$(if $(FEDERATION),$(BIN)/python -m fabric.testing.$(FEDERATION).demo,$(BIN)/fabric demo)
 
 test: install system lint types  ## Lint, types and every test.
-	@$(BIN)/python -m pytest
+	@.ci/tests $(BIN)/python
 
 lint: install  ## Style, spelling.
 	@$(BIN)/ruff check .

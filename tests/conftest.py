@@ -20,12 +20,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``-n 2``, one process has all that waits for Globus Compute, and begins with it."""
+    """Mark all that waits for Globus Compute: ``make test`` runs it beside the rest."""
     for item in items:
-        shared = {"globus", "compute_site"} & set(getattr(item, "fixturenames", ()))
-        lane = "globus" if shared or "globus" in item.path.stem else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(lane))
-    items.sort(key=lambda item: "globus" not in item.path.stem)
+        fixtures = getattr(item, "fixturenames", ())
+        if "globus" in fixtures or "globus" in item.path.stem:
+            item.add_marker("globus")
 
 
 def pytest_collection_finish() -> None:

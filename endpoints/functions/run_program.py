@@ -1,8 +1,9 @@
 def run_program(program: dict[str, object], run_dir: str = "~/.fabric") -> dict[str, object]:
     """Run an intervention program on an instance of this site.
 
-    The program is delivered as it is, like a task of ``infer``; whether its mode is supported is
-    the instance's to say, and its refusal comes back as the program's failure.
+    It is ``{"model", "ticket", "program"}``, with ``tier`` and ``deadline_s`` if they matter; or a
+    ``task`` of the hub's. The answer is as that of ``infer``: its one result has the program's
+    ``runs`` with what they saved, or an ``error``.
     """
     from fabric.launch import delivery
 

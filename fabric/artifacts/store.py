@@ -79,6 +79,7 @@ class Artifacts:
         run: str | None = None,
         part: str | None = None,
         limit_bytes: int | None = None,
+        ttl_s: float | None = None,
     ) -> ArtifactRecord:
         """Keep contents as they come, until they expire.
 
@@ -90,6 +91,7 @@ class Artifacts:
             part: Which run of that run's program.
             limit_bytes: The most they may have, if less than the settings allow; with a run, the
                 most that all it has kept may have.
+            ttl_s: How long they are kept, if not as the settings say.
 
         Raises:
             BodyTooLarge: There are more.
@@ -119,7 +121,7 @@ class Artifacts:
                 sha256=digest.hexdigest(),
                 num_bytes=num_bytes,
                 created_at=now,
-                expires_at=now + timedelta(seconds=self.settings.ttl_s),
+                expires_at=now + timedelta(seconds=self.settings.ttl_s if ttl_s is None else ttl_s),
             )
             await self._offload(self._add, record, begun, limit)
         except OSError as error:

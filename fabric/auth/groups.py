@@ -16,7 +16,7 @@ from fabric.auth.tables import project_groups, projects
 from fabric.errors import Duplicate, NotFound, RequestInvalid
 from fabric.sql import Database, utc_now
 
-GROUP_SCOPES = PROGRAM_SCOPES | {"query", "admin"}
+GROUP_SCOPES = PROGRAM_SCOPES | {"query", "admin", "launch"}
 """What a group may do. A site's agent is one process with one key, never a group."""
 
 DEFAULT_MAX_CONCURRENT = 64
@@ -70,7 +70,7 @@ class Groups:
             raise RequestInvalid(
                 param="scopes",
                 value=sorted(unknown),
-                reason=f"a group may have {' and '.join(sorted(GROUP_SCOPES, reverse=True))}",
+                reason=f"a group may have {', '.join(sorted(GROUP_SCOPES))}",
             )
         if max_concurrent < 1:
             raise RequestInvalid(

@@ -11,10 +11,11 @@ PROGRAM_SCOPES = frozenset({"program:read", "program:write", "program:gradient",
 """What intervention programs may do inside a forward pass: read it, write into it, take gradients,
 read and overlay weights. Nobody has them who was not given them."""
 
-SCOPES = PROGRAM_SCOPES | {"query", "admin", "site"}
+SCOPES = PROGRAM_SCOPES | {"query", "admin", "site", "launch"}
 """``query``: send requests, explain them, read the project's runs. ``admin``: change the catalog,
-keys and accounts. ``site``: as one site's agent, ask for launches there. None implies another. A
-ticket has a scope of its own, ``ticket``, which no key can have and no route asks for, and those of
+keys and accounts. ``site``: as one site's agent, ask for launches there. ``launch``: bring
+instances, in jobs that one's own allocation of a machine pays. None implies another. A ticket has a
+scope of its own, ``ticket``, which no key can have and no route asks for, and those of
 ``PROGRAM_SCOPES`` that its issuer has."""
 
 

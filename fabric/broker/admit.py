@@ -24,6 +24,7 @@ from fabric.errors import (
     LedgerError,
     NoReplica,
     RateMissing,
+    RequestInvalid,
     TooManyRequests,
     UnknownSite,
 )
@@ -84,8 +85,8 @@ class Admission:
         self._offload = offload
         self._settings = settings
         self._num_in_flight: Counter[str] = Counter()
-        self._facts: dict[tuple[str, str], Facts] = {}
-        self._reading: dict[tuple[str, str], asyncio.Future[Facts]] = {}
+        self._facts: dict[tuple[str, str, str], Facts] = {}
+        self._reading: dict[tuple[str, str, str], asyncio.Future[Facts]] = {}
 
     def enter(self, identity: Identity) -> None:
         """Count a request of this key. Nothing is awaited, so the limit cannot be overshot.
@@ -134,10 +135,10 @@ class Admission:
         """
         _require(identity, scope, bounds)
         try:
-            facts = await self._recent(identity.project, request.model)
+            facts = await self._recent(identity, request.model)
             return await self._admit(identity, request, facts, foresee, also, bounds)
         except FabricError:
-            facts = await self._read(identity.project, request.model)
+            facts = await self._read(identity, request.model)
             return await self._admit(identity, request, facts, foresee, also, bounds)
 
     async def prospect(
@@ -146,7 +147,7 @@ class Admission:
         """Check a request and return what a choice for it rests on. Raises as ``admit`` does, but
         for the balance, which the choice weighs."""
         require(identity, "query" if bounds is None else "program:read")
-        facts = await self._read(identity.project, request.model)
+        facts = await self._read(identity, request.model)
         return self._check(request, facts, bounds).context
 
     async def _admit(
@@ -224,6 +225,9 @@ class Admission:
             if site not in facts.sites:
                 raise UnknownSite(site=site, known=facts.sites)
         version = facts.version
+        if request.mode == "program" and bounds is None:
+            reason = "programs have a route of their own, which checks and bounds them"
+            raise RequestInvalid(param="mode", value=request.mode, reason=reason)
         if bounds is None:
             prompt_tokens, output_tokens = _bounds(request, version.context_tokens)
         else:
@@ -298,30 +302,31 @@ class Admission:
 
     # ---- facts ----------------------------------------------------------------------------------
 
-    async def _recent(self, project: str, model: str) -> Facts:
+    async def _recent(self, identity: Identity, model: str) -> Facts:
         """Return facts read within ``facts_ttl_s``, or a little older while newer ones are read."""
-        key = (project, model)
+        key = (identity.project, identity.key_id, model)
         facts = self._facts.get(key)
         age_s = math.inf if facts is None else time.monotonic() - facts.read_at
         if facts is not None and age_s < self._settings.facts_ttl_s:
             return facts
         reading = self._reading.get(key)
         if reading is None:
-            reading = self._reading[key] = asyncio.ensure_future(self._read(project, model))
+            reading = self._reading[key] = asyncio.ensure_future(self._read(identity, model))
             reading.add_done_callback(lambda _: self._reading.pop(key))
         if facts is not None and age_s < STALE_FACTOR * self._settings.facts_ttl_s:
             reading.add_done_callback(_heard)
             return facts
         return await asyncio.shield(reading)
 
-    async def _read(self, project: str, model: str) -> Facts:
-        facts = await self._offload(self._query, project, model)
-        self._facts[project, model] = facts
+    async def _read(self, identity: Identity, model: str) -> Facts:
+        project, key_id = identity.project, identity.key_id
+        facts = await self._offload(self._query, project, key_id, model)
+        self._facts[project, key_id, model] = facts
         return facts
 
-    def _query(self, project: str, model: str) -> Facts:
+    def _query(self, project: str, key_id: str, model: str) -> Facts:
         version = self._catalog.resolve(model)
-        sites = self._catalog.sites()
+        sites = [site for site in self._catalog.sites() if site.may_use(project, key_id)]
         rates = {}
         for site in sites:
             if site.state == "enabled":

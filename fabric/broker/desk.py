@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 from fabric.auth import Identity
 from fabric.broker.admit import Admission
@@ -20,10 +21,30 @@ class ProgramDesk:
         self._state = state
         self._admission = admission
 
-    def points(self, digest: str) -> PointManifest | None:
-        """Return where programs may read and write in a version, if an instance of it is there."""
-        hellos = (one.hello for one in self._state.fleet if one.state is not InstanceState.LOST)
-        return next((one.points for one in hellos if one.digest == digest and one.points), None)
+    @contextmanager
+    def counted(self, identity: Identity) -> Iterator[None]:
+        """Count a program that is being checked as one in flight.
+
+        Raises:
+            TooManyRequests: The key has as many in flight as it may have.
+        """
+        self._admission.enter(identity)
+        try:
+            yield
+        finally:
+            self._admission.leave(identity.key_id)
+
+    def points(self, digest: str, sites: Collection[str]) -> PointManifest | None:
+        """Return where programs may read and write in a version, if an instance of it is there.
+
+        Args:
+            digest: The version's.
+            sites: Where the caller's requests may run: what others' own instances say of a model
+                counts for nobody else.
+        """
+        there = (one.hello for one in self._state.fleet if one.state is not InstanceState.LOST)
+        told = (one.points for one in there if one.digest == digest and one.site in sites)
+        return next((points for points in told if points is not None), None)
 
     def bound(
         self, checked: Checked, manifest: PointManifest, request: Request, *, program: str

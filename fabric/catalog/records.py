@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Literal
 
 from fabric.messages import InstanceState, Placement, RunState, Usage
+from fabric.messages.wire import Wire
 
 SiteState = Literal["enabled", "disabled"]
 Visibility = Literal["private", "group", "public"]
@@ -16,7 +17,11 @@ NO_USAGE = Usage()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteRecord:
-    """A centre that runs instances. ``facts`` is what its site file says of it, as JSON."""
+    """A centre that runs instances. ``facts`` is what its site file says of it, as JSON.
+
+    A machine on which somebody runs instances in jobs of their own is a site too; its facts are
+    ``OwnSite``.
+    """
 
     name: str
     display: str
@@ -24,6 +29,38 @@ class SiteRecord:
     state: SiteState
     facts: Mapping[str, object]
     created_at: datetime
+
+    @property
+    def own(self) -> OwnSite | None:
+        """Whose it is, if it is not the fabric's."""
+        owner = self.facts.get("owner")
+        return None if owner is None else OwnSite.model_validate(owner)
+
+    def may_use(self, project: str, key_id: str) -> bool:
+        """Return whether requests of a caller may run there."""
+        return self.own is None or self.own.admits(project, key_id)
+
+
+class OwnSite(Wire):
+    """A machine on which one project runs instances in jobs of its own.
+
+    ``sharing`` says who may use them: the key or login that launched them, its project, or all.
+    """
+
+    machine: str
+    project: str
+    key_id: str
+    sharing: Literal["private", "project", "shared"]
+
+    def admits(self, project: str, key_id: str) -> bool:
+        """Return whether a caller may use its instances."""
+        match self.sharing:
+            case "private":
+                return (project, key_id) == (self.project, self.key_id)
+            case "project":
+                return project == self.project
+            case "shared":
+                return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

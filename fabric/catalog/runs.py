@@ -13,7 +13,8 @@ from fabric.catalog.tables import runs
 from fabric.errors import NotFound
 from fabric.messages import Placement, RunState, Usage
 
-_USAGE = frozenset(Usage.model_fields)
+_USAGE = frozenset(Usage.model_fields).intersection(runs.c.keys())
+"""What is recorded of a usage."""
 _DIRECT = [c.name for c in runs.c if c.name not in _USAGE | {"placement", "state"}]
 _BY_ID = select(runs).where(runs.c.id == bindparam("run"))
 

@@ -78,7 +78,8 @@ def _make_keys(keys: Keys, sites: Sequence[SiteSpec], project: str, label: str) 
         if key.label == label and key.revoked_at is None:
             keys.revoke(key.id)
     # It is the user's own machine: nothing of its models is anybody else's.
-    _, api_key = keys.add_key(project, label=label, scopes={"query"} | PROGRAM_SCOPES)
+    scopes = {"query", "launch"} | PROGRAM_SCOPES
+    _, api_key = keys.add_key(project, label=label, scopes=scopes)
     tokens = {
         site.name: keys.add_key(project, label=label, scopes=("site",), site=site.name)[1]
         for site in sites

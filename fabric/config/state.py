@@ -58,6 +58,11 @@ class StateDir:
         return self.path / "login.db"
 
     @property
+    def launches_dir(self) -> Path:
+        """Where the user's own launches are kept."""
+        return self.path / "launches"
+
+    @property
     def files_dir(self) -> Path:
         """Where the files of batches are kept."""
         return self.path / "files"

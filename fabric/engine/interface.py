@@ -15,7 +15,7 @@ EventSink = Callable[[Event], None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """What a loaded engine says of itself; ``digest`` is of the model's tensors, ``points`` where
-    programs may read and write."""
+    programs may act."""
 
     model: str
     digest: str
@@ -47,7 +47,7 @@ class Engine(Protocol):
         """Queue a task and return at once.
 
         The sink gets ``Accepted``, then ``PromptScored`` if asked for, ``Token`` events (or, of the
-        mode ``embed``, one ``Embedding``; of the mode ``program``, also ``Saves``), and at last
+        mode ``embed``, one ``Embedding``; of the mode ``program``, ``Saves`` too), and at last
         ``Finished``; or ``Failed`` at any point, after which nothing follows. Bad input ends the
         task with ``Failed`` (code ``context_length_exceeded``, ``invalid_parameter``, …) and never
         raises. A task whose ``deadline_s`` passes fails with ``deadline_exceeded``.

@@ -21,7 +21,7 @@ from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.runner import Chunk, Runner
 from fabric.engine.sampling import Draw, Score, choose, finite_rows, score
 from fabric.engine.scheduler import Run, Scheduler
-from fabric.errors import ConstraintFailed, FabricError, RowFailed
+from fabric.errors import ConstraintFailed, FabricError, ProgramFailed, RowFailed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +92,7 @@ def run_step(runs: Sequence[Run], runner: Runner, scheduler: Scheduler) -> Outco
         num_sound = sound.index(False) if False in sound else len(sound)
         if num_sound < len(sound):
             if not (run.draft and num_sound):
-                reason = "the model's output for it is not finite"
-                outcome.failed[run.row.active] = RowFailed(reason=reason)
+                outcome.failed[run.row.active] = _not_finite(run.row.active)
                 continue
             run.row.spoilt = True
             outcome.spoilt.append(run.row)
@@ -112,6 +111,13 @@ def run_step(runs: Sequence[Run], runner: Runner, scheduler: Scheduler) -> Outco
         programs.end()
         outcome.failed |= programs.failed()
     return outcome
+
+
+def _not_finite(active: ActiveTask) -> FabricError:
+    reason = "the model's output for it is not finite"
+    if active.program is None:
+        return RowFailed(reason=reason)
+    return ProgramFailed(run=active.program.execution.run.id, reason=reason)
 
 
 def _tokens(run: Run) -> list[int]:

@@ -22,7 +22,7 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        HubNotConnected, ServiceUnreachable, ServiceBusy, ServiceRefused,
     │                        TaskLost, TaskTimedOut, TaskFailed
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
-    │                        BalanceUnavailable
+    │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
     │                        EngineStopped, AdapterMemoryFull, AdapterUnavailable
     ├── ProgramError         ProgramInvalid, PointUnknown, PointRefused, ProgramTooLarge,
@@ -90,7 +90,10 @@ from fabric.errors.compute import (
     ConstraintFailed,
     EngineError,
     EngineStopped,
+    JobRefused,
+    JobsFailing,
     LaunchError,
+    LaunchImpossible,
     ModelNotLoadable,
     RowFailed,
     SchedulerFailed,
@@ -238,10 +241,13 @@ __all__ = [
     "HubNotConnected",
     "HubUnreachable",
     "InsufficientBalance",
+    "JobRefused",
+    "JobsFailing",
     "KeyExpired",
     "KeyInvalid",
     "KeyMissing",
     "LaunchError",
+    "LaunchImpossible",
     "LedgerError",
     "LedgerInconsistent",
     "LoginFailed",

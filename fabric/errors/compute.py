@@ -56,14 +56,61 @@ class AlreadyStarted(LaunchError):
         )
 
 
+class LaunchImpossible(LaunchError):
+    """What a launch asks for cannot be had at that machine."""
+
+    code = "launch_impossible"
+    http_status = 400
+
+    def __init__(self, *, param: str, value: object, reason: str) -> None:
+        super().__init__(
+            f"The launch cannot be made with {param} {value!r}: {reason}.",
+            param=param,
+            value=value if isinstance(value, int | float | str | None) else str(value),
+            reason=reason,
+        )
+
+
+class JobRefused(LaunchError):
+    """The scheduler did not take a job."""
+
+    code = "job_refused"
+    http_status = 502
+
+    def __init__(self, *, machine: str, reason: str) -> None:
+        super().__init__(
+            f"The scheduler of {machine!r} did not take the job: {reason}. Look at the batch script"
+            " with `fabric launch --dry-run`, and check the account, the queue and their limits.",
+            machine=machine,
+            reason=reason,
+        )
+
+
+class JobsFailing(LaunchError):
+    """Jobs of a launch ended one after the other before they served; no more are submitted."""
+
+    code = "jobs_failing"
+
+    def __init__(self, *, launch: str, num_failures: int, reason: str, log_path: str) -> None:
+        super().__init__(
+            f"{num_failures} jobs of the launch {launch} ended in a row before they were ready, so"
+            f" no more are submitted. The last: {reason}. Its log is {log_path}; mend what it says"
+            " and launch again.",
+            launch=launch,
+            num_failures=num_failures,
+            reason=reason,
+            log_path=log_path,
+        )
+
+
 class SchedulerFailed(LaunchError):
-    """A site's scheduler did not say when a job would start."""
+    """A site's scheduler did not say what it was asked: when a job would start, or how jobs are."""
 
     code = "scheduler_failed"
 
     def __init__(self, *, command: str, reason: str) -> None:
         super().__init__(
-            f"`{command}` gave no estimate: {reason}. Run it by hand on the site's login node, and"
+            f"`{command}` gave no answer: {reason}. Run it by hand on the site's login node, and"
             " check the partition, the account and the limits that the site's file names.",
             command=command,
             reason=reason,

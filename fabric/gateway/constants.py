@@ -36,9 +36,11 @@ class Materials:
     specs: Mapping[str, TensorSpec]
 
 
-async def gather(program: Program, project: str, artifacts: Artifacts | None) -> Materials:
+async def gather(
+    program: Program, project: str, artifacts: Artifacts | None, *, ttl_s: float
+) -> Materials:
     """Return a program with all its tensors among its constants: inline, or above
-    ``MAX_INLINE_BYTES`` under a handle.
+    ``MAX_INLINE_BYTES`` under a handle, which is good for ``ttl_s`` seconds if it is made here.
 
     Raises:
         ProgramInvalid: The constants are not what they are said to be, or a stored result has no
@@ -52,11 +54,10 @@ async def gather(program: Program, project: str, artifacts: Artifacts | None) ->
     if taken:
         program, merged = await asyncio.to_thread(_merge, program, data, taken)
         data, specs = merged, read_header(merged)
-    if data is None or program.consts is None:
+    if data is None or (not taken and program.consts and program.consts.data is not None):
         return Materials(program, specs)
-    constants = program.consts
-    if taken or constants.handle is not None:
-        constants = await _place(data, project, artifacts, constants)
+    stored = None if taken else program.consts
+    constants = await _place(data, project, artifacts, stored, ttl_s)
     return Materials(program.model_copy(update={"consts": constants}), specs)
 
 
@@ -87,17 +88,18 @@ async def _read(program: Program, project: str, artifacts: Artifacts | None) -> 
 
 
 async def _place(
-    data: bytes, project: str, artifacts: Artifacts | None, declared: Constants
+    data: bytes, project: str, artifacts: Artifacts | None, stored: Constants | None, ttl_s: float
 ) -> Constants:
-    """Return constants inline, or by a handle that an instance can follow."""
+    """Return constants inline, or by a handle that an instance can follow: the one they are
+    ``stored`` under already, if they are."""
     digest, size = hashlib.sha256(data).hexdigest(), len(data)
     if size <= MAX_INLINE_BYTES:
         text = base64.b64encode(data).decode()
         return Constants(sha256=digest, size=size, data=text)
-    if declared.handle is not None and declared.sha256 == digest:
-        return declared
+    if stored is not None:
+        return stored
     assert artifacts is not None
-    record = await artifacts.keep(project, _pieces(data))
+    record = await artifacts.keep(project, _pieces(data), ttl_s=ttl_s)
     return Constants(sha256=digest, size=size, handle={"artifact": record.id})
 
 
@@ -206,10 +208,7 @@ def _merge(
         )
         for run in program.runs
     )
-    constants = Constants(
-        sha256=hashlib.sha256(merged).hexdigest(), size=len(merged), handle={"artifact": ""}
-    )
-    return program.model_copy(update={"runs": runs, "consts": constants}), merged
+    return program.model_copy(update={"runs": runs}), merged
 
 
 def _tensors(data: bytes) -> list[tuple[str, _Taken]]:

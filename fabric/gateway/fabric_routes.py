@@ -121,16 +121,20 @@ async def read_caller(request: Request) -> Caller:
 @router.get("/sites")
 async def list_sites(request: Request) -> Listing[Site]:
     """Return the sites with what runs there."""
-    hub = hub_of(request)
+    hub, caller = hub_of(request), caller_of(request)
     views = hub.broker.replicas()
-    return Listing(data=[_site(hub, s, views) for s in await hub.offload(hub.catalog.sites)])
+    sites = await hub.offload(hub.catalog.sites)
+    usable = [site for site in sites if site.may_use(caller.project, caller.key_id)]
+    return Listing(data=[_site(hub, site, views) for site in usable])
 
 
 @router.get("/models")
 async def list_versions(request: Request) -> Listing[Model]:
     """Return all versions of all models with their replicas."""
-    hub = hub_of(request)
-    views = hub.broker.replicas()
+    hub, caller = hub_of(request), caller_of(request)
+    sites = await hub.offload(hub.catalog.sites)
+    usable = {site.name for site in sites if site.may_use(caller.project, caller.key_id)}
+    views = [view for view in hub.broker.replicas() if view.site in usable]
     return Listing(data=[_model(v, views) for v in await hub.offload(hub.catalog.models)])
 
 
@@ -142,7 +146,7 @@ async def explain(request: Request) -> Placement:
     fields = _fields(await request.body())
     if "program" in fields:
         body = (await read_body(request, ProgramBody)).to_request()
-        prepared = await prepare(hub, caller.project, body)
+        prepared = await prepare(hub, caller, body)
         return await hub.broker.explain(caller, prepared.request, bounds=prepared.bounds)
     if "messages" in fields:
         asked = (await read_body(request, ChatBody)).to_request()

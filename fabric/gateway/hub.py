@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -58,6 +59,8 @@ class Hub:
     outreach: Outreach
     artifacts: Artifacts | None = None
     reports: dict[str, SiteReport] = field(default_factory=dict)
+    checks: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    """One program is checked at a time: that takes a core, and the loop needs its share."""
     channels: dict[str, Channel] = field(default_factory=dict)
 
 

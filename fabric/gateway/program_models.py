@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from fabric.errors import ProgramTooLarge
-from fabric.gateway.refusals import refusal_of
 from fabric.messages import EMBED_SAMPLING, ModelRef, Program, ProgramInput, Request
 from fabric.messages.nodes import Save
 from fabric.messages.request import SiteName
@@ -32,23 +32,26 @@ class ProgramBody(Wire):
     stream: bool = False
     quote: bool = False
 
-    def to_request(self) -> Request:
-        """Return what is asked. Nothing is streamed to a client that did not ask for it.
+    @model_validator(mode="after")
+    def _data_has_a_home(self) -> Self:
+        if self.policy == "local-only" and self.data_site is None:
+            raise PydanticCustomError(
+                "param",
+                "the policy 'local-only' needs it: the site the data may not leave",
+                {"param": "data_site"},
+            )
+        return self
 
-        Raises:
-            RequestInvalid: Its fields do not go together.
-        """
+    def to_request(self) -> Request:
+        """Return what is asked. Nothing is streamed to a client that did not ask for it."""
         program = self.program if self.stream else _unstreamed(self.program)
         fields = self.model_dump(exclude={"program", "quote"})
-        try:
-            return Request(
-                mode="program",
-                input=ProgramInput(program=program),
-                sampling=EMBED_SAMPLING,
-                **fields,
-            )
-        except ValidationError as error:
-            raise refusal_of(error) from None
+        return Request(
+            mode="program",
+            input=ProgramInput(program=program),
+            sampling=EMBED_SAMPLING,
+            **fields,
+        )
 
 
 def check_frame(request: Request) -> None:

@@ -27,7 +27,7 @@ async def run_program(request: Request) -> Response | Json:
     """Run a program, or say what it would take (``quote``)."""
     body = await read_body(request, ProgramBody)
     hub, caller = hub_of(request), caller_of(request)
-    prepared = await prepare(hub, caller.project, body.to_request())
+    prepared = await prepare(hub, caller, body.to_request())
     if body.quote:
         return await _quote(request, prepared)
     exchange = await Exchange.begin(request, [prepared.request], bounds=prepared.bounds)
@@ -38,7 +38,7 @@ async def run_program(request: Request) -> Response | Json:
 @anyone.get("/points")
 async def read_points(request: Request, model: str) -> PointManifest:
     """Return where programs may read and write in a model (``name`` or ``name@revision``)."""
-    return await get_points(hub_of(request), model)
+    return await get_points(hub_of(request), caller_of(request), model)
 
 
 @anyone.get("/programs/schema")

@@ -58,5 +58,5 @@ class SessionTill:
             raise TicketForeign(site=ticket.site, here=hello.site)
         bounds = None
         if frame.request.mode == "program":
-            bounds = (await prepare(hub, ticket.project, frame.request, raw=True)).bounds
+            bounds = (await prepare(hub, ticket.identity(), frame.request, raw=True)).bounds
         await hub.broker.redeem(ticket, frame.request, instance=hello.instance, bounds=bounds)

@@ -9,7 +9,7 @@ from fabric.instance.process import Keep, main
 from fabric.messages import InstanceSpec
 
 
-def get_torch_engine(spec: InstanceSpec, _keep: Keep | None = None) -> Engine:
+def get_torch_engine(spec: InstanceSpec, keep: Keep | None = None) -> Engine:
     """Return the engine for the model a launch describes; imports torch."""
     from fabric.engine.config import EngineConfig
     from fabric.engine.source import ModelSource
@@ -23,7 +23,7 @@ def get_torch_engine(spec: InstanceSpec, _keep: Keep | None = None) -> Engine:
         return EmbeddingEngine(source, config, name=launch.model, expected_digest=launch.digest)
     from fabric.engine.torch_engine import TorchEngine
 
-    return TorchEngine(source, config, name=launch.model, expected_digest=launch.digest)
+    return TorchEngine(source, config, name=launch.model, expected_digest=launch.digest, keep=keep)
 
 
 if __name__ == "__main__":

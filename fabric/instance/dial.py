@@ -23,6 +23,7 @@ STEADY_S = 5.0
 REFUSAL_CODES = {4401, 4409}
 REFUSAL_STATUSES = {401, 403, 409}
 
+_draw = random.Random()  # noqa: S311 - its own, so that nobody else's draws depend on it
 logger = logging.getLogger(__name__)
 
 
@@ -54,7 +55,7 @@ async def dial(
             delay_s = FIRST_DELAY_S
         with suppress(TimeoutError):
             # Jittered, because after a hub's restart all instances come at once.
-            async with asyncio.timeout(random.uniform(0.5, 1.0) * delay_s):  # noqa: S311
+            async with asyncio.timeout(_draw.uniform(0.5, 1.0) * delay_s):
                 await drain.wait()
         delay_s = min(2 * delay_s, MAX_DELAY_S)
 

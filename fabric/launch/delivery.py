@@ -24,7 +24,7 @@ from fabric.errors import (
     SessionLost,
 )
 from fabric.launch.answers import fit, to_json
-from fabric.launch.rawcalls import get_error, get_id, get_request, get_result
+from fabric.launch.rawcalls import as_item, get_error, get_id, get_request, get_result
 from fabric.launch.relay import RelaySession, open_session
 from fabric.launch.rundir import LocalInstance, RunDir
 from fabric.messages import (
@@ -43,6 +43,7 @@ from fabric.messages.wire import Wire
 MAX_TASKS = 1024
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
+_OF_PROGRAM = frozenset({"program", "tier", "deadline_s"})
 _events: TypeAdapter[Event] = TypeAdapter(Event)
 
 
@@ -105,26 +106,31 @@ def infer(batch: Mapping[str, Any], run_dir: str) -> dict[str, Any]:
     answer["events"] = [[to_json(event) for event in row] for row in events]
     if asked.token is None:
         answer["results"] = [
-            get_error(item) if isinstance(item, FabricError) else get_result(row)
+            get_error(item) if isinstance(item, FabricError) else get_result(row, item.request)
             for item, row in zip(items, events, strict=True)
         ]
     return fit(answer, folder)
 
 
 def run_program(program: Mapping[str, Any], run_dir: str) -> dict[str, Any]:
-    """Deliver a program as a task and return its events.
+    """Run a program and return its events.
 
-    No part of it is read here but its id, attempt and deadline: an instance that does not support
-    its mode says so itself, and that refusal is the ``Failed`` that comes back.
+    A raw call gives the ``program`` itself and also gets its result. The hub gives a ``task``, of
+    which no part is read here but its id, attempt and deadline: what the instance makes of it is
+    the instance's to say.
 
     Args:
-        program: The fields of ``Address``, and the ``task``.
+        program: The fields of ``Address``, and the ``program`` (with ``tier`` and ``deadline_s``
+            if they matter) or the ``task``.
         run_dir: Where the site's instances are.
 
     Raises:
         RequestInvalid: The program cannot be delivered as it is.
     """
     fields = dict(program)
+    if "program" in fields and "task" not in fields:
+        item = {name: fields.pop(name) for name in _OF_PROGRAM & fields.keys()}
+        return infer({**fields, "tasks": [as_item(item)]}, run_dir)
     task = fields.pop("task", None)
     asked = _parse(Address, "program", fields)
     folder = RunDir(run_dir)

@@ -2,7 +2,8 @@
 
 An item is ``{"prompt": …}`` or ``{"messages": […]}`` with the fields of ``Sampling`` and of
 ``Request`` beside it, or a ``Request`` itself. A result is ``{"text", "finish_reason", "usage"}``,
-with ``choices`` if several were asked for, or ``{"error": {"code", "message"}}``.
+with ``choices`` if several were asked for, or ``{"error": {"code", "message"}}``; that of a program
+has its ``runs``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from fabric.errors import FabricError, RequestInvalid, UnknownParameter
-from fabric.messages import Event, Failed, Finished, Request, Sampling, Token, new_id
+from fabric.messages import (
+    Event,
+    Failed,
+    Finished,
+    Program,
+    ProgramInput,
+    Request,
+    Sampling,
+    Saves,
+    Token,
+    new_id,
+)
 
 _SAMPLING = frozenset(Sampling.model_fields)
 
@@ -60,12 +72,22 @@ def get_id(task_id: str | None, index: int) -> str:
     return f"run_{uuid.uuid5(uuid.NAMESPACE_OID, f'{task_id}/{index}').hex}"
 
 
-def get_result(events: Sequence[Event]) -> dict[str, Any]:
+def as_item(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a program and its options as an item."""
+    asked = {"kind": "program", "program": fields["program"]}
+    options = {name: value for name, value in fields.items() if name != "program"}
+    return {"mode": "program", "input": asked, "sampling": {"max_tokens": 0}, **options}
+
+
+def get_result(events: Sequence[Event], request: Request) -> dict[str, Any]:
     """Return what a user wants to know of a task that has ended."""
     last = events[-1]
     if isinstance(last, Failed):
         return get_error(last.failure.to_error())
     assert isinstance(last, Finished)
+    if isinstance(request.input, ProgramInput):
+        usage = last.usage.model_dump(mode="json")
+        return {"runs": _get_runs(events, request.input.program), "usage": usage}
     texts = [""] * len(last.finish_reasons)
     for event in events:
         if isinstance(event, Token):
@@ -81,6 +103,19 @@ def get_result(events: Sequence[Event]) -> dict[str, Any]:
 def get_error(error: FabricError) -> dict[str, Any]:
     """Return the result of an item that failed."""
     return {"error": {"code": error.code, "message": error.message}}
+
+
+def _get_runs(events: Sequence[Event], program: Program) -> list[dict[str, Any]]:
+    runs: list[dict[str, Any]] = [{"id": run.id, "tokens": [], "text": ""} for run in program.runs]
+    by_id = {run["id"]: run for run in runs}
+    for event in events:
+        if isinstance(event, Token):
+            runs[event.choice]["tokens"].append(event.token_id)
+            runs[event.choice]["text"] += event.text
+        elif isinstance(event, Saves):
+            told = event.model_dump(include={"step", "names", "size", "data", "handle"})
+            by_id[event.run].setdefault("saves", []).append(told)
+    return runs
 
 
 def _get_input(fields: dict[str, Any]) -> dict[str, Any]:

@@ -18,10 +18,14 @@ class InstanceState(StrEnum):
     """It takes requests."""
     DRAINING = "draining"
     """It finishes what it has and takes nothing new."""
+    HANDING_OVER = "handing-over"
+    """Its successor is ready and takes what comes; it finishes what it has."""
     LOST = "lost"
     """Its session ended without a goodbye; it may come back."""
     STOPPED = "stopped"
     """It said goodbye, or its launch was ended."""
+    EXPIRED = "expired"
+    """Its job's walltime was over."""
     FAILED = "failed"
     """It ended by an error and is not started again."""
 
@@ -31,7 +35,9 @@ class InstanceState(StrEnum):
         return self in FINAL_INSTANCE_STATES
 
 
-FINAL_INSTANCE_STATES = frozenset({InstanceState.STOPPED, InstanceState.FAILED})
+FINAL_INSTANCE_STATES = frozenset(
+    {InstanceState.STOPPED, InstanceState.EXPIRED, InstanceState.FAILED}
+)
 
 
 class RunState(StrEnum):

@@ -16,6 +16,7 @@ from fabric.sdk.aio import AsyncFabric
 from fabric.sdk.batches import Batch
 from fabric.sdk.client import Fabric, FabricFuture
 from fabric.sdk.embeddings import Embeddings, EmbedOptions
+from fabric.sdk.instances import OwnInstance
 from fabric.sdk.options import Message, Options
 from fabric.sdk.records import (
     Allocation,
@@ -46,6 +47,7 @@ __all__ = [
     "Message",
     "Model",
     "Options",
+    "OwnInstance",
     "Replica",
     "Run",
     "Site",

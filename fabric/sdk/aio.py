@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from fabric.errors import RequestInvalid
-from fabric.sdk import batches, programs
+from fabric.sdk import batches, instances, programs
 from fabric.sdk.batches import Batch
 from fabric.sdk.embeddings import Embeddings, EmbedOptions, build_bodies
+from fabric.sdk.instances import OwnInstance
 from fabric.sdk.options import Options, Prompt, as_conversation, build_body
 from fabric.sdk.programs import OnEvent, ProgramOptions, ProgramResult, PromptToken, Quote
 from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
@@ -293,6 +294,26 @@ class AsyncFabric:
             NotFound: There is no such batch, or it is somebody else's.
         """
         return Batch.from_reply(await self._transport.post(f"/v1/batches/{batch_id}/cancel", {}))
+
+    async def add_instance(
+        self, model: str, machine: str, *, sharing: str, lifetime_s: float
+    ) -> Json:
+        """Ask for the permission to start an instance; see ``Fabric.add_instance``."""
+        return await instances.add(
+            self._transport, model=model, machine=machine, sharing=sharing, lifetime_s=lifetime_s
+        )
+
+    async def instances(self) -> tuple[OwnInstance, ...]:
+        """Return the instances that the project has brought, newest first."""
+        return await instances.listed(self._transport)
+
+    async def drain_instance(self, instance: str) -> None:
+        """Ask an instance of the project's to finish what it has and leave."""
+        await instances.drain(self._transport, instance)
+
+    async def end_instance(self, instance: str, reason: str, *, failed: bool = False) -> None:
+        """Void the token of an instance of the project's."""
+        await instances.end(self._transport, instance, reason, failed=failed)
 
     async def whoami(self) -> WhoAmI:
         """Return who the hub takes the caller for."""

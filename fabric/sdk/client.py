@@ -13,6 +13,7 @@ from fabric.sdk.aio import AsyncFabric
 from fabric.sdk.background import BackgroundLoop
 from fabric.sdk.batches import Batch
 from fabric.sdk.embeddings import Embeddings, EmbedOptions
+from fabric.sdk.instances import OwnInstance
 from fabric.sdk.options import Options, Prompt
 from fabric.sdk.programs import OnEvent, ProgramOptions, ProgramResult, PromptToken, Quote
 from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
@@ -323,6 +324,44 @@ class Fabric:
             NotFound: There is no such batch, or it is somebody else's.
         """
         return self._background.run(self._fabric.cancel_batch(batch_id))
+
+    def add_instance(
+        self, model: str, machine: str, *, sharing: str = "project", lifetime_s: float = 604_800.0
+    ) -> Json:
+        """Ask for the permission to start one instance in a job of one's own.
+
+        Args:
+            model: What it runs, as ``name@revision``.
+            machine: What the machine is called.
+            sharing: Who may use it: ``private``, ``project`` or ``shared``.
+            lifetime_s: Seconds in which it may join.
+
+        Returns:
+            A ``Launch`` (``fabric.messages``) as JSON. It has the instance's token.
+        """
+        return self._background.run(
+            self._fabric.add_instance(model, machine, sharing=sharing, lifetime_s=lifetime_s)
+        )
+
+    def instances(self) -> tuple[OwnInstance, ...]:
+        """Return the instances that the project has brought, newest first."""
+        return self._background.run(self._fabric.instances())
+
+    def drain_instance(self, instance: str) -> None:
+        """Ask an instance of the project's to finish what it has and leave.
+
+        Raises:
+            NotFound: It is not connected, or is somebody else's.
+        """
+        self._background.run(self._fabric.drain_instance(instance))
+
+    def end_instance(self, instance: str, reason: str, *, failed: bool = False) -> None:
+        """Void the token of an instance of the project's, and end its session.
+
+        Raises:
+            NotFound: There is none of this name, or it is somebody else's.
+        """
+        self._background.run(self._fabric.end_instance(instance, reason, failed=failed))
 
     def whoami(self) -> WhoAmI:
         """Return who the hub takes the caller for."""

@@ -106,7 +106,7 @@ class FixedProgram:
                 for node, known in zip(run.nodes, checked.nodes, strict=True)
                 if isinstance(node, Save) and node.stream == (step is not None)
             }
-            if not found and step is not None:
+            if not found:
                 continue
             data = zeros(found)
             where: dict[str, object] = {"data": base64.b64encode(data).decode()}

@@ -45,6 +45,7 @@ class RunningSite:
     name: str
     instance: str
     engine: FixedDelayEngine
+    depot: Depot
     dialling: asyncio.Task[None] | None = None
     connection: ClientConnection | None = None
 
@@ -112,7 +113,9 @@ class RunningHub:
         )
         depot = Depot(self.session_url, token, instance=launch.instance)
         engine.keep = depot.keep
-        site = self.sites[name] = RunningSite(name=name, instance=launch.instance, engine=engine)
+        site = self.sites[name] = RunningSite(
+            name=name, instance=launch.instance, engine=engine, depot=depot
+        )
         drain = asyncio.Event()
 
         async def serve(connection: ClientConnection) -> None:

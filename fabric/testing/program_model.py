@@ -27,13 +27,13 @@ ATTENTION = "fabric_oracle"
 class Visitor(Protocol):
     """What is called at every point of a step, in the order of the forward pass."""
 
-    def __call__(self, point: str, h: Tensor, *, in_place: bool = False) -> Tensor:
+    def __call__(self, point: str, h: Tensor, *, held: Tensor | None = None) -> Tensor:
         """Return what goes on from the point.
 
         Args:
             point: Its canonical name.
             h: What came there, [T, ...].
-            in_place: Others hold ``h``, so that it is itself to be changed.
+            held: What others hold, and ``h`` is a view of: it is itself to be changed.
         """
 
 
@@ -171,7 +171,7 @@ class Visited:
         """Visit what has a batch axis of one."""
         if self._visitor is None:
             return h
-        changed = self._visitor(point, h[0], in_place=in_place)
+        changed = self._visitor(point, h[0], held=h if in_place else None)
         return h if in_place else changed[None]
 
     def _hooked(self) -> list[torch.utils.hooks.RemovableHandle]:

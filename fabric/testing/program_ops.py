@@ -171,6 +171,9 @@ def _result(node: n.Node, x: list[Tensor], args: Sequence[Known], index: int) ->
             return x[0].to(DTYPES[node.dtype])
         case n.Noise():
             return noise(node, index, args[0])
+        case n.Gate():
+            compared: Tensor = getattr(torch, node.cmp)(x[0].reshape(-1), node.threshold)
+            return compared.to(torch.float32)
     raise TypeError(f"{node.op} is not pure")
 
 

@@ -139,7 +139,7 @@ class _RunOfOne:
         self._num_steps = max(1, run.gen.max_tokens)
         self._known: dict[int, Known] = {}
         self._saved: dict[int, list[tuple[int, Known]]] = {}
-        self._latched: dict[int, bool] = {}
+        self._latched: dict[int, float] = {}
         self._marked: dict[str, Tensor] = {}
         self._step = 0
         self._cursor = 0
@@ -178,7 +178,7 @@ class _RunOfOne:
         return self._sample(logits)
 
     def _plan(self) -> None:
-        """Find the steps in which each node is evaluated; what is of sources alone, in the first."""
+        """Find the steps in which each node is evaluated; what is of sources alone, in step 0."""
         lasting: set[int] = set()
         for index, node in enumerate(self._run.nodes):
             moving = [self._planned[i] for i in _refs(node).values() if i not in lasting]
@@ -192,7 +192,7 @@ class _RunOfOne:
                 lasting.add(index)
             self._planned.append({s for s in steps if s >= since})
 
-    def _visit(self, point: str, h: Tensor, *, in_place: bool = False) -> Tensor:
+    def _visit(self, point: str, h: Tensor, *, held: Tensor | None = None) -> Tensor:
         """Evaluate nodes in their order up to the first that waits for a later point."""
         where, _, layer = point.partition(".")
         if where == "before":
@@ -203,21 +203,24 @@ class _RunOfOne:
             return self._started(int(layer), h)
         if point == "embed.out" and torch.is_grad_enabled():
             h = h.detach().requires_grad_()
+        is_wrt = any(isinstance(node, n.Grad) and node.wrt == point for node in self._run.nodes)
+        if is_wrt and held is None:
+            # A tensor of its own, through which everything after the point goes.
+            h = h.clone() if h.requires_grad else h.detach().clone().requires_grad_()
         while self._cursor < len(self._run.nodes):
             index, node = self._cursor, self._run.nodes[self._cursor]
             if self._step in self._planned[index]:
                 if isinstance(node, _TOUCHING):
                     if _point(node) != point:
                         break
-                    h = self._touch(index, node, h, in_place=in_place)
+                    h = self._touch(index, node, h, in_place=held is not None)
                 elif isinstance(node, n.Grad) and point != _END:
                     break
                 else:
                     self._evaluate(index, node)
             self._cursor += 1
-        if self._is_wrt(point):
-            h = h if h.requires_grad else h.detach().clone().requires_grad_()
-            self._marked[point] = h
+        if is_wrt:
+            self._marked[point] = h if held is None else held
         return h
 
     def _started(self, layer: int, h: Tensor) -> Tensor:
@@ -314,20 +317,21 @@ class _RunOfOne:
         return torch.stack([x.mean(), spread, x.min(), x.max(), x.square().sum().sqrt()])
 
     def _gate(self, index: int, node: n.Gate, arg: Known) -> Known:
-        x = arg.x.reshape(-1)
-        compared: Tensor = getattr(torch, node.cmp)(x, torch.tensor(node.threshold))
-        opened: list[bool] = []
-        for each in compared.tolist():
-            latched = node.latch and self._latched.get(index, False)
-            opened.append(bool(each) or latched)
-            self._latched[index] = opened[-1]
-        return Known(torch.tensor(opened, dtype=torch.float32), arg.at if arg.x.dim() else None)
+        known = pure(node, [arg], index)
+        if not node.latch:
+            return known
+        opened: list[float] = []
+        for each in known.x.tolist():
+            self._latched[index] = max(each, self._latched.get(index, 0.0))
+            opened.append(self._latched[index])
+        return Known(torch.tensor(opened), known.at)
 
     def _gradient(self, node: n.Grad, scalar: Tensor) -> Known:
         at = self._positions(node, self._step)
         h = self._marked[node.wrt]
         (full,) = torch.autograd.grad(scalar, h, retain_graph=True, allow_unused=True)
         full = torch.zeros_like(h) if full is None else full
+        full = full[0] if node.wrt.endswith(".mid") else full  # held with its axis of one
         picked = full[list(at)]
         if node.sel.heads is not None:
             picked = picked[:, list(node.sel.heads)]
@@ -357,9 +361,6 @@ class _RunOfOne:
         else:
             wanted = [position + num if position < 0 else position for position in sel.pos]
         return [position for position in wanted if begin <= position < end]
-
-    def _is_wrt(self, point: str) -> bool:
-        return any(isinstance(node, n.Grad) and node.wrt == point for node in self._run.nodes)
 
     def _ends(self) -> set[int]:
         ends = self._visited.model.generation_config.eos_token_id

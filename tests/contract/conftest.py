@@ -146,7 +146,10 @@ async def open_compute(engine: str, site: ComputeSite) -> AsyncIterator[Rig]:
 
 
 OPENERS = {"fake": open_fake, "session": open_session, "direct": open_direct_route}
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("parsl", "compute")]
+SLOW = [
+    pytest.param("parsl", marks=pytest.mark.slow),
+    pytest.param("compute", marks=[pytest.mark.slow, pytest.mark.globus]),
+]
 
 
 @pytest.fixture(params=[*OPENERS, *SLOW])

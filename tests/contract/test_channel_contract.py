@@ -1,6 +1,7 @@
 """What every channel promises, whichever way its tasks travel."""
 
 import asyncio
+import base64
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -11,18 +12,22 @@ import pytest
 from fabric.dispatch.protocol import Channel
 from fabric.errors import SessionLost
 from fabric.messages import (
+    EMBED_SAMPLING,
     Accepted,
     Event,
     Failed,
     Finished,
+    ProgramInput,
     PromptScored,
     Request,
     Sampling,
+    Saves,
     Task,
     TextInput,
     Token,
     new_id,
 )
+from fabric.programs import read_header
 
 LONG = 1000
 
@@ -77,6 +82,31 @@ async def test_events_come_in_order_and_end_once(open_rig) -> None:
     assert text_of(events) == "word0 word1 word2 word3"
     assert events[-1].finish_reasons == ("length",)
     assert events[-1].usage.output_tokens == 4
+
+
+async def test_what_a_program_saves_arrives_beside_its_tokens(open_rig) -> None:
+    read, save = {"op": "read", "at": "layers.1.out"}, {"op": "save", "name": "h", "x": 0}
+    runs = [
+        {"id": "a", "ids": [1, 2], "nodes": [read, save], "gen": {"max_tokens": 2}},
+        {"id": "b", "ids": [3], "nodes": [read, save | {"stream": True}]},
+    ]
+    asked = ProgramInput.model_validate({"program": {"runs": runs}})
+    async with open_rig() as rig:
+        assert rig.channel.hello.points is not None
+        assert "program" in rig.channel.hello.limits.modes
+        request = Request(mode="program", model="fixed", input=asked, sampling=EMBED_SAMPLING)
+        task = make_task(rig.channel, id=request.id, request=request)
+        events = await collect(rig.channel.run(task))
+    assert isinstance(events[0], Accepted)
+    assert isinstance(events[-1], Finished)
+    saves = {(event.run, event.step): event for event in events if isinstance(event, Saves)}
+    assert set(saves) == {("a", None), ("b", 0)}
+    assert {(event.task_id, event.attempt) for event in events} == {(task.id, 1)}
+    assert len(tokens_of(events)) == 2
+    tensor = read_header(base64.b64decode(saves["a", None].data))["h"]
+    # The two of the prompt and the first of the generated ones have been read.
+    assert tensor.shape[0] == 3
+    assert events[-1].usage.hook_bytes_out == sum(one.size for one in saves.values())
 
 
 async def test_all_choices_and_prompt_scores_arrive(open_rig) -> None:

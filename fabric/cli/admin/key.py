@@ -17,7 +17,7 @@ from fabric.cli.admin.database import (
 from fabric.cli.output import Column, Output, note, to_json
 
 PROGRAM_SCOPES = ("program:read", "program:write", "program:gradient", "program:weights")
-SCOPES = click.Choice(["query", "admin", "site", *PROGRAM_SCOPES])
+SCOPES = click.Choice(["query", "admin", "site", "launch", *PROGRAM_SCOPES])
 
 
 @click.group()

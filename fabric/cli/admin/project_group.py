@@ -20,7 +20,7 @@ def group() -> None:
 @click.option(
     "--scope",
     "scopes",
-    type=click.Choice(["query", "admin", *PROGRAM_SCOPES]),
+    type=click.Choice(["query", "admin", "launch", *PROGRAM_SCOPES]),
     multiple=True,
     default=["query"],
     show_default=True,

@@ -149,12 +149,13 @@ class Execution:
 
     def num_wanted(self, start: int, count: int) -> int:
         """Return of how many of the last tokens of a chunk its nodes want logits."""
-        wanted = 0
-        for k in self._active(start, count):
-            if self._points[k] == "logits":
-                positions = self._positions(self._nodes[k], start, count)  # type: ignore[arg-type]
-                wanted = max(wanted, start + count - min(positions))
-        return wanted
+        asking = [
+            node
+            for node, point in zip(self._nodes, self._points, strict=True)
+            if point == "logits" or (isinstance(node, ops.Grad) and node.wrt == "logits")
+        ]
+        places = (self._positions(node, start, count) for node in asking)  # type: ignore[arg-type]
+        return max((start + count - min(at) for at in places if at), default=0)
 
     # What a step asks.
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from fabric.engine.attention import Chunk, Scoring, attend_causally
 from fabric.engine.programs.anatomy import Anatomy, LayerParts
+from fabric.engine.programs.routing import Route, route_of
 from fabric.engine.runner import run_ragged
 from fabric.messages import PointManifest, PointSpec
 from fabric.messages.points import Lane
@@ -42,6 +43,7 @@ class Tap:
         heads: The features stand for so many heads; 0: they are not divided.
         columns: Which of the features; ``None``: all.
         item: Which of several outputs.
+        route: Makes the other outputs of a router from this one.
         shared: Others hold the same tensor, and a write must reach them: it is changed in place.
     """
 
@@ -51,6 +53,7 @@ class Tap:
     heads: int = 0
     columns: tuple[int, int] | None = None
     item: int = 0
+    route: Route | None = None
     shared: bool = False
 
     def view(self, x_NF: Tensor) -> Tensor:
@@ -182,7 +185,7 @@ class Points:
             self._flat("in", Tap(side="in", module=parts.layer)),
             *self._attention(index, parts, heads),
             self._middle(index, parts, seen),
-            *self._mlp(parts, seen.widths),
+            *self._mlp(parts, seen),
             self._flat("out", Tap(side="out", module=parts.layer)),
         ]
 
@@ -244,8 +247,8 @@ class Points:
             return self._flat("mid", tap)
         return _Site(name="mid", tail=(self._hidden,), reason=reason)
 
-    def _mlp(self, parts: LayerParts, widths: Mapping[nn.Module, int]) -> list[_Site]:
-        mlp = parts.mlp
+    def _mlp(self, parts: LayerParts, seen: _Seen) -> list[_Site]:
+        mlp, widths = parts.mlp, seen.widths
         if mlp is None:
             return []
         sites = [self._flat("mlp.in", Tap(side="in", module=mlp), lane="eager")]
@@ -253,11 +256,17 @@ class Points:
         if parts.experts is not None and parts.router in widths:
             assert parts.router is not None
             width = widths[parts.router]
+            route = seen.routes.get(parts.router)
             sites.append(
-                _Site(name="moe.router", tap=Tap(side="out", module=parts.router), tail=(width,),
-                      write=False, lane="eager",
-                      reason="the choice of experts is made together with its logits")
-            )  # fmt: skip
+                _Site(
+                    name="moe.router",
+                    tap=Tap(side="out", module=parts.router, route=route),
+                    tail=(width,),
+                    write=route is not None,
+                    lane="eager",
+                    reason="" if route else "how experts are chosen of its logits is not known",
+                )
+            )
             sites.append(
                 _Site(name="moe.experts", tap=Tap(side="out", module=parts.router, item=2),
                       tail=(getattr(parts.router, "top_k", 1),), dtype="int64", write=False,
@@ -300,6 +309,8 @@ class _Seen:
     heads: dict[int, _Heads]
     widths: dict[nn.Module, int]
     """Features of the points inside an MLP: inputs of down projections, outputs of the others."""
+    routes: dict[nn.Module, Route]
+    """Of routers, where they are known."""
     middle_reasons: dict[int, str]
     """Layers whose residual stream cannot be met in their middle, and why."""
 
@@ -311,6 +322,7 @@ class _Watch:
         self._model = model
         self._anatomy = anatomy
         self._heads: dict[int, _Heads] = {}
+        self._routes: dict[nn.Module, Route] = {}
         self._kept: dict[tuple[nn.Module, str], Tensor] = {}
 
     def run(self) -> _Seen:
@@ -340,7 +352,7 @@ class _Watch:
             for index, parts in enumerate(self._anatomy.layers)
             if (reason := self._middle_reason(parts))
         }
-        return _Seen(self._heads, widths, reasons)
+        return _Seen(self._heads, widths, self._routes, reasons)
 
     def _attend(
         self,
@@ -369,6 +381,9 @@ class _Watch:
         x = output[0] if isinstance(output, tuple) else output
         assert isinstance(x, Tensor)
         self._kept[module, "out"] = x.clone()
+        if isinstance(output, tuple) and len(output) == 3:
+            route = route_of(*output)
+            self._routes |= {} if route is None else {module: route}
 
     def _middle_reason(self, parts: LayerParts) -> str:
         norm = parts.mlp_norm

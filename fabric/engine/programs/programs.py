@@ -159,9 +159,9 @@ class Programs:
         """Run one run that shares no batch, if there is one; return the seconds it took."""
         for owner in list(self._tasks.values()):
             if owner.alone:
-                started = time.perf_counter()
+                before_s = owner.used.device_s
                 self._guard(owner, partial(self._run_alone, owner))
-                return time.perf_counter() - started
+                return owner.used.device_s - before_s
         return 0.0
 
     def _advance(
@@ -211,7 +211,7 @@ class Programs:
                 Finished(
                     task_id=task.id,
                     attempt=task.attempt,
-                    finish_reasons=reasons,  # type: ignore[arg-type]
+                    finish_reasons=reasons,
                     usage=owner.usage,
                 ),
             )

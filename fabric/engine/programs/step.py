@@ -26,6 +26,7 @@ from fabric.engine.programs.cells import Cell, HeadsCell, TensorCell
 from fabric.engine.programs.execution import IDLE, Execution, StepPlan
 from fabric.engine.programs.model import RunModel, nested
 from fabric.engine.programs.points import Points, Tap, given
+from fabric.engine.programs.routing import Route
 from fabric.engine.programs.values import MAX_VALUE_BYTES
 from fabric.engine.runner import Attend, Runner
 from fabric.errors import FabricError, ProgramFailed, ProgramTooLarge
@@ -277,11 +278,23 @@ class ProgramStep:
                     parts[0] = self._serve_heads(point, tap, module, args[0], x)
                 else:
                     parts[tap.item] = _or(self._serve_tap(point, tap, x), x)
+                if tap.route is not None and parts[0] is not x:
+                    self._route(point, tap.route, parts)
             if all(part is old for part, old in zip(parts, before, strict=True)):
                 return None
             return tuple(parts) if isinstance(output, tuple) else parts[0]
 
         return hook
+
+    def _route(self, point: str, route: Route, parts: list[object]) -> None:
+        """Let the runs that changed a router's logits have the experts that follow from them."""
+        logits_NE, *chosen = (part for part in parts if isinstance(part, Tensor))
+        parts[1:] = [part.clone() for part in chosen]
+        for run in self._at[point]:
+            own = run.attempt(route, logits_NE[run.rows])
+            for part, new in zip(parts[1:], own or (), strict=False):
+                assert isinstance(part, Tensor)
+                part[run.rows] = new
 
     def _serve_heads(self, point: str, tap: Tap, module: nn.Module, z: Tensor, y: Tensor) -> Tensor:
         result = y
@@ -291,7 +304,8 @@ class ProgramStep:
             self._visit(run, point, cell, run.start)
             if cell.delta_nO is not None and run.error is None:
                 result = y.clone() if result is y else result
-                _flat(result)[run.rows] += cell.delta_nO
+                own_nO = _flat(result)[run.rows]
+                _flat(result)[run.rows] = own_nO + cell.delta_nO
         return result
 
     def _score(self, layer: int, q_NHD: Tensor, out_NHD: Tensor, scoring: Scoring) -> Tensor:

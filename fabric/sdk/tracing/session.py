@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Target = str | Backend | LocalEngine | None
 """A model's name, what runs programs, or an engine of this process."""
 
+DEVICE_S = 600.0
+"""What a trace may take where it says nothing: slow machines are slow; the tier's cap holds too."""
 
 RunT = TypeVar("RunT", bound=TracedRun)
 
@@ -60,7 +62,7 @@ class Session:
         self.result: ProgramResult | None = None
         self._given = backend if is_name else target
         self._on_event = on_event
-        self._limits = limits or ProgramLimits()
+        self._limits = limits or ProgramLimits(device_s=DEVICE_S)
         self._dry_run = dry_run
         self._options = options
         self._runs: dict[str, TracedRun] = {}

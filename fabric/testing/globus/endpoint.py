@@ -18,9 +18,9 @@ from uuid import UUID
 import psutil
 import yaml
 
-from fabric.testing.globus.guarded import Guarded
 from fabric.testing.globus.service.records import Report
 from fabric.testing.globus.service.store import Store
+from fabric.testing.guarded import Guarded
 from fabric.testing.processes import wait_ended
 
 TEMPLATE = Path(__file__).parent / "template"

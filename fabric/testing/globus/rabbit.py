@@ -15,8 +15,8 @@ import httpx
 from pydantic import BaseModel, ConfigDict
 
 from fabric.errors import SettingInvalid
-from fabric.testing.globus.guarded import Guarded
-from fabric.testing.globus.ports import free_port
+from fabric.testing.guarded import Guarded
+from fabric.testing.ports import free_port
 
 # The server itself: the one on Debian's PATH wants to be root and switches accounts.
 SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")

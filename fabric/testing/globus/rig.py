@@ -16,13 +16,13 @@ import httpx
 
 from fabric.testing.globus.auth import AuthDirectory
 from fabric.testing.globus.endpoint import HOME_VARIABLE, Endpoint
-from fabric.testing.globus.guarded import Guarded
-from fabric.testing.globus.ports import reserved_port
 from fabric.testing.globus.rabbit import Rabbit, running_rabbit
 from fabric.testing.globus.service.records import Json, Report, RequestLog, Task
 from fabric.testing.globus.service.settings import PublishedLimits, ServiceSettings
 from fabric.testing.globus.service.store import Store
 from fabric.testing.globus.users import User, add_users
+from fabric.testing.guarded import Guarded
+from fabric.testing.ports import reserved_port
 
 if TYPE_CHECKING:
     from globus_compute_sdk import Client

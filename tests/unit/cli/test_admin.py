@@ -119,6 +119,11 @@ def test_prices_are_those_of_the_closest_match(admin: Admin) -> None:
     assert (rates["alpha"]["prompt_usu"], rates["alpha"]["cached_prompt_usu"]) == ("10", "1")
     assert (rates["beta"]["prompt_usu"], rates["beta"]["cached_prompt_usu"]) == ("0.25", "0.25")
     assert "* at beta" in admin.ok("rate", "show").stdout
+    programs = ("--hook-in", "0.001", "--hook-out", "0.01", "--device", "1000")
+    admin.ok("rate", "add", "*", "alpha", "--prompt", "1", "--output", "2", *programs)
+    (found,) = admin.json("rate", "show", "--site", "alpha")
+    priced = [found["rate"][name] for name in ("hook_in_usu", "hook_out_usu", "device_usu")]
+    assert priced == ["0.001", "0.01", "1000"]
 
 
 def test_a_missing_price_is_told(admin: Admin) -> None:

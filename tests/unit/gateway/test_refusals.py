@@ -19,6 +19,7 @@ TYPES = {
     409: "invalid_request_error",
     410: "invalid_request_error",
     413: "invalid_request_error",
+    422: "invalid_request_error",
     429: "rate_limit_error",
     499: "invalid_request_error",
     500: "server_error",

@@ -13,6 +13,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from fabric.messages import Hello, InstanceState, Limits
 from fabric.messages.session import MAX_FRAME_BYTES, PROTOCOL
+from fabric.testing.fixed_programs import get_manifest
 from fabric.testing.hub import MODEL, RunningHub, wait_until
 
 DIGEST = "sha256:" + "0" * 64
@@ -111,6 +112,7 @@ def test_an_expired_launch_token_opens_no_session(hub: RunningHub) -> None:
         ({"site": "beta"}, "the site alpha, not beta"),
         ({"model": "other@1"}, f"the model {MODEL}@1"),
         ({"digest": "sha256:" + "1" * 64}, "has the digest"),
+        ({"points": get_manifest(MODEL, "sha256:" + "1" * 64, 64)}, "points are of another model"),
     ],
 )
 def test_an_instance_that_is_not_what_was_launched_is_closed_with_4409(

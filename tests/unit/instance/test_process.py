@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fabric.errors import SessionLost
+from fabric.instance import process
 from fabric.messages import (
     Finished,
     InstanceState,
@@ -21,6 +22,7 @@ from fabric.messages import (
     TextInput,
     Token,
 )
+from fabric.testing.engine import FixedDelayEngine
 from fabric.testing.rig import InstanceProcess, get_spec, serve_hub_end, start_instance
 
 
@@ -35,6 +37,20 @@ def make_task(max_tokens: int) -> Task:
 
 async def wait_exit(instance: InstanceProcess, timeout_s: float = 10.0) -> int:
     return await asyncio.to_thread(instance.process.wait, timeout_s)
+
+
+async def test_a_manifest_of_points_too_large_for_a_session_takes_the_mode_away(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FixedDelayEngine()
+    instance = process.Instance(get_spec(tmp_path), lambda _spec, _keep: engine)
+    instance._engine = engine
+    told = instance._hello()
+    assert (told.points, "program" in told.limits.modes) == (engine.info.points, True)
+    monkeypatch.setattr(process, "MAX_POINTS_BYTES", len(engine.info.points.model_dump_json()) - 1)
+    other = process.Instance(get_spec(tmp_path), lambda _spec, _keep: engine)
+    other._engine = engine
+    assert (other._hello().points, other._hello().limits.modes) == (None, ("query", "embed"))
 
 
 def test_ready_instance_tells_its_owner_alone(tmp_path) -> None:

@@ -1,6 +1,7 @@
 """Batches on real instances, delivered by the registered functions' own source."""
 
 import asyncio
+import base64
 import json
 import threading
 import time
@@ -28,6 +29,7 @@ from fabric.messages import (
     Task,
 )
 from fabric.payloads import PayloadStore, unpack
+from fabric.programs import read_header
 from fabric.testing.rig import get_spec, serve_hub_end
 
 MODEL = "fixed@1"
@@ -381,16 +383,56 @@ def test_without_an_instance_there_is_no_answer(site) -> None:
 # ---- programs --------------------------------------------------------------------------------
 
 
-def test_a_program_is_the_instances_to_refuse(served) -> None:
-    """There is no room for programs yet: the instance itself says that it supports none."""
+def test_a_program_of_the_hubs_is_the_instances_to_refuse(served) -> None:
     task = get_task(served.digest, "run_p")
     task["request"] |= {"mode": "program", "program": {"ops": []}}
     program = {**served.hub, "task": {"type": "task", **task}}
     answer = served.site.call("run_program", program)
     ((failed,),) = answer["events"]
     assert (failed["task_id"], failed["failure"]["code"]) == ("run_p", "protocol_violation")
-    assert "request.mode" in failed["failure"]["message"]
+    assert "request.program" in failed["failure"]["message"]
     assert served.infer(get_task(served.digest))["events"][0][-1]["type"] == "finished"
+
+
+READ, SAVE = {"op": "read", "at": "layers.1.out"}, {"op": "save", "name": "h", "x": 0}
+
+
+async def run_program(site, **fields: object) -> dict:
+    """Call it beside the loop, which the till needs."""
+    asked = {"model": MODEL, "ticket": "fabt_good", **fields}
+    return await asyncio.to_thread(site.call, "run_program", asked)
+
+
+async def test_a_raw_program_pays_by_ticket_and_gets_its_runs(site, till) -> None:
+    run = {"id": "a", "text": "two words", "nodes": [READ, SAVE], "gen": {"max_tokens": 2}}
+    answer = await run_program(site, program={"runs": [run]}, tier="batch")
+    (result,) = answer["results"]
+    (told,) = result["runs"]
+    assert (told["id"], told["tokens"], told["text"]) == ("a", [1000, 1001], "word0 word1")
+    (saves,) = told["saves"]
+    assert read_header(base64.b64decode(saves["data"]))["h"].shape == (3, 8)
+    assert result["usage"]["hook_bytes_out"] == saves["size"]
+    (redeemed,) = till.redeemed
+    assert (redeemed.request.mode, redeemed.request.tier) == ("program", "batch")
+    (metered,) = till.metered
+    assert metered.usage.hook_bytes_out == saves["size"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"program": {}}, "invalid_parameter"),
+        ({"program": "x"}, "invalid_parameter"),
+        ({"program": {"runs": [{"id": "a", "ids": [1], "nodes": [SAVE]}]}}, "program_invalid"),
+        ({"program": {"runs": [{"id": "a", "ids": [1]}]}, "tier": "gold"}, "invalid_parameter"),
+        ({"program": {"runs": [{"id": "a", "ids": [1]}]}, "model": "other"}, "no_replica"),
+        ({"program": {"runs": [{"id": "a", "ids": [1]}]}, "ticket": None}, "missing_ticket"),
+    ],
+)
+async def test_a_raw_program_that_cannot_run_says_why(site, till, fields, code) -> None:
+    answer = await run_program(site, **fields)
+    assert answer["results"][0]["error"]["code"] == code
+    assert [one.usage.output_tokens for one in till.metered] in ([], [0])
 
 
 def test_a_program_of_a_mode_that_is_supported_is_answered(served) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import uvicorn
 
-from fabric.testing.globus.ports import listener
 from fabric.testing.globus.service.app import create_app
 from fabric.testing.globus.service.settings import ServiceSettings
+from fabric.testing.ports import listener
 
 settings = ServiceSettings.model_validate_json(Path(sys.argv[1]).read_bytes())
 # httptools understands requests that name the whole URL, as those to a proxy do.

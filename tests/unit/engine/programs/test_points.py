@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -39,8 +41,8 @@ def test_writes_at_every_point_change_the_logits_as_hooks_do(family, rig_of, pro
     torch.manual_seed(1)
     constants, runs = {}, [{"nodes": _logits([])}]
     for i, point in enumerate(rig.points(write=True)):
-        if point == "sample":
-            continue
+        if point == "sample" or point.endswith("router"):
+            continue  # of their own, in test_nodes and below
         sel = {"pos": [2, 4, -1, len(PROMPT)]}
         if shape := _shape(rig, point):
             constants[f"x{i}"] = torch.randn(shape)
@@ -61,6 +63,33 @@ def test_writes_at_every_point_change_the_logits_as_hooks_do(family, rig_of, pro
             effect = (outcome.saves[name]["logits"][: len(PROMPT)] - plain).abs().max()
             assert effect > 1e-2, f"{name} changed nothing"
             assert outcome.tokens[i] == expected[name].tokens
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3 moe"])
+def test_written_router_logits_choose_the_experts(family, rig_of, program_of):
+    rig = rig_of(family)
+    x = torch.tensor([3.0, -3.0, 0.0, 1.0])
+    write = {"op": "write", "at": "layers.0.moe.router", "x": 0, "mode": "add"}
+    nodes = [{"op": "const", "name": "x"}, {**write, "sel": {"pos": [1, 6]}},
+             {"op": "read", "at": "layers.0.moe.experts"},
+             {"op": "save", "name": "experts", "x": 2}]  # fmt: skip
+    saves = rig.run(program_of({"nodes": _logits(nodes)}, constants={"x": x})).saves["r0"]
+    model = copy.deepcopy(rig.model)
+    chosen = []
+
+    def route(gate, args, output):
+        logits = output[0].clone()
+        logits[[1, 6]] += x
+        scores, ids = logits.softmax(-1).topk(2, -1)
+        normalised = getattr(gate, "norm_topk_prob", True)
+        chosen.append(ids)
+        return logits, scores / scores.sum(-1, keepdim=True) if normalised else scores, ids
+
+    model.model.layers[0].mlp.gate.register_forward_hook(route)
+    with torch.inference_mode():
+        expected = model(torch.tensor([PROMPT])).logits[0]
+    assert torch.equal(saves["experts"], chosen[0])
+    assert close(saves["logits"], expected, 1e-4)
 
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]

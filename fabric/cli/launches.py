@@ -1,0 +1,201 @@
+"""What the commands about launches share: finding, preparing, following and showing them."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+from pydantic import ValidationError
+
+from fabric.cli import launching
+from fabric.cli.output import Column
+from fabric.config import StateDir, find_site, load_settings, load_site
+from fabric.errors import BlockFailed, LaunchImpossible, UnknownModel
+from fabric.launch.jobs import (
+    JobRecord,
+    LaunchFolder,
+    LaunchPlan,
+    LaunchRecord,
+    Order,
+    get_launch_plan,
+)
+from fabric.launch.jobs.history import History
+from fabric.launch.jobs.launcher import history_path
+from fabric.launch.jobs.plan import get_command
+from fabric.messages.wire import Wire
+
+if TYPE_CHECKING:
+    from fabric.sdk import Fabric
+
+POLL_S = 0.5
+START_TIMEOUT_S = 60.0
+"""How long the process that watches a launch may take to begin."""
+
+T = TypeVar("T", bound=Wire)
+
+
+def root() -> Path:
+    """Return where this user's launches are kept."""
+    state = StateDir(load_settings({}).state_dir)
+    state.create()
+    state.launches_dir.mkdir(mode=0o700, exist_ok=True)
+    return state.launches_dir
+
+
+def checked(model: type[T], fields: Mapping[str, object]) -> T:
+    """Return a record made of what was typed.
+
+    Raises:
+        LaunchImpossible: A value is not of its form.
+    """
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        param = ".".join(str(part) for part in first["loc"])
+        raise LaunchImpossible(param=param, value=first["input"], reason=first["msg"]) from None
+
+
+def find_version(fabric: Fabric, model: str) -> str:
+    """Return the version a model's name means at the hub, as ``name@revision``.
+
+    Raises:
+        UnknownModel: The hub has none of this name.
+    """
+    known = [one for one in fabric.models() if model in (one.id, one.name)]
+    if not known:
+        raise UnknownModel(model=model, known=[one.id for one in fabric.models()])
+    return known[-1].id
+
+
+def prepare(
+    order: Order, fabric: Fabric, *, keep: bool, module: str = "fabric.instance"
+) -> tuple[LaunchPlan, LaunchFolder]:
+    """Plan an order and make its folder, unless it is only looked at.
+
+    Raises:
+        LaunchImpossible: The machine cannot do it.
+        SettingInvalid: There is no such site file.
+    """
+    site = load_site(find_site(order.machine))
+    where = root()
+    plan = get_launch_plan(order, site, History(history_path(where)))
+    if not keep:
+        return plan, LaunchFolder(where / "l-00000000")
+    folder = LaunchFolder.create(where)
+    folder.write_launch(
+        LaunchRecord(
+            name=folder.name,
+            order=order,
+            site=site,
+            queue=plan.queue,
+            hub_url=fabric.base_url,
+            module=module,
+            created_at=datetime.now(UTC),
+        )
+    )
+    return plan, folder
+
+
+def render(plan: LaunchPlan) -> str:
+    """Return the batch script of a launch's first job, with names in capitals for its own."""
+    folder = root() / "LAUNCH"
+    command = get_command(
+        plan.order,
+        folder / "jobs" / "INSTANCE.spec.json",
+        folder / "jobs" / "INSTANCE.log",
+        "fabric.instance",
+    )
+    with tempfile.TemporaryDirectory(prefix="fabric-dry-run-") as scratch:
+        script = plan.get_submitter(Path(scratch)).render(command, "fabric-LAUNCH")
+        return script.replace(scratch, str(folder / "scripts"))
+
+
+def submit(folder: LaunchFolder) -> None:
+    """Have the launch watched by a process of its own; return once it has submitted.
+
+    Raises:
+        BlockFailed: It ended at once, or does not begin.
+    """
+    given = click.get_current_context().params
+    launching.start(folder, api_key=given.get("api_key"), project=given.get("project"))
+    until = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < until:
+        record = folder.launch()
+        if record is not None and record.ended_at is not None:
+            raise _failed(folder, record.detail)
+        if any(job.job_id is not None for job in folder.jobs()):
+            return
+        time.sleep(0.1)
+    raise _failed(folder, "the process that should watch it has not begun")
+
+
+def wait_ready(folder: LaunchFolder) -> None:
+    """Show how far a launch is until its first instance is ready.
+
+    Raises:
+        BlockFailed: It ended before.
+    """
+    from fabric.cli.progress import following
+
+    heads = ["LAUNCH", "MACHINE", "JOB", "STATE", "DETAIL"]
+    with following(heads, heads.index("STATE")) as show:
+        while True:
+            record, jobs = folder.launch(), folder.jobs()
+            shown = [row[:4] + row[5:] for row in rows(folder, jobs)]
+            show(shown)
+            if any(job.ready_at is not None for job in jobs):
+                return
+            if record is not None and record.ended_at is not None:
+                raise _failed(folder, record.detail)
+            time.sleep(POLL_S)
+
+
+COLUMNS = (
+    *(Column("LAUNCH", whole=True), "MACHINE", Column("JOB", whole=True), "STATE"),
+    *(Column("LEFT", numeric=True), "DETAIL"),
+)
+
+
+def rows(folder: LaunchFolder, jobs: list[JobRecord]) -> list[tuple[object, ...]]:
+    """Return a line for each job of a launch."""
+    record = folder.launch()
+    if record is None:
+        return []
+    machine = record.order.machine
+    if not jobs:
+        return [(folder.name, machine, "", record.state, "", record.detail)]
+    return [(folder.name, machine, j.job_id or "", j.state, _left(j), j.detail) for j in jobs]
+
+
+def describe(folder: LaunchFolder) -> dict[str, object]:
+    """Return a launch as data; nothing secret is in it."""
+    record = folder.launch()
+    assert record is not None
+    return {
+        **record.model_dump(mode="json", exclude={"site"}),
+        "jobs": [job.model_dump(mode="json") for job in folder.jobs()],
+        "watched": folder.is_watched(),
+    }
+
+
+def _left(job: JobRecord) -> str:
+    if job.deadline_at is None or not job.open:
+        return ""
+    left_s = max(0, int((job.deadline_at - datetime.now(UTC)).total_seconds()))
+    return f"{left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02}"
+
+
+def _failed(folder: LaunchFolder, reason: str) -> BlockFailed:
+    record = folder.launch()
+    jobs = folder.jobs()
+    return BlockFailed(
+        site=record.order.machine if record else folder.name,
+        reason=reason.rstrip("."),
+        log_path=str(folder.best_log(jobs[-1].instance if jobs else None)),
+    )

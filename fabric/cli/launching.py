@@ -1,0 +1,70 @@
+"""The process that watches a launch: ``python -m fabric.cli.launching FOLDER``, or in this one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fabric.errors import FabricError
+from fabric.launch.jobs import LaunchFolder
+from fabric.launch.jobs.history import History
+from fabric.launch.jobs.launcher import Launcher, history_path
+from fabric.sdk import Fabric
+
+
+def watch(folder: LaunchFolder, fabric: Fabric) -> bool:
+    """Watch a launch in this process until it is over; return whether nobody else did.
+
+    Raises:
+        FabricError: Its jobs fail, or are refused.
+    """
+    with folder.watched() as ours:
+        if not ours:
+            return False
+        history = History(history_path(folder.path.parent))
+        Launcher(folder, fabric, history).run()
+        return True
+
+
+def start(folder: LaunchFolder, *, api_key: str | None, project: str | None) -> None:
+    """Watch a launch in a process of its own, which outlives this one and its terminal."""
+    environ = os.environ | {
+        name: value
+        for name, value in (("FABRIC_API_KEY", api_key), ("FABRIC_PROJECT", project))
+        if value is not None
+    }
+    with folder.log_path.open("ab") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "fabric.cli.launching", str(folder.path)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environ,
+            start_new_session=True,
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Watch the launch in a folder; return the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("fabric").setLevel(logging.INFO)
+    folder = LaunchFolder(Path(argv[0]))
+    record = folder.launch()
+    if record is None:
+        print(f"There is no launch in {folder.path}.", file=sys.stderr)
+        return 1
+    try:
+        with Fabric(record.hub_url, project=os.environ.get("FABRIC_PROJECT")) as fabric:
+            watch(folder, fabric)
+    except FabricError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,183 @@
+"""``/v1/fabric/instances``: instances that users bring, in jobs their own allocations pay."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field
+
+from fabric.auth import Identity
+from fabric.catalog import LaunchRecord, OwnSite
+from fabric.errors import Duplicate, NotFound
+from fabric.gateway.access import Needs
+from fabric.gateway.bodies import documented, read_body
+from fabric.gateway.fabric_routes import Listing
+from fabric.gateway.hub import Hub, caller_of, hub_of
+from fabric.messages import Launch
+from fabric.messages.request import ModelRef, SiteName
+from fabric.messages.wire import Wire
+
+MAX_LIFETIME_S = 60 * 86_400
+"""The longest that a launch token is good for: weeks in a queue, then a job of days."""
+
+router = APIRouter(
+    prefix="/v1/fabric/instances", tags=["instances"], dependencies=[Depends(Needs("launch"))]
+)
+
+
+class InstanceBody(Wire):
+    """``POST /v1/fabric/instances``: one instance on a machine, and who may use it."""
+
+    model: ModelRef
+    machine: SiteName
+    sharing: Literal["private", "project", "shared"] = "project"
+    lifetime_s: float = Field(default=7 * 86_400.0, gt=0, le=MAX_LIFETIME_S)
+
+
+class EndBody(Wire):
+    """``POST /v1/fabric/instances/{instance}/end``."""
+
+    reason: str = Field(max_length=1000)
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnInstance:
+    """An instance of the caller's own, and how busy it is while it is connected."""
+
+    instance: str
+    machine: str
+    site: str
+    model: str
+    sharing: str
+    state: str
+    connected: bool
+    num_running: int
+    num_waiting: int
+    created_at: datetime
+
+
+@router.post("", openapi_extra=documented(InstanceBody))
+async def add_instance(request: Request) -> Launch:
+    """Permit one instance to be started in a job of the caller's, and to join as theirs.
+
+    What it serves costs nothing here: the machine charges its owner.
+    """
+    body = await read_body(request, InstanceBody)
+    hub, caller = hub_of(request), caller_of(request)
+    return await hub.offload(_add, hub, caller, body)
+
+
+@router.get("")
+async def list_instances(request: Request) -> Listing[OwnInstance]:
+    """Return the instances that the caller's project has brought, newest first."""
+    hub, caller = hub_of(request), caller_of(request)
+    launches = await hub.offload(_own_launches, hub, caller)
+    views = {view.instance: view for view in hub.broker.replicas()}
+    data = []
+    for launch, own in launches:
+        view = views.get(launch.instance)
+        data.append(
+            OwnInstance(
+                instance=launch.instance,
+                machine=own.machine,
+                site=launch.site,
+                model=launch.model,
+                sharing=own.sharing,
+                state=launch.state if view is None else view.state,
+                connected=view is not None,
+                num_running=0 if view is None else view.load.num_running,
+                num_waiting=0 if view is None else view.load.num_waiting,
+                created_at=launch.created_at,
+            )
+        )
+    return Listing(data=data)
+
+
+@router.post("/{instance}/drain")
+async def drain_instance(request: Request, instance: str) -> LaunchRecord:
+    """Ask an instance of the caller's to finish what it has and leave."""
+    hub, caller = hub_of(request), caller_of(request)
+    launch = await hub.offload(_find, hub, caller, instance)
+    channel = hub.channels.get(instance)
+    if channel is None:
+        raise NotFound(kind="connected instance", name=instance)
+    await channel.drain("its owner asked it to leave")
+    return launch
+
+
+@router.post("/{instance}/end", openapi_extra=documented(EndBody))
+async def end_instance(request: Request, instance: str) -> LaunchRecord:
+    """Void the token of an instance of the caller's and end its session."""
+    body = await read_body(request, EndBody)
+    hub, caller = hub_of(request), caller_of(request)
+    await hub.offload(_find, hub, caller, instance)
+    launch = await hub.offload(hub.catalog.end_launch, instance, body.reason, failed=body.failed)
+    if (channel := hub.channels.get(instance)) is not None:
+        await channel.close("its launch was ended")
+    return launch
+
+
+def _add(hub: Hub, caller: Identity, body: InstanceBody) -> Launch:
+    own = OwnSite(
+        machine=body.machine, project=caller.project, key_id=caller.key_id, sharing=body.sharing
+    )
+    site = _site_name(own)
+    with suppress(Duplicate):
+        display = f"{body.machine}, brought by {caller.project}"
+        hub.catalog.add_site(site, display=display, facts={"owner": own.model_dump()})
+        hub.ledger.set_rate("*", site, prompt_usu=0, cached_prompt_usu=0, output_usu=0)
+        hub.ledger.open_allocation(caller.project, site)
+    launch, token = hub.catalog.add_launch(site, body.model, lifetime_s=body.lifetime_s)
+    version = hub.catalog.resolve(launch.model)
+    return Launch(
+        instance=launch.instance,
+        site=launch.site,
+        model=launch.model,
+        source=version.source,
+        digest=launch.digest,
+        token=token,
+    )
+
+
+def _site_name(own: OwnSite) -> str:
+    """Return the name of a machine as one project's, or one key's, place to run."""
+    words = [own.machine, re.sub(r"[^a-z0-9]+", "-", own.project.lower()).strip("-")]
+    # What the readable part leaves out: other projects may be spelt alike.
+    told = f"{own.project}/{own.sharing}/{own.key_id if own.sharing == 'private' else ''}"
+    words.append(hashlib.sha256(told.encode()).hexdigest()[:8])
+    return "-".join(filter(None, (words[0][:30], words[1][:20], words[2])))
+
+
+def _own_launches(hub: Hub, caller: Identity) -> list[tuple[LaunchRecord, OwnSite]]:
+    found = []
+    for site in hub.catalog.sites():
+        own = site.own
+        if own is not None and _is_owner(own, caller):
+            found += [(launch, own) for launch in hub.catalog.launches(site=site.name)]
+    return sorted(found, key=lambda pair: pair[0].created_at, reverse=True)
+
+
+def _find(hub: Hub, caller: Identity, instance: str) -> LaunchRecord:
+    """Return a launch of the caller's.
+
+    Raises:
+        NotFound: There is none of this name, or it is somebody else's.
+    """
+    launch = hub.catalog.launch(instance)
+    own = hub.catalog.get_site(launch.site).own
+    if own is None or not _is_owner(own, caller):
+        raise NotFound(kind="instance", name=instance)
+    return launch
+
+
+def _is_owner(own: OwnSite, caller: Identity) -> bool:
+    if own.sharing == "private":
+        return own.admits(caller.project, caller.key_id)
+    return own.project == caller.project

@@ -1,0 +1,471 @@
+"""Keeps a launch going: submits its jobs, watches them, hands over and ends them.
+
+All that it knows is on disk (``LaunchFolder``): one that was killed is started again and finds its
+jobs. It works where the scheduler's commands are, in one thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Protocol
+
+from fabric.errors import (
+    AuthError,
+    FabricError,
+    JobRefused,
+    JobsFailing,
+    NotFound,
+    SchedulerFailed,
+    UnknownModel,
+)
+from fabric.launch.jobs.decide import (
+    MAX_FAILURES,
+    Action,
+    HandOver,
+    Leave,
+    Outlook,
+    Over,
+    Submit,
+    decide,
+)
+from fabric.launch.jobs.history import History, Passed
+from fabric.launch.jobs.plan import LaunchPlan, get_command, get_launch_plan
+from fabric.launch.jobs.queue import JobPhase, JobState, get_states
+from fabric.launch.jobs.records import JobRecord, LaunchFolder, LaunchRecord
+from fabric.launch.jobs.submit import Submitter, get_warning_s
+from fabric.messages import InstanceSpec, InstanceState, Launch
+
+FASTEST_POLL_S = 1.0
+SLOWEST_POLL_S = 15.0
+FORECAST_S = 60.0
+"""A scheduler is asked for a forecast at most so often."""
+LEAVE_S = 120.0
+"""A job that was asked to leave and has not ended after so long is cancelled."""
+LIFETIME_S = 30 * 86_400.0
+"""How long an instance may take to join: a queue of weeks."""
+FINAL = frozenset({InstanceState.DRAINING, InstanceState.HANDING_OVER})
+
+logger = logging.getLogger(__name__)
+
+
+class OwnInstanceLike(Protocol):
+    """What the hub says of an instance of one's own."""
+
+    @property
+    def instance(self) -> str:
+        """Its id."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the hub has its session."""
+
+    @property
+    def num_running(self) -> int:
+        """Rows that run."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows that wait."""
+
+
+class InstanceHub(Protocol):
+    """The hub, as somebody who brings instances sees it (``fabric.sdk.Fabric``)."""
+
+    def add_instance(
+        self, model: str, machine: str, *, sharing: str, lifetime_s: float
+    ) -> Mapping[str, object]:
+        """Return the permission to start an instance, a ``Launch`` as JSON."""
+
+    def instances(self) -> Sequence[OwnInstanceLike]:
+        """Return the caller's instances."""
+
+    def drain_instance(self, instance: str) -> None:
+        """Ask an instance to finish what it has and leave."""
+
+    def end_instance(self, instance: str, reason: str, *, failed: bool = False) -> None:
+        """Void an instance's token."""
+
+
+class Launcher:
+    """Watches one launch until it is over.
+
+    Args:
+        folder: Its records.
+        hub: Where its instances join.
+        history: What later launches learn from.
+        clock: The time in UTC.
+    """
+
+    def __init__(
+        self,
+        folder: LaunchFolder,
+        hub: InstanceHub,
+        history: History,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        record = folder.launch()
+        if record is None:
+            raise NotFound(kind="launch", name=folder.name)
+        self._folder = folder
+        self._hub = hub
+        self._history = history
+        self._clock = clock
+        self._record: LaunchRecord = record
+        self._jobs = {job.instance: job for job in folder.jobs()}
+        self._plan: LaunchPlan | None = None
+        self._planned_at = -FORECAST_S
+        self._submitter: Submitter | None = None
+        self._joined: frozenset[str] = frozenset()
+        self._busy_at: dict[str, datetime] = {}
+        self._asked_at: dict[str, datetime] = {}
+        self._changed_at = time.monotonic()
+        for job in self._sorted():
+            if job.open and job.job_id is None:
+                # Its launcher was killed while it submitted: without a spec the job ends at once.
+                lost = {"state": InstanceState.FAILED, "detail": "its launcher was killed"}
+                self._put(job.model_copy(update=lost | {"ended_at": self._now}))
+                self._forget(self._jobs[job.instance])
+
+    def run(self) -> None:
+        """Watch until the launch is over.
+
+        Raises:
+            JobsFailing: Its jobs ended one after the other before they served.
+            FabricError: The first job was refused.
+        """
+        while self._try_step():
+            age_s = time.monotonic() - self._changed_at
+            time.sleep(min(SLOWEST_POLL_S, max(FASTEST_POLL_S, age_s / 10)))
+
+    def _try_step(self) -> bool:
+        try:
+            return self.step()
+        except JobsFailing:
+            raise
+        except FabricError as error:
+            if is_hopeless(error) and not any(job.open for job in self._jobs.values()):
+                self._write_end(InstanceState.FAILED, error.message)
+                raise
+            logger.warning("tried again later: %s", error.message)
+            return True
+
+    def step(self) -> bool:
+        """Look at everything once and do what is due; return whether it goes on.
+
+        Raises:
+            JobsFailing: As ``run``.
+            FabricError: As ``run``.
+        """
+        on_disk = self._folder.launch()
+        if on_disk is not None:
+            # What its owner's other commands write.
+            order = self._record.order.model_copy(update={"keep_until": on_disk.order.keep_until})
+            self._record = self._record.model_copy(update={"stop": on_disk.stop, "order": order})
+        self._observe()
+        actions = decide(
+            self._record.order,
+            self._sorted(),
+            self._clock(),
+            self._outlook(),
+            stop=self._record.stop,
+        )
+        for action in actions:
+            if isinstance(action, Over):
+                self._finish(action)
+                return False
+            self._act(action)
+        self._summarize()
+        return True
+
+    # ---- what is seen ------------------------------------------------------------------------
+
+    def _observe(self) -> None:
+        waiting = [job for job in self._sorted() if job.open and job.job_id is not None]
+        try:
+            scheduler = self._get_plan().scheduler
+            states = get_states(scheduler, [str(job.job_id) for job in waiting])
+        except SchedulerFailed as error:
+            logger.warning("%s", error.message)
+            return
+        self._joined = self._ask_joined(waiting)
+        for job in waiting:
+            self._note(job, states[str(job.job_id)])
+
+    def _ask_joined(self, jobs: Sequence[JobRecord]) -> frozenset[str]:
+        """Return which instances the hub has, if one says it is ready and was not known to be."""
+        new = [job.instance for job in jobs if job.ready_at is None]
+        statuses = (self._folder.status(instance) for instance in new)
+        if not any(one is not None and one.state == InstanceState.READY for one in statuses):
+            return frozenset()
+        try:
+            return frozenset(one.instance for one in self._hub.instances() if one.connected)
+        except FabricError as error:
+            logger.warning("not asked who has joined: %s", error.message)
+            return frozenset()
+
+    def _note(self, job: JobRecord, state: JobState) -> None:
+        """Bring a job's record up to what its scheduler and its instance say."""
+        now = self._clock()
+        changes: dict[str, object] = {}
+        if state.phase is JobPhase.QUEUED:
+            position = f", {state.position} before it" if state.position else ""
+            changes = {"detail": f"{state.reason or 'in the queue'}{position}"}
+        elif state.phase is JobPhase.RUNNING:
+            if job.started_at is None:
+                started = min(now, state.start_at or now)
+                deadline = started + timedelta(seconds=self._walltime_s())
+                changes = {"started_at": started, "deadline_at": deadline}
+            changes |= self._seen_of_instance(job, now)
+        else:
+            changes = self._seen_of_end(job, state, now)
+        changed = job.model_copy(update=changes)
+        if changed != job:
+            self._put(changed)
+            if changed.ready_at is not None and job.ready_at is None:
+                self._remember(changed)
+            if not changed.open:
+                self._forget(changed)
+
+    def _seen_of_instance(self, job: JobRecord, now: datetime) -> dict[str, object]:
+        status = self._folder.status(job.instance)
+        if status is None:
+            return {"state": InstanceState.STARTING, "detail": ""}
+        state = InstanceState(status.state)
+        if job.state in FINAL and state is InstanceState.READY:
+            state = job.state  # it was asked, and has not begun yet
+        elif job.state is InstanceState.HANDING_OVER and state is InstanceState.DRAINING:
+            state = job.state
+        if state.final:
+            return {}  # the job's own end follows, and says how
+        is_new = state is InstanceState.READY and job.ready_at is None
+        if is_new and job.instance not in self._joined:
+            return {"state": InstanceState.LOADING, "detail": "joining the pool"}
+        changes: dict[str, object] = {"state": state}
+        if state is not job.state or state is InstanceState.LOADING:
+            changes["detail"] = status.detail
+        if state is InstanceState.READY and job.ready_at is None:
+            changes["ready_at"] = now
+        return changes
+
+    def _seen_of_end(self, job: JobRecord, state: JobState, now: datetime) -> dict[str, object]:
+        status = self._folder.status(job.instance)
+        said = InstanceState(status.state) if status is not None else None
+        over = job.deadline_at is not None and now >= job.deadline_at - timedelta(
+            seconds=get_warning_s(self._walltime_s())
+        )
+        asked = job.state in FINAL
+        word = state.word or "it is not known to the scheduler any more"
+        if said is InstanceState.FAILED and status is not None:
+            final, detail = InstanceState.FAILED, status.detail.rstrip(".")
+        elif asked:
+            final, detail = InstanceState.STOPPED, job.detail or "it left"
+        elif state.word == "TIMEOUT" or (over and job.ready_at is not None):
+            final, detail = InstanceState.EXPIRED, "its walltime was over"
+        elif over:
+            final = InstanceState.FAILED
+            detail = "its walltime was over before it was ready; ask for more"
+        elif said is InstanceState.STOPPED and job.ready_at is not None:
+            final, detail = InstanceState.STOPPED, "it was asked to leave"
+        else:
+            reason = f" ({state.reason})" if state.reason else ""
+            final, detail = InstanceState.FAILED, f"its job ended: {word}{reason}"
+        return {"state": final, "detail": detail, "ended_at": now}
+
+    def _outlook(self) -> Outlook:
+        plan = self._get_plan(fresh=True)
+        now = self._clock()
+        if self._record.order.idle_stop_s is not None:
+            with suppress(FabricError):
+                for one in self._hub.instances():
+                    if one.num_running or one.num_waiting:
+                        self._busy_at[one.instance] = now
+        ready = {job.instance: job.ready_at for job in self._sorted() if job.ready_at}
+        idle_s = {
+            instance: (now - max(at, self._busy_at.get(instance, at))).total_seconds()
+            for instance, at in ready.items()
+        }
+        return Outlook(wait_s=plan.wait.p90_s, load_s=plan.load_s, idle_s=idle_s)
+
+    # ---- what is done ------------------------------------------------------------------------
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case Submit(replica=replica, generation=generation):
+                self._submit(replica, generation)
+            case HandOver(instance=instance):
+                self._ask(instance, InstanceState.HANDING_OVER, "its successor is ready")
+            case Leave(instance=instance, reason=reason):
+                self._ask(instance, InstanceState.DRAINING, reason)
+        self._cancel_what_lingers()
+
+    def _submit(self, replica: int, generation: int) -> None:
+        order = self._record.order
+        reply = self._hub.add_instance(
+            order.model, order.machine, sharing=order.sharing, lifetime_s=LIFETIME_S
+        )
+        launch = Launch.model_validate(reply)
+        status_path = self._folder.status_path(launch.instance)
+        spec = InstanceSpec(
+            launch=launch,
+            # http://… becomes ws://…, and https://… wss://….
+            session_url=self._record.hub_url.rstrip("/").replace("http", "ws", 1)
+            + launch.session_path,
+            direct_token=secrets.token_urlsafe(32),
+            options=order.options,
+            status_path=str(status_path),
+        )
+        command = get_command(
+            order,
+            self._folder.write_spec(spec),
+            self._folder.instance_log(launch.instance),
+            self._record.module,
+        )
+        job = JobRecord(
+            instance=launch.instance,
+            replica=replica,
+            generation=generation,
+            submitted_at=self._clock(),
+        )
+        self._put(job)
+        try:
+            job_id = self._get_submitter().submit(command, f"fabric-{self._folder.name}")
+        except JobRefused as error:
+            ended = {"state": InstanceState.FAILED, "detail": error.message, "ended_at": self._now}
+            self._put(job.model_copy(update=ended))
+            self._forget(self._jobs[job.instance])
+            if not any(other.open for other in self._jobs.values()):
+                raise
+            logger.warning("%s", error.message)
+            return
+        self._put(job.model_copy(update={"job_id": job_id}))
+
+    def _ask(self, instance: str, state: InstanceState, reason: str) -> None:
+        """Let an instance leave: by the hub if it is connected, or else by its scheduler."""
+        job = self._jobs[instance]
+        if job.state is InstanceState.READY:
+            try:
+                self._hub.drain_instance(instance)
+            except NotFound:
+                self._cancel(job)
+            except FabricError as error:
+                logger.warning("not asked to leave: %s", error.message)
+                return
+        else:
+            self._cancel(job)
+        self._asked_at[instance] = self._now
+        self._put(job.model_copy(update={"state": state, "detail": reason}))
+
+    def _cancel_what_lingers(self) -> None:
+        for instance, at in list(self._asked_at.items()):
+            job = self._jobs[instance]
+            if job.open and (self._now - at).total_seconds() > LEAVE_S:
+                self._cancel(job)
+                self._asked_at[instance] = self._now
+
+    def _cancel(self, job: JobRecord) -> None:
+        if job.job_id is not None:
+            self._get_submitter().cancel(job.job_id)
+
+    def _finish(self, over: Over) -> None:
+        self._write_end(InstanceState.FAILED if over.failed else InstanceState.STOPPED, over.reason)
+        num_failed = sum(job.ready_at is None for job in self._sorted())
+        if over.failed:
+            raise JobsFailing(
+                launch=self._folder.name,
+                num_failures=min(num_failed, MAX_FAILURES),
+                reason=over.reason.rstrip("."),
+                log_path=str(self._folder.best_log(self._sorted()[-1].instance)),
+            )
+
+    def _write_end(self, state: InstanceState, detail: str) -> None:
+        ended = {"state": state, "detail": detail, "ended_at": self._now}
+        self._record = self._record.model_copy(update=ended)
+        self._folder.write_launch(self._record)
+
+    def _remember(self, job: JobRecord) -> None:
+        order, plan = self._record.order, self._get_plan()
+        assert job.started_at is not None
+        assert job.ready_at is not None
+        self._history.add(
+            Passed(
+                machine=order.machine,
+                queue=plan.queue or "",
+                nodes=order.nodes,
+                walltime_s=order.walltime_s,
+                model=order.model,
+                wait_s=max(0.0, (job.started_at - job.submitted_at).total_seconds()),
+                load_s=max(0.0, (job.ready_at - job.started_at).total_seconds()),
+            )
+        )
+
+    def _forget(self, job: JobRecord) -> None:
+        """Void what is left of a job that has ended."""
+        self._folder.forget_secrets(job.instance)
+        self._asked_at.pop(job.instance, None)
+        try:
+            failed = job.state is InstanceState.FAILED
+            self._hub.end_instance(job.instance, job.detail, failed=failed)
+        except FabricError as error:
+            logger.info("the hub was not told: %s", error.message)
+
+    # ---- what is kept ------------------------------------------------------------------------
+
+    @property
+    def _now(self) -> datetime:
+        return self._clock()
+
+    def _sorted(self) -> list[JobRecord]:
+        return sorted(self._jobs.values(), key=lambda job: (job.submitted_at, job.replica))
+
+    def _put(self, job: JobRecord) -> None:
+        before = self._jobs.get(job.instance)
+        self._jobs[job.instance] = job
+        self._folder.write_job(job)
+        if before is None or before.state is not job.state:
+            self._changed_at = time.monotonic()
+            logger.info("%s (job %s) is %s: %s", job.instance, job.job_id, job.state, job.detail)
+
+    def _summarize(self) -> None:
+        """Keep in the launch's record how far its newest job is."""
+        jobs = [job for job in self._sorted() if job.open]
+        if not jobs:
+            return
+        ready = [job for job in jobs if job.state is InstanceState.READY]
+        shown = (ready or jobs)[-1]
+        record = self._record.model_copy(update={"state": shown.state, "detail": shown.detail})
+        on_disk = self._folder.launch()
+        if on_disk is not None and not on_disk.stop and record != self._record:
+            self._record = record
+            self._folder.write_launch(record)
+
+    def _walltime_s(self) -> int:
+        return self._record.order.walltime_s
+
+    def _get_plan(self, *, fresh: bool = False) -> LaunchPlan:
+        stale = fresh and time.monotonic() - self._planned_at >= FORECAST_S
+        if self._plan is None or stale:
+            self._plan = get_launch_plan(self._record.order, self._record.site, self._history)
+            self._planned_at = time.monotonic()
+        return self._plan
+
+    def _get_submitter(self) -> Submitter:
+        if self._submitter is None:
+            self._submitter = self._get_plan().get_submitter(self._folder.scripts)
+        return self._submitter
+
+
+def is_hopeless(error: FabricError) -> bool:
+    """Return whether trying again cannot help: nobody but the user can mend it."""
+    return isinstance(error, AuthError | UnknownModel | JobRefused)
+
+
+def history_path(root: Path) -> Path:
+    """Return where the history of a user's launches is kept."""
+    return root / "history.jsonl"

@@ -1,0 +1,57 @@
+"""What somebody who brings an allocation asks for."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from fabric.config.endpoint import Name, Walltime, to_seconds
+from fabric.messages import EngineOptions
+from fabric.messages.request import ModelRef
+from fabric.messages.wire import Wire
+
+Sharing = Literal["private", "project", "shared"]
+"""Who may use an instance: the key or login that launched it, its project, or everybody."""
+
+MAX_REPLICAS = 16
+
+
+def _in_utc(at: datetime) -> datetime:
+    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+
+
+class Order(Wire):
+    """Instances of a model in jobs of one machine.
+
+    Args:
+        model: ``name@revision``.
+        machine: The name of a site file that has a ``system``.
+        queue: A queue, partition or quality of service of it; ``None``: its default.
+        account: Which allocation of the machine's pays; ``None``: the user's default there.
+        nodes: Of one job, which runs one instance.
+        walltime: Of one job, ``HH:MM:SS``.
+        replicas: Jobs at once.
+        sharing: Who may use the instances.
+        keep_until: Jobs follow one another until then; ``None``: there is one generation.
+        idle_stop_s: Ends an instance that had nothing to do for so long.
+        options: How the engine is sized.
+    """
+
+    model: ModelRef
+    machine: Name
+    queue: Name | None = None
+    account: Name | None = None
+    nodes: int = Field(default=1, ge=1, le=100_000)
+    walltime: Walltime
+    replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS)
+    sharing: Sharing = "project"
+    keep_until: Annotated[datetime, AfterValidator(_in_utc)] | None = None
+    idle_stop_s: float | None = Field(default=None, gt=0)
+    options: EngineOptions = EngineOptions()
+
+    @property
+    def walltime_s(self) -> int:
+        """The walltime in seconds."""
+        return to_seconds(self.walltime)

@@ -1,0 +1,53 @@
+"""Instances that a user brings: how the hub is asked for them, and what it says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fabric.sdk.records import Record
+from fabric.sdk.results import Json
+from fabric.sdk.transport import Transport
+
+_PATH = "/v1/fabric/instances"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnInstance(Record):
+    """An instance in a job of one's own; ``connected`` says whether the hub has its session."""
+
+    instance: str
+    machine: str
+    site: str
+    model: str
+    sharing: str
+    state: str
+    connected: bool
+    num_running: int
+    num_waiting: int
+    created_at: str
+
+
+async def add(
+    transport: Transport, *, model: str, machine: str, sharing: str, lifetime_s: float
+) -> Json:
+    """Ask for the permission for one instance; see ``Fabric.add_instance``."""
+    body = {"model": model, "machine": machine, "sharing": sharing, "lifetime_s": lifetime_s}
+    reply: Json = await transport.post(_PATH, body)
+    return reply
+
+
+async def listed(transport: Transport) -> tuple[OwnInstance, ...]:
+    """Return the project's own instances, newest first."""
+    reply = await transport.get(_PATH)
+    return tuple(OwnInstance.from_reply(item) for item in reply["data"])
+
+
+async def drain(transport: Transport, instance: str) -> None:
+    """Ask an instance to finish what it has and leave."""
+    await transport.post(f"{_PATH}/{instance}/drain", {})
+
+
+async def end(transport: Transport, instance: str, reason: str, *, failed: bool) -> None:
+    """Void an instance's token."""
+    body = {"reason": reason[:1000], "failed": failed}
+    await transport.post(f"{_PATH}/{instance}/end", body)
