@@ -7,9 +7,10 @@ import time
 from base64 import b64decode
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol, TypeGuard, Unpack
 
-from fabric.errors import RequestInvalid
+from fabric.errors import PayloadMissing, RequestInvalid
 from fabric.messages import (
     EMBED_SAMPLING,
     Event,
@@ -265,10 +266,7 @@ class Gathered:
                 self._rest[event.run] = event
                 return
             told = StepSaves(
-                run=event.run,
-                step=event.step,
-                names=event.names,
-                data=b64decode(event.data or ""),
+                run=event.run, step=event.step, names=event.names, data=_data_of(event)
             )
             self._steps[event.run].append(told)
         if told and self._on_event:
@@ -285,12 +283,29 @@ class Gathered:
         return RunResult(
             id=id,
             names=tuple(names),
-            data=b64decode(rest.data or "") if rest else b"",
+            data=_data_of(rest) if rest else b"",
             steps=tuple(self._steps[id]),
             tokens=tuple(token.token_id for token in tokens),
             text="".join(token.text for token in tokens),
             finish_reason=tokens[-1].finish_reason if tokens else None,
         )
+
+
+def _data_of(saves: Saves) -> bytes:
+    """Return the file of saves: inline, or where ``fabric.engine.local`` has put it."""
+    if saves.data is not None:
+        return b64decode(saves.data)
+    path = (saves.handle or {}).get("path")
+    if not isinstance(path, str):
+        raise PayloadMissing(
+            store="this process",
+            key=str(saves.handle),
+            reason="the engine keeps large results elsewhere; start it with local_engine",
+        )
+    file = Path(path)
+    data = file.read_bytes()
+    file.unlink()
+    return data
 
 
 def is_engine(it: object) -> TypeGuard[LocalEngine]:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fabric.engine.config import EngineConfig
-from fabric.engine.source import ModelSource
+from fabric.engine.local import local_engine
 from fabric.engine.torch_engine import TorchEngine
 from fabric.messages import PointManifest, Program
 from fabric.programs import check, read_constants, read_header
@@ -57,10 +57,8 @@ def bare(tiny_dir: Path) -> Model:
 @pytest.fixture(scope="session")
 def engine(tiny_dir: Path) -> Iterator[TorchEngine]:
     config = EngineConfig(dtype="float32", num_threads=1, cache_bytes=8 * 2**20, max_rows=16)
-    engine = TorchEngine(ModelSource.parse(str(tiny_dir)), config, name="tiny")
-    engine.start()
-    yield engine
-    engine.close()
+    with local_engine(str(tiny_dir), config, name="tiny") as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

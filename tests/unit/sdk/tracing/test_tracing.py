@@ -392,6 +392,14 @@ def test_numbers_that_are_none_end_one_trace_and_not_the_engine(engine: Any, val
     assert np.isfinite(fine.value).all()
 
 
+def test_results_too_large_to_be_sent_are_read_from_where_they_are(engine: Any) -> None:
+    with trace(engine, PROMPT) as t:
+        h = t.layers[1].out.save("h")
+        large = (t.zeros(400_000, 4) + h[0, :4]).save("large")
+    assert large.value.nbytes > 4 * 2**20
+    np.testing.assert_allclose(large.value[-1], h.value[0, :4])
+
+
 def test_traces_of_several_threads_keep_apart(engine: Any) -> None:
     found: dict[int, np.ndarray] = {}
 
