@@ -27,7 +27,7 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        BackendFailed, EngineStopped, RankLost, AdapterMemoryFull,
     │                        AdapterUnavailable
     ├── ProgramError         ProgramInvalid, PointUnknown, PointRefused, ProgramTooLarge,
-    │                        ProgramFailed
+    │                        ProgramFailed, TraceError
     ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
     │                        UnknownStore, StoreUnreachable
     ├── VersionError         DigestMismatch, FunctionDrifted, ManifestInvalid, ReplicationFailed,
@@ -197,6 +197,9 @@ from fabric.errors.tickets import (
     TicketMissing,
     TicketSpent,
 )
+from fabric.errors.tracing import (
+    TraceError,
+)
 
 __all__ = [
     "AdapterInvalid",
@@ -311,6 +314,7 @@ __all__ = [
     "TokenExpired",
     "TokenInvalid",
     "TooManyRequests",
+    "TraceError",
     "UnknownAccount",
     "UnknownDevice",
     "UnknownModel",

@@ -97,12 +97,16 @@ class CompletionShape:
     def _logprobs(
         self, prompt: Sequence[ScoredToken], tokens: Sequence[Token], start: int = 0
     ) -> Json:
-        """Return the log probabilities of prompt tokens, and of tokens that begin at ``start``."""
+        """Return the log probabilities of prompt tokens, and of tokens that begin at ``start``.
+
+        ``token_ids`` are ours: whoever names tokens by their ids learns them here.
+        """
         scored = [(token.text, token) for token in prompt]
         generated = [(token.token_text, token) for token in tokens]
         both: list[tuple[str, ScoredToken | Token]] = [*scored, *generated]
         return {
             "tokens": [text for text, _ in both],
+            "token_ids": [token.token_id for _, token in both],
             "token_logprobs": [token.logprob for _, token in both],
             "top_logprobs": [_top(*pair) for pair in both] if self._alternatives else None,
             "text_offset": [*_offsets(prompt, 0), *_offsets(tokens, start)],

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from fabric.errors import RequestInvalid
-from fabric.sdk import adapters, batches, instances
+from fabric.sdk import adapters, batches, instances, programs
 from fabric.sdk.adapters import Adapter
 from fabric.sdk.batches import Batch
 from fabric.sdk.embeddings import Embeddings, EmbedOptions, build_bodies
 from fabric.sdk.instances import OwnInstance
 from fabric.sdk.options import Options, Prompt, as_conversation, build_body
+from fabric.sdk.programs import OnEvent, ProgramOptions, ProgramResult, PromptToken, Quote
 from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
 from fabric.sdk.results import Completion, Json
 from fabric.sdk.stream import AsyncStream
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import httpx
 
     from fabric.config import Settings
-    from fabric.messages import Placement
+    from fabric.messages import Placement, PointManifest, Program
     from fabric.sdk.login import Login
     from fabric.sdk.transport import Transport
 
@@ -60,6 +61,7 @@ class AsyncFabric:
         }
         self._num_retries = num_retries
         self._only_model: str | None = None
+        self._points: dict[str, PointManifest] = {}
         self._login: Login | None = None
 
     @property
@@ -126,6 +128,62 @@ class AsyncFabric:
             )
             replies.append(reply)
         return Embeddings.from_replies(replies)
+
+    async def points(self, model: str | None = None) -> PointManifest:
+        """Return where programs may read and write in a model; see ``Fabric.points``."""
+        from fabric.messages import PointManifest
+
+        name = model or await self._find_model()
+        if name not in self._points:
+            reply = await self._transport.get("/v1/fabric/points", {"model": name})
+            self._points[name] = PointManifest.model_validate(reply)
+        return self._points[name]
+
+    async def run_program(
+        self,
+        program: Program,
+        *,
+        model: str | None = None,
+        on_event: OnEvent | None = None,
+        **options: Unpack[ProgramOptions],
+    ) -> ProgramResult:
+        """Run an intervention program to its end; see ``Fabric.run_program``."""
+        return await programs.run(
+            self._transport, program, model or await self._find_model(), on_event, options
+        )
+
+    async def quote_program(
+        self, program: Program, *, model: str | None = None, **options: Unpack[ProgramOptions]
+    ) -> Quote:
+        """Return what a program would take at most.
+
+        Raises:
+            FabricError: It would be refused.
+        """
+        name = model or await self._find_model()
+        return await programs.quote(self._transport, program, name, options)
+
+    async def artifact(self, id: str) -> bytes:
+        """Return what the hub keeps of a program: a safetensors file.
+
+        Raises:
+            NotFound: There is none of that id, it is somebody else's, or it has expired.
+        """
+        return await self._transport.get_bytes(f"/v1/fabric/artifacts/{id}")
+
+    async def delete_artifact(self, id: str) -> None:
+        """Have the hub forget an artifact before it expires.
+
+        Raises:
+            NotFound: There is none of that id, it is somebody else's, or it has expired.
+        """
+        await self._transport.delete(f"/v1/fabric/artifacts/{id}")
+
+    async def tokens(
+        self, prompt: str | Sequence[int], *, model: str | None = None
+    ) -> tuple[PromptToken, ...]:
+        """Return a prompt's tokens as the model reads them; see ``Fabric.tokens``."""
+        return await programs.tokens(self._transport, prompt, model or await self._find_model())
 
     async def explain(self, prompt: Prompt, **options: Unpack[Options]) -> Placement:
         """Return where the request would run now, and the cost of every candidate.

@@ -16,12 +16,13 @@ from fabric.sdk.batches import Batch
 from fabric.sdk.embeddings import Embeddings, EmbedOptions
 from fabric.sdk.instances import OwnInstance
 from fabric.sdk.options import Options, Prompt
+from fabric.sdk.programs import OnEvent, ProgramOptions, ProgramResult, PromptToken, Quote
 from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
 from fabric.sdk.results import Completion, Json
 from fabric.sdk.stream import Stream
 
 if TYPE_CHECKING:
-    from fabric.messages import Placement
+    from fabric.messages import Placement, PointManifest, Program
 
 FabricFuture: TypeAlias = Future[Completion]
 """An answer to come. ``cancel`` works until it is there: a request that waits is never sent, and
@@ -140,6 +141,76 @@ class Fabric:
                 placed, or failed.
         """
         return self._background.run(self._fabric.embed(texts, **options))
+
+    def points(self, model: str | None = None) -> PointManifest:
+        """Return where programs may read and write in a model.
+
+        Raises:
+            FabricError: The model is not known, or serves no programs.
+        """
+        return self._background.run(self._fabric.points(model))
+
+    def run_program(
+        self,
+        program: Program,
+        *,
+        model: str | None = None,
+        on_event: OnEvent | None = None,
+        **options: Unpack[ProgramOptions],
+    ) -> ProgramResult:
+        """Run an intervention program to its end. ``fabric.trace`` makes programs.
+
+        Args:
+            program: Its runs, and its constants inline.
+            model: ``name`` or ``name@revision``.
+            on_event: Called with each token and each streamed save as it arrives, on the thread
+                of the client's connections: it must not block.
+            **options: See ``ProgramOptions``.
+
+        Raises:
+            FabricError: It was refused, could not be placed, or failed.
+        """
+        return self._background.run(
+            self._fabric.run_program(program, model=model, on_event=on_event, **options)
+        )
+
+    def quote_program(
+        self, program: Program, *, model: str | None = None, **options: Unpack[ProgramOptions]
+    ) -> Quote:
+        """Return what a program would take at most.
+
+        Raises:
+            FabricError: It would be refused.
+        """
+        return self._background.run(self._fabric.quote_program(program, model=model, **options))
+
+    def artifact(self, id: str) -> bytes:
+        """Return what the hub keeps of a program: a safetensors file.
+
+        Raises:
+            NotFound: There is none of that id, it is somebody else's, or it has expired.
+        """
+        return self._background.run(self._fabric.artifact(id))
+
+    def delete_artifact(self, id: str) -> None:
+        """Have the hub forget an artifact before it expires.
+
+        Raises:
+            NotFound: There is none of that id, it is somebody else's, or it has expired.
+        """
+        self._background.run(self._fabric.delete_artifact(id))
+
+    def tokens(
+        self, prompt: str | Sequence[int], *, model: str | None = None
+    ) -> tuple[PromptToken, ...]:
+        """Return the tokens of a text, or of token ids, as the model reads them.
+
+        It is a run of its own, which generates nothing.
+
+        Raises:
+            FabricError: The prompt was refused, could not be placed, or failed.
+        """
+        return self._background.run(self._fabric.tokens(prompt, model=model))
 
     def explain(self, prompt: Prompt, **options: Unpack[Options]) -> Placement:
         """Return where the request would run now, and the cost of every candidate.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fabric.sdk.records import Record
 from fabric.sdk.results import Json
-from fabric.sdk.transport import Transport
+
+if TYPE_CHECKING:
+    from fabric.sdk.transport import Transport
 
 _PATH = "/v1/fabric/instances"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -15,6 +15,8 @@ from fabric.sdk.results import Chunk, Completion, Json, merge_calls, merge_logpr
 
 if TYPE_CHECKING:
     import httpx
+
+_NOT_COMPLETE = "it ended without saying that it was complete"
 
 
 class AsyncStream:
@@ -116,7 +118,7 @@ class AsyncStream:
     async def _next_data(self) -> str | None:
         import httpx
 
-        cause = "it ended without saying that it was complete"
+        cause = _NOT_COMPLETE
         try:
             async for data in self._events:
                 if data != "[DONE]":
@@ -127,12 +129,7 @@ class AsyncStream:
         await self.aclose()
         if self._complete:
             return None
-        raise FabricError.rebuild(
-            "stream_broken",
-            f"The hub's stream broke after {self._num_chunks} chunk(s) ({cause}); what arrived is"
-            " not the whole answer. Send it again.",
-            {"num_chunks": self._num_chunks, "cause": cause},
-        )
+        raise broken(self._num_chunks, cause)
 
     def _take(self, reply: Json) -> None:
         if "error" in reply:
@@ -171,6 +168,44 @@ class AsyncStream:
                     because=because,
                 )
             )
+
+
+async def read_replies(response: httpx.Response) -> AsyncGenerator[Json, None]:
+    """Yield what the hub streams up to ``[DONE]``; the response is closed in any case.
+
+    Raises:
+        FabricError: The hub ended the run with an error.
+        StreamBroken: The connection ended before the answer did.
+    """
+    import httpx
+
+    from fabric.sdk.transport import read_error
+
+    num_replies, cause = 0, _NOT_COMPLETE
+    try:
+        async for data in _read_events(response):
+            if data == "[DONE]":
+                return
+            reply = json.loads(data)
+            if "error" in reply:
+                raise read_error(reply)
+            num_replies += 1
+            yield reply
+    except (httpx.TransportError, httpx.StreamError) as error:
+        cause = str(error).rstrip(".") or type(error).__name__
+    finally:
+        await response.aclose()
+    raise broken(num_replies, cause)
+
+
+def broken(num_chunks: int, cause: str) -> FabricError:
+    """Return the error of a stream that ended too early."""
+    return FabricError.rebuild(
+        "stream_broken",
+        f"The hub's stream broke after {num_chunks} chunk(s) ({cause}); what arrived is not the"
+        " whole answer. Send it again.",
+        {"num_chunks": num_chunks, "cause": cause},
+    )
 
 
 async def _read_events(response: httpx.Response) -> AsyncIterator[str]:

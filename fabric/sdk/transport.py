@@ -17,6 +17,8 @@ RETRY_DELAY_S = 0.25
 MAX_RETRY_DELAY_S = 15.0
 """A hub that asks for more patience than this is not waited for; the caller is told."""
 
+STREAM = "text/event-stream"
+
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -105,6 +107,22 @@ class Transport:
         """
         return (await self._send("GET", path)).text
 
+    async def get_bytes(self, path: str) -> bytes:
+        """Return the file at ``path``.
+
+        Raises:
+            FabricError: The hub refused, or cannot be reached.
+        """
+        return (await self._send("GET", path, expected="application/octet-stream")).content
+
+    async def put_bytes(self, path: str, data: bytes) -> Any:
+        """Put a file and return the JSON that comes back.
+
+        Raises:
+            FabricError: The hub refused, or cannot be reached.
+        """
+        return (await self._send("PUT", path, content={"content": data})).json()
+
     async def upload(
         self, path: str, files: Mapping[str, tuple[str, IO[bytes]]], form: Mapping[str, str]
     ) -> Any:
@@ -124,7 +142,7 @@ class Transport:
         Raises:
             FabricError: The hub refused, or cannot be reached.
         """
-        return await self._send("POST", path, json=body, deadline_s=deadline_s, stream=True)
+        return await self._send("POST", path, json=body, deadline_s=deadline_s, expected=STREAM)
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -139,7 +157,7 @@ class Transport:
         json: object = None,
         content: Mapping[str, Any] | None = None,
         deadline_s: float | None = None,
-        stream: bool = False,
+        expected: str = "application/json",
     ) -> httpx.Response:
         # The hub itself reports a passed deadline; give that report time to arrive.
         read_s = max(self._timeout_s, deadline_s + 5.0 if deadline_s else 0.0)
@@ -150,7 +168,7 @@ class Transport:
         request.extensions["timeout"] = {**request.extensions["timeout"], "read": read_s}
         for retries_left in range(self._num_retries, -1, -1):
             try:
-                return await self._send_once(request, read_s=read_s, stream=stream)
+                return await self._send_once(request, read_s=read_s, expected=expected)
             except FabricError as error:
                 delay_s = _retry_delay_s(error)
                 if not (retries_left and error.retryable and delay_s <= max_delay_s):
@@ -159,14 +177,13 @@ class Transport:
         raise AssertionError("the last attempt returns or raises")
 
     async def _send_once(
-        self, request: httpx.Request, *, read_s: float, stream: bool
+        self, request: httpx.Request, *, read_s: float, expected: str
     ) -> httpx.Response:
         try:
             response = await self._client.send(request, stream=True)
-            expected = "text/event-stream" if stream else "application/json"
             is_ours = response.headers.get("content-type", "").startswith(expected)
             try:
-                if stream and is_ours and response.is_success:
+                if expected == STREAM and is_ours and response.is_success:
                     return response
                 await response.aread()
             except BaseException:
