@@ -134,7 +134,7 @@ class Row:
         if (ends or full or complete) and not self.stream.stopped:
             text += self.stream.flush()
         if ends or complete or self.stream.stopped:
-            self.finish_reason = "stop"
+            self.finish_reason = "tool_calls" if self.stream.has_calls else "stop"
         elif full:
             self.finish_reason = "length"
         return text
@@ -160,6 +160,8 @@ class ActiveTask:
     received_at: float
     prefix_start: bytes
     """Where the names of its blocks start; see ``PrefixKey``."""
+    deltas: tuple[Delta, ...] = ()
+    """What changes the model's layers for its rows."""
     rows: list[Row] = field(default_factory=list)
     fork_blocks: list[int] = field(default_factory=list)
     """Taken for the choices that branch off when the prompt has run."""
@@ -202,11 +204,6 @@ class ActiveTask:
         """Choices that run: the first until the prompt is done, then all that have not ended."""
         rows = self.rows if self.forked else self.rows[:1]
         return [row for row in rows if row.finish_reason is None]
-
-    @property
-    def deltas(self) -> tuple[Delta, ...]:
-        """What changes the model's linear layers for it."""
-        return () if self.program is None else self.program.model.deltas
 
     def restart(self) -> None:
         """Forget what was computed of a task that gave its blocks up."""

@@ -195,6 +195,8 @@ class Run(Record):
     error_code: str | None
     created_at: str
     finished_at: str | None
+    adapter: str | None = None
+    """The digest of the adapter that it named."""
     program: str | None = None
 
     @property
