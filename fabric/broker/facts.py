@@ -38,6 +38,7 @@ class ReplicaSnapshot:
         start_wait_s: Expected seconds in the scheduler's queue if it must.
         load_s: Seconds until the model is loaded after that.
         modes: What it may be asked for.
+        adapters: Whether it serves adapters.
         caches_prefixes: Whether it has been seen to reuse the beginning of a prompt.
     """
 
@@ -61,6 +62,7 @@ class ReplicaSnapshot:
     load_s: float = 0.0
     caches_prefixes: bool = False
     modes: tuple[Mode, ...] = ("query",)
+    adapters: bool = False
 
     @property
     def cold_s(self) -> float:

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import cast
 
 from fabric.auth import Identity, TicketRecord
-from fabric.broker.admit import Admission
+from fabric.broker.admit import Admission, FindAdapter
 from fabric.broker.conclude import Also, Conclusion, End
 from fabric.broker.desk import ProgramDesk
 from fabric.broker.metering import Metering
@@ -85,6 +85,7 @@ class Broker:
         offload: The database's thread.
         settings: Limits and weights.
         observer: Hears of every run.
+        find_adapter: Finds the adapters that requests name; without it there are none.
     """
 
     def __init__(
@@ -95,13 +96,18 @@ class Broker:
         offload: Offload,
         settings: BrokerSettings | None = None,
         observer: Observer | None = None,
+        find_adapter: FindAdapter | None = None,
     ) -> None:
         self._settings = settings or BrokerSettings()
         self._ledger = ledger
         self._offload = offload
         self._observer: Observer = observer or Silent()
         self._admission = Admission(
-            ledger=ledger, catalog=catalog, offload=offload, settings=self._settings
+            ledger=ledger,
+            catalog=catalog,
+            offload=offload,
+            settings=self._settings,
+            find_adapter=find_adapter,
         )
         self._conclusion = Conclusion(ledger=ledger, catalog=catalog, offload=offload)
         self._metering = Metering(

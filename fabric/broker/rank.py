@@ -138,7 +138,9 @@ class Ranking:
             return []
         if self._request.mode != "query":  # every token of it, or of what it reads, is computed
             return []
-        if expected_tokens(self._request)[0] < settings.prefix_tokens:
+        # An adapter is loaded where it was used before: that is worth a few tokens too.
+        is_short = expected_tokens(self._request)[0] < settings.prefix_tokens
+        if is_short and self._request.adapter is None:
             return []
         key = prefix_key(self._request, self._context.digest, settings.prefix_tokens)
         rows = pool.affine(self._context.digest, key, settings.prefix_replicas)
@@ -175,6 +177,8 @@ class Ranking:
         barred_N |= total_N > pool.column("ends_at") - pool.now
         barred_N |= pool.column("max_rows") < request.sampling.n
         barred_N |= np.array([request.mode not in one.modes for one in pool.snapshots], bool)
+        if request.adapter is not None:
+            barred_N |= np.array([not one.adapters for one in pool.snapshots], bool)
         if (length := known_length(request)) is not None:
             barred_N |= pool.column("context_tokens") < length
         self.cost_N[barred_N] = math.inf

@@ -121,6 +121,7 @@ class Replica:
             load_s=self.load_s,
             caches_prefixes=self.caches_prefixes,
             modes=hello.limits.modes,
+            adapters=hello.limits.adapters,
         )
 
     def view(self) -> ReplicaView:

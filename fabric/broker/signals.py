@@ -38,6 +38,7 @@ class Ticket:
         created_at: When, by the wall clock (UTC).
         model: The resolved version as ``name@revision``.
         digest: Its digest; the run is never served by another.
+        adapter: The digest of the adapter that it names.
         offers: What it would cost, by site.
         rates: Prices, by site.
         held_allocation: The allocation that holds.
@@ -59,6 +60,7 @@ class Ticket:
     held_usu: int
     prompt_tokens_bound: int
     max_output_tokens: int
+    adapter: str | None = None
     bounds: ProgramBounds | None = None
 
     @property

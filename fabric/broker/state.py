@@ -250,6 +250,7 @@ class BrokerState:
                 deadline_s=max(run.deadline_at - now, 0.001),
                 window=self._settings.window_events,
                 cache_salt=self._get_salt(run.ticket.project),
+                adapter=run.ticket.adapter,
             ),
         )
 
@@ -431,6 +432,7 @@ class BrokerState:
             run=run.ticket.request.id,
             model=run.ticket.model,
             digest=run.ticket.digest,
+            adapter=run.ticket.adapter,
             site=placement.site,
             instance=placement.instance,
             attempts=run.attempt,

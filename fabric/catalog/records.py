@@ -113,6 +113,7 @@ class RunRecord:
     state: RunState
     created_at: datetime
     digest: str | None = None
+    adapter: str | None = None
     site: str | None = None
     instance: str | None = None
     attempts: int = 0

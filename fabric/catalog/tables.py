@@ -66,6 +66,7 @@ runs = Table(
     Column("key_id", Text, nullable=False),
     Column("model", Text, nullable=False),
     Column("digest", Text),
+    Column("adapter", Text),
     Column("site", Text),
     Column("instance", Text),
     Column("state", Text, nullable=False),

@@ -23,7 +23,7 @@ from fabric.errors import (
     NotRunning,
     PortInUse,
 )
-from fabric.messages import InstanceState
+from fabric.messages import EngineOptions, InstanceState
 from fabric.sdk import Fabric
 
 PROJECT = "local"
@@ -246,15 +246,9 @@ def get_plan(
     The machine's cores are divided among the sites where the template leaves it open: engines that
     compete for cores are many times slower than engines that have fewer of them.
     """
-    num_threads = max(1, len(os.sched_getaffinity(0)) // len(names))
+    num_cores = len(os.sched_getaffinity(0)) // len(names)
     models = tuple(
-        model.model_copy(
-            update={
-                "options": model.options.model_copy(
-                    update={"num_threads": model.options.num_threads or num_threads}
-                )
-            }
-        )
+        model.model_copy(update={"options": _with_threads(model.options, num_cores)})
         for model in template.models
     )
     return Plan(
@@ -264,3 +258,9 @@ def get_plan(
         sites=[template.model_copy(update={"name": name, "models": models}) for name in names],
         timeout_s=timeout_s,
     )
+
+
+def _with_threads(options: EngineOptions, num_cores: int) -> EngineOptions:
+    num_ranks = options.tensor_parallel * options.pipeline_parallel
+    num_threads = options.num_threads or max(1, num_cores // num_ranks)
+    return options.model_copy(update={"num_threads": num_threads})

@@ -15,6 +15,7 @@ import click
 import uvicorn
 from fastapi import FastAPI
 
+from fabric.adapters import Adapters
 from fabric.artifacts import Artifacts
 from fabric.auth import Authenticator, GlobusTokens, Groups, Keys
 from fabric.batches import Batches
@@ -64,12 +65,15 @@ async def open_hub(settings: Settings) -> AsyncIterator[FastAPI]:
         catalog, ledger, offload = Catalog(database), Ledger(database), Offload(database)
         authenticator = Authenticator(keys, offload, tokens)
         metrics, outreach = Metrics(), get_outreach(settings)
+        adapters = Adapters(database, StateDir(settings.state_dir).adapters_dir)
+        adapters.prepare()
         broker = Broker(
             ledger=ledger,
             catalog=catalog,
             offload=offload,
             settings=get_broker_settings(hub),
             observer=metrics,
+            find_adapter=adapters.find,
         )
         batches = Batches(
             database=database,
@@ -97,6 +101,7 @@ async def open_hub(settings: Settings) -> AsyncIterator[FastAPI]:
                 authenticator=authenticator,
                 outreach=outreach,
                 batches=batches,
+                adapters=adapters,
                 artifacts=artifacts,
                 settings=GatewaySettings(
                     body_limit_bytes=hub.body_limit_bytes, heartbeat_s=hub.heartbeat_s

@@ -36,6 +36,7 @@ _USER_TABLE = {
     "stop": (f"{_COMMANDS}.stop", "End a launch: drain its instances and its jobs."),
     "runs": (f"{_COMMANDS}.runs", "List your runs, or show one."),
     "usage": (f"{_COMMANDS}.usage", "Show allocations and charges."),
+    "adapter": (f"{_COMMANDS}.adapter", "Keep LoRA adapters of your own."),
     "batch": (f"{_COMMANDS}.batch", "Have many requests answered from one file."),
     "ticket": (f"{_COMMANDS}.ticket", "Get a ticket for raw Globus Compute calls at a site."),
     "config": (f"{_COMMANDS}.config", "Show settings and where they come from."),

@@ -78,6 +78,7 @@ def request_options(function: Command) -> Command:
     """Add what may be said about a request; the function gets ``options``, those given."""
 
     @click.option("--model", metavar="NAME[@REVISION]", help="The model to ask.")
+    @click.option("--adapter", metavar="NAME", help="One of your project's adapters.")
     @click.option("--max-tokens", type=click.IntRange(min=1), help="The most tokens to generate.")
     @click.option(
         "--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token."
@@ -105,7 +106,7 @@ def request_options(function: Command) -> Command:
 
 
 _REQUEST_OPTIONS = (
-    *("model", "max_tokens", "temperature", "seed", "stop", "sites"),
+    *("model", "adapter", "max_tokens", "temperature", "seed", "stop", "sites"),
     *("data_site", "data_bytes", "policy", "deadline_s"),
 )
 

@@ -68,6 +68,11 @@ class StateDir:
         return self.path / "files"
 
     @property
+    def adapters_dir(self) -> Path:
+        """Where the contents of adapters are kept."""
+        return self.path / "adapters"
+
+    @property
     def artifacts_dir(self) -> Path:
         """Where the artifacts of programs are kept."""
         return self.path / "artifacts"

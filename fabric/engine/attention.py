@@ -82,14 +82,18 @@ class StepAttention:
     Args:
         chunks: Of different rows, short ones first.
         cache: Their keys and values; those of the step are written to it.
+        invariant: Whether a token's bits may not depend on its chunk: all are computed one by one.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], cache: KvCache) -> None:
+    def __init__(self, chunks: Sequence[Chunk], cache: KvCache, *, invariant: bool = False) -> None:
         self._cache = cache
         device = cache.device
         self._native = load_native() if device.type == "cpu" else None
+        self._alone = invariant and self._native is None
         longest = 1 if self._native is None else _SHORT_TOKENS
-        short = list(itertools.takewhile(lambda chunk: len(chunk.tokens) <= longest, chunks))
+        short = list(
+            itertools.takewhile(lambda chunk: invariant or len(chunk.tokens) <= longest, chunks)
+        )
         self._num_singles = sum(len(chunk.tokens) for chunk in short)
         self._spans: list[_Span] = []
         end = self._num_singles
@@ -141,6 +145,8 @@ class StepAttention:
                 window=scoring.window,
                 cap=scoring.cap,
             )
+        if self._alone:
+            return self._attend_alone(layer, q_BHD, scoring)
         k_BMKD, v_BMKD = self._cache.read(layer, self._tables)
         # The query heads of one key-value head stand as G queries: no key is repeated.
         q_BKGD = q_BHD.reshape(q_BHD.shape[0], k_BMKD.shape[2], -1, q_BHD.shape[2])
@@ -152,6 +158,17 @@ class StepAttention:
             scoring,
         )
         return out_BKGD.reshape(q_BHD.shape[0], q_BHD.shape[1], -1)
+
+    def _attend_alone(self, layer: int, q_BHD: Tensor, scoring: Scoring) -> Tensor:
+        """Attend token by token, each over its own past and no padding."""
+        outputs = []
+        for q_HD, table, length in zip(q_BHD, self._tables, self._lengths_B.tolist(), strict=True):
+            k_1MKD, v_1MKD = self._cache.read(layer, table[None, : _num_blocks(length)])
+            begin = max(0, length - scoring.window) if scoring.window else 0
+            k_MKD, v_MKD = k_1MKD[0, begin:length], v_1MKD[0, begin:length]
+            visible_1M = torch.ones(1, length - begin, dtype=torch.bool, device=q_HD.device)
+            outputs.append(_attend_dense(q_HD[None], k_MKD, v_MKD, visible_1M, scoring))
+        return torch.cat(outputs)
 
     def _visible_B11M(self, window: int) -> Tensor:
         if window not in self._visible:

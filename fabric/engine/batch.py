@@ -24,11 +24,12 @@ from fabric.errors import (
     DeadlineExceeded,
     EngineError,
     FabricError,
+    RankLost,
     RequestCancelled,
     RequestInvalid,
     RowFailed,
 )
-from fabric.messages import Event, Load, ProgramInput, Task
+from fabric.messages import Event, Load, ProgramInput, StepTimes, Task
 
 _logger = getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Batch:
             programs.attach(self._scheduler, tell)
         self._prefill, self._decode = _Rate(), _Rate()
         self._busy_s = 0.0
+        self._steps = {"prefill": StepTimes(), "decode": StepTimes(), "mixed": StepTimes()}
 
     @property
     def busy(self) -> bool:
@@ -98,6 +100,9 @@ class Batch:
             prefill_wait_s=self._costs.predict(self._scheduler.num_due_tokens),
             prefill_tokens_per_s=self._prefill.per_s,
             decode_tokens_per_s=self._decode.per_s,
+            prefill_steps=self._steps["prefill"],
+            decode_steps=self._steps["decode"],
+            mixed_steps=self._steps["mixed"],
         )
 
     def add(self, task: Task, sink: EventSink, *, received_at: float) -> None:
@@ -163,6 +168,8 @@ class Batch:
                 runs = self._speculator.extend(runs)
             model_started = time.perf_counter()
             outcome = run_step(runs, self._runner, self._scheduler)
+        except RankLost:
+            raise  # no further step is possible
         except Exception as error:
             _logger.exception("a step failed", extra={"num_runs": len(runs)})
             for active in involved:
@@ -227,6 +234,10 @@ class Batch:
         num_chosen = sum(c.row in rows for chosen in outcome.chosen.values() for c in chosen)
         self._prefill.add(total - sum(run.num_tokens for run in decoding), seconds)
         self._decode.add(num_chosen, seconds)
+        num_decoding = sum(run.num_tokens for run in decoding)
+        phase = "decode" if num_decoding == total else "mixed" if num_decoding else "prefill"
+        before = self._steps[phase]
+        self._steps[phase] = StepTimes(num=before.num + 1, seconds=before.seconds + seconds)
 
     def _advance(self, active: ActiveTask, chosen: Sequence[Chosen]) -> None:
         if active.program is not None:

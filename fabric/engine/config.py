@@ -14,6 +14,8 @@ class EngineConfig:
 
     Args:
         dtype: Of the weights and the KV cache.
+        weights: ``int8`` keeps those of linear layers in 8 bits with a scale for each output; the
+            digest and the dtype that replies name say so.
         num_threads: Threads torch uses for one operation; 0 leaves torch's default.
         cache_bytes: Memory of the KV cache.
         max_rows: The most choices that run at once.
@@ -22,35 +24,86 @@ class EngineConfig:
         slowdown: How many times longer than decoding alone a step with prefill may take; prefill
             takes what room that leaves, but always a little.
         context_tokens: The longest row; ``None``: as long as the model allows.
+        batch_invariant: Whether an answer's bits may depend on nothing but the request: not on the
+            batch, the cached part of its prompt, or how its prompt was cut. Long prompts take
+            longer.
         speculation: Whether several tokens of a row may be verified at once, and who guesses them:
             ``lookup`` in the row's own text, ``model`` by ``draft_model``. Answers stay the same.
         draft_model: Source of a smaller model with the same tokenizer.
+        tensor_parallel: Processes that divide every matrix; ``cache_bytes`` is of each process.
+        pipeline_parallel: Stages, by layers, that follow each other; each is a tensor group.
+        stage_layers: Layers of each stage; ``None``: as even as can be.
+        partitioner: What divides matrices: torch's collectives, or DeepSpeed's AutoTP.
+        rendezvous: ``HOST:PORT`` by which ranks on other nodes reach this one; ``None``: all ranks
+            are here.
+        local_ranks: Ranks on this node; ``None``: all.
+        rank_timeout_s: How long a rank may be silent before it counts as lost.
+        offload: Where weights are that do not fit: ``disk`` leaves the layers' matrices in the
+            model's files and reads them at every step.
+        adapter_bytes: Memory of the adapters that are loaded.
 
     Raises:
         SettingInvalid: A number is out of range.
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    weights: Literal["as loaded", "int8"] = "as loaded"
     num_threads: int = 0
     cache_bytes: int = 512 * 2**20
     max_rows: int = 64
     step_tokens: int = 512
     slowdown: float = 1.8
     context_tokens: int | None = None
+    adapter_bytes: int = 256 * 2**20
+    batch_invariant: bool = False
     speculation: Literal["off", "lookup", "model"] = "off"
     draft_model: str | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    stage_layers: tuple[int, ...] | None = None
+    partitioner: Literal["torch", "deepspeed"] = "torch"
+    rendezvous: str | None = None
+    local_ranks: int | None = None
+    rank_timeout_s: float = 60.0
+    offload: Literal["none", "host", "disk"] = "none"
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that hold the model together."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     def __post_init__(self) -> None:
-        for setting, least in (("num_threads", 0), ("cache_bytes", 1), ("max_rows", 1)):
+        for setting, least in (
+            *(("num_threads", 0), ("cache_bytes", 1), ("max_rows", 1), ("adapter_bytes", 0)),
+        ):
             if getattr(self, setting) < least:
                 self._refuse(setting, f"it must be at least {least}")
+        for setting in ("tensor_parallel", "pipeline_parallel"):
+            if getattr(self, setting) < 1:
+                self._refuse(setting, "it must be at least 1")
+        if self.local_ranks is not None and not 1 <= self.local_ranks <= self.num_ranks:
+            self._refuse("local_ranks", f"it must be from 1 to the {self.num_ranks} ranks")
+        if self.local_ranks not in (None, self.num_ranks) and self.rendezvous is None:
+            self._refuse("rendezvous", "ranks on other nodes need HOST:PORT of this one")
+        if self.stage_layers is not None and (
+            len(self.stage_layers) != self.pipeline_parallel or min(self.stage_layers) < 1
+        ):
+            self._refuse("stage_layers", "it must have one number of layers for each stage")
+        if not self.rank_timeout_s > 0:
+            self._refuse("rank_timeout_s", "it must be over 0")
         if self.step_tokens <= self.max_rows:
             self._refuse("step_tokens", "it must be over max_rows, or prefill could never run")
         if not self.slowdown >= 1.0:
             self._refuse("slowdown", "it must be at least 1")
         if self.context_tokens is not None and self.context_tokens < 1:
             self._refuse("context_tokens", "it must be at least 1")
-        for setting in ("dtype", "speculation"):
+        if self.num_ranks > 1 or self.offload != "none":
+            for setting in ("draft_model", "batch_invariant"):
+                if getattr(self, setting):
+                    self._refuse(setting, "a model that is divided or offloaded does not take it")
+            if self.weights != "as loaded":
+                self._refuse("weights", "a model that is divided or offloaded is run as loaded")
+        for setting in ("dtype", "weights", "speculation"):
             if getattr(self, setting) not in get_args(get_type_hints(EngineConfig)[setting]):
                 self._refuse(setting, "it must be one of those that the documentation names")
         if (self.speculation == "model") != (self.draft_model is not None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fabric.engine.cache import LayerShape
@@ -25,6 +26,8 @@ class DraftModel:
     name: str
     model: PreTrainedModel
     layers: Sequence[LayerShape]
+    expected: Tensor
+    """What ``verify_runner`` compares with."""
 
     def drafter(self, *, num_blocks: int, step_tokens: int) -> ModelDrafter:
         """Return what guesses with it, over as many cache blocks as the rows have.
@@ -32,11 +35,8 @@ class DraftModel:
         Raises:
             ModelNotLoadable: Its attention is not one we can compute.
         """
-        expected = reference_logits(self.model)
-        pack_linears(self.model)
-        fuse(self.model)
         runner = Runner(self.model, self.layers, num_blocks=num_blocks)
-        verify_runner(runner, expected, name=self.name)
+        verify_runner(runner, self.expected, name=self.name)
         return ModelDrafter(runner, step_tokens=step_tokens)
 
 
@@ -65,5 +65,9 @@ def load_draft_model(
             reason=f"its context of {loaded.context_tokens} tokens is shorter than the"
             f" {context_tokens} of the model it drafts; set context_tokens",
         )
-    layers = observe_layers(loaded.model, name=source)
-    return DraftModel(name=source, model=loaded.model, layers=layers)
+    model = loaded.model
+    layers = observe_layers(model, name=source)
+    expected = reference_logits(model)
+    pack_linears(model)
+    fuse(model)
+    return DraftModel(name=source, model=model, layers=layers, expected=expected)

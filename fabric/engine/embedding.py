@@ -6,6 +6,7 @@ from fabric.engine.encoder import Encoder
 from fabric.engine.encoder_batch import EncoderBatch
 from fabric.engine.interface import EngineInfo
 from fabric.engine.torch_engine import VERSIONS, TorchEngine
+from fabric.errors import ModelNotLoadable
 from fabric.messages import Limits
 
 __all__ = ["EmbeddingEngine"]
@@ -19,6 +20,12 @@ class EmbeddingEngine(TorchEngine):
 
     def _build(self) -> EncoderBatch:
         config = self._config
+        if config.num_ranks > 1 or config.offload != "none":
+            raise ModelNotLoadable(
+                model=self._name,
+                reason="sentence-embedding models run in one process, in memory; leave"
+                " tensor_parallel, pipeline_parallel and offload out",
+            )
         encoder = Encoder(
             self._source,
             name=self._name,

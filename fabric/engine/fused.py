@@ -1,16 +1,20 @@
-"""Norms and rotary positions in one pass each, where a model computes them as Llama does.
+"""Norms, rotary positions and activations in one pass each, row by row.
 
-Which modules do is decided by their source: transformers copies the same few lines into every
-family that uses them. Modules with other lines stay as they are.
+Which modules compute what Llama's do is decided by their source: transformers copies the same few
+lines into every family that uses them. Modules with other lines stay as they are. torch's own
+functions of single numbers may round the last ones of a tensor differently; these never do, so that
+a row's bits do not depend on those beside it.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
@@ -18,6 +22,19 @@ from transformers.models.llama import modeling_llama
 from fabric.engine.native import Native, load_native
 
 _ROTATE = "apply_rotary_pos_emb"
+
+_PAGE = 256
+"""Positions whose rotations are computed together."""
+
+_GATES = {
+    "SiLU": (1.0, 0.0),
+    "SiLUActivation": (1.0, 0.0),
+    "GELUTanh": (2 * (2 / math.pi) ** 0.5, 2 * (2 / math.pi) ** 0.5 * 0.044715),
+}
+"""Activations by their modules' names: x times the logistic function of a x + b x³."""
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
 _llama_rotate: Callable[..., tuple[Tensor, Tensor]] = modeling_llama.apply_rotary_pos_emb
 
 
@@ -36,8 +53,58 @@ class RmsNorm(nn.Module):  # type: ignore[misc]
         return self._native.rms_norm(rows, self.weight, self.variance_epsilon).view(x.shape)
 
 
+class Gate(nn.Module):  # type: ignore[misc]
+    """SiLU, or GELU by tanh: both are the input times a logistic function of it."""
+
+    def __init__(self, native: Native, a: float, b: float) -> None:
+        super().__init__()
+        self._native, self._a, self._b = native, a, b
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activation of ``x`` [..., K], in its shape and dtype."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return self._native.gate(rows, self._a, self._b).view(x.shape)
+
+
+class RotaryTable(nn.Module):  # type: ignore[misc]
+    """Cosines and sines by position, computed once, always so many positions together.
+
+    Args:
+        rotary: The model's module; called with positions, and whatever else it takes.
+    """
+
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, *more: object, **named: object
+    ) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, each [1, N, D] in the dtype of ``x``."""
+        key = (x.dtype, *more, *named.items())
+        num = int(position_ids.max()) + 1
+        if key not in self._tables or len(self._tables[key][0]) < num:
+            pages = [
+                self.rotary(x, at[None], *more, **named)
+                for at in torch.arange(_up(num)).to(position_ids.device).split(_PAGE)
+            ]
+            cosines, sines = (torch.cat([page[i][0] for page in pages]) for i in range(2))
+            self._tables[key] = cosines, sines
+        cosines, sines = self._tables[key]
+        return cosines[position_ids], sines[position_ids]
+
+
+def _up(num: int) -> int:
+    """Return the power of two of pages that holds so many positions."""
+    return _PAGE << (-(-num // _PAGE) - 1).bit_length()
+
+
 def fuse(model: PreTrainedModel) -> None:
-    """Let the model's norms and rotary positions run in one pass, if the kernels are there."""
+    """Let norms, positions and activations run in one pass each, where the kernels are there."""
+    for name, module in list(model.named_modules()):
+        if name.endswith("rotary_emb") and not isinstance(module, RotaryTable):
+            model.set_submodule(name, RotaryTable(module))
     native = load_native()
     if native is None or model.device.type != "cpu":
         return
@@ -49,6 +116,8 @@ def fuse(model: PreTrainedModel) -> None:
                 model.set_submodule(name, RmsNorm(module, native))
         elif _same_source(_rotation_of(module), _llama_rotate):
             setattr(sys.modules[type(module).__module__], _ROTATE, _rotate)
+        elif (gate := _GATES.get(type(module).__name__)) and model.dtype in _DTYPES:
+            model.set_submodule(name, Gate(native, *gate))
 
 
 def _rotation_of(module: nn.Module) -> object:

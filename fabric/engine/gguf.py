@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers import modeling_gguf_pytorch_utils as conversion
 from transformers.integrations.ggml import convert_gguf_tokenizer
+
+_GROUP_ROWS = 512
+"""Rows that are dequantized together: as many as stay in the processor's cache."""
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -44,6 +49,13 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         )["tensors"]
     model = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     return model, _tokenizer(header)
+
+
+def read_gguf_config(path: Path) -> PreTrainedConfig:
+    """Return the configuration of a GGUF file, as ``load_gguf`` has it."""
+    with _quick_conversion():
+        header = conversion.load_gguf_checkpoint(str(path))
+        return AutoConfig.for_model(**header["config"])
 
 
 def _tokenizer(header: dict[str, Any]) -> PreTrainedTokenizerFast:
@@ -90,11 +102,39 @@ def _replaced(owner: object, **attributes: object) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def _parse_value(value: np.ndarray[Any, Any], types: list[int]) -> object:
+    """Do what transformers' function of this name does, for strings without a list of bytes."""
+    if types[-1] == gguf.GGUFValueType.STRING:
+        return value.tobytes().decode()
+    return _parse_any_value(value, types)
+
+
+_parse_any_value = conversion._gguf_parse_value
+
+
+def _apply_over_rows(
+    convert: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
+    arr: np.ndarray[Any, Any],
+    otype: Any,
+    oshape: tuple[int, ...],
+) -> np.ndarray[Any, Any]:
+    """Do what gguf's ``_apply_over_grouped_rows`` does, with fewer and larger groups."""
+    rows = arr.reshape((-1, arr.shape[-1]))
+    out = np.empty((rows.shape[0], math.prod(oshape) // rows.shape[0]), dtype=otype)
+    for begin in range(0, rows.shape[0], _GROUP_ROWS):
+        group = slice(begin, begin + _GROUP_ROWS)
+        out[group] = convert(rows[group]).reshape(out[group].shape)
+    return out.reshape(oshape)
+
+
 def _quick_conversion() -> contextlib.ExitStack:
     """Let conversions share one parse of the file and one table of names, without progress bars."""
     stack = contextlib.ExitStack()
     name_map = functools.cache(gguf.get_tensor_name_map)
     reader = functools.cache(_Reader)
     stack.enter_context(_replaced(gguf, GGUFReader=reader, get_tensor_name_map=name_map))
-    stack.enter_context(_replaced(conversion, tqdm=lambda tensors, **_: tensors))
+    stack.enter_context(
+        _replaced(conversion, tqdm=lambda tensors, **_: tensors, _gguf_parse_value=_parse_value)
+    )
+    stack.enter_context(_replaced(gguf.quants, _apply_over_grouped_rows=_apply_over_rows))
     return stack

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fabric.engine.blocks import PrefixKey
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.constraints import Grammars
 from fabric.engine.interface import EventSink
+from fabric.engine.lowrank import Delta
 from fabric.engine.pooling import check_dimensions
 from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.sampling import fresh_seed
-from fabric.engine.text import Texts, TextStream
+from fabric.engine.text import Texts
 from fabric.errors import CacheExhausted, ContextExceeded, DigestMismatch, RequestInvalid
 from fabric.messages import Limits, ProgramInput, Task, Usage
 
@@ -24,6 +27,7 @@ class Intake:
         digest: Of the model's tensors.
         limits: Of the instance.
         dimensions: Of the model's embeddings.
+        deltas_of: Returns what a task changes in the model's layers.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Intake:
         digest: str,
         limits: Limits,
         dimensions: int,
+        deltas_of: Callable[[Task], tuple[Delta, ...]],
     ) -> None:
         self._texts = texts
         self._grammars = grammars
@@ -42,6 +47,7 @@ class Intake:
         self._digest = digest
         self._limits = limits
         self._dimensions = dimensions
+        self._deltas_of = deltas_of
         self.prefix_key = PrefixKey()
         """Of all prefixes of the engine."""
 
@@ -86,7 +92,10 @@ class Intake:
             seed=fresh_seed() if wanted.seed is None else wanted.seed,
             received_at=received_at,
             # Without a salt a task shares its prefixes with nobody but itself.
-            prefix_start=self.prefix_key.start(task.cache_salt or f"{task.id}#{task.attempt}"),
+            prefix_start=self.prefix_key.start(
+                task.cache_salt or f"{task.id}#{task.attempt}", variant=task.adapter or ""
+            ),
+            deltas=self._deltas_of(task),
             forked=wanted.n == 1,
             usage=Usage(prompt_tokens=len(prompt)),
         )
@@ -98,7 +107,9 @@ class Intake:
                 active=active,
                 choice=choice,
                 tokens=list(prompt),
-                stream=TextStream(self._texts, wanted.stop),
+                stream=self._texts.stream(
+                    request.input, stops=wanted.stop, seed=f"{task.id}/{choice}"
+                ),
                 matcher=None if constraint is None else self._grammars.start(constraint),
             )
             for choice in range(wanted.n)
@@ -106,6 +117,7 @@ class Intake:
         for token_id in task.prefix:
             if not active.finished:
                 active.rows[0].append(token_id)
+                active.rows[0].stream.take_calls()  # the caller has them
         if active.max_tokens == 0 and not active.reads_all:
             active.end_empty()
         return active

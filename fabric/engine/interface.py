@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
+from fabric.errors import FabricError
 from fabric.messages import Event, Limits, Load, PointManifest, Task
 
 EventSink = Callable[[Event], None]
 """Takes the events of one task in order. Called on the engine's thread; must not block."""
+
+FetchAdapter = Callable[[str], bytes]
+"""Returns an adapter's file (``fabric.payloads.lora``) by its digest; may block.
+
+Raises ``AdapterUnavailable`` where that is not possible.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +43,17 @@ class Engine(Protocol):
     def info(self) -> EngineInfo:
         """Facts of the loaded model. Known after ``start``."""
 
+    @property
+    def failure(self) -> Future[FabricError]:
+        """Done when the engine has ended by itself, with the reason; its tasks fail then."""
+
     def start(self) -> None:
         """Load the model and start the engine's thread.
 
         Raises:
             ModelNotLoadable: The files are missing or of a kind that cannot be served.
             DigestMismatch: The tensors are not those that were asked for.
+            RankLost: A process that should hold part of the model ended meanwhile.
         """
 
     def submit(self, task: Task, sink: EventSink) -> None:

@@ -5,15 +5,24 @@ Shapes: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from fabric.engine.native import Native, load_native
+from fabric.engine.native import PANEL, Native, load_native
 
 _TYPICAL_ROWS = 32
 """The batch that oneDNN lays weights out for."""
+
+_TILE_ROWS = 16
+"""Rows that torch multiplies at once where the batch may not change a row's result."""
+
+Multiplier = Callable[[Tensor], Tensor]
+"""x [M, K] -> y [M, N], both in the weight's dtype."""
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that are given the same input."""
@@ -39,18 +48,13 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
 class _Packed:
     """The weight of one layer, or of siblings that are given the same input."""
 
-    def __init__(self, linears: Sequence[nn.Linear], native: Native | None) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], *, invariant: bool, int8: bool) -> None:
         weight = torch.cat([linear.weight.detach() for linear in linears])
         biased = any(linear.bias is not None for linear in linears)
-        self._bias = torch.cat([_bias_of(linear) for linear in linears]) if biased else None
+        bias = torch.cat([_bias_of(linear) for linear in linears]) if biased else None
         self._sizes = [linear.out_features for linear in linears]
         self._num_outputs = sum(self._sizes)
-        self._native = native
-        self._weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
-            if native is None
-            else native.pack(weight)
-        )
+        self._multiplier = get_multiplier(weight, bias, invariant=invariant, int8=int8)
         self._members: list[PackedLinear] = []
         self._input: Tensor | None = None
         self._parts: dict[int, Tensor] = {}
@@ -77,27 +81,97 @@ class _Packed:
         return part
 
     def _multiply(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if self._native is not None:
-            out = self._native.linear(rows, self._weight, self._bias, self._num_outputs)
-        else:
-            out = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+        out = self._multiplier(x.reshape(-1, x.shape[-1]))
         return out.view(*x.shape[:-1], self._num_outputs)
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Pack the model's bfloat16 linear layers where this CPU computes them natively.
+def get_multiplier(
+    weight_NK: Tensor, bias_N: Tensor | None, *, invariant: bool, int8: bool = False
+) -> Multiplier:
+    """Return the fastest way to multiply by a weight on this CPU.
+
+    Args:
+        weight_NK: In float32 or bfloat16.
+        bias_N: Added to every row; in the same dtype.
+        invariant: Whether a row's result may not depend on the rows beside it.
+        int8: Whether to keep the weight in 8 bits, with a scale for each output.
+    """
+    num_outputs, num_inputs = weight_NK.shape
+    native = load_native()
+    if native is not None and not native.multiplies(weight_NK.dtype):
+        native = None
+    if native is not None and weight_NK.dtype == torch.bfloat16 and num_inputs % 2:
+        native = None
+    if int8:
+        levels_NK, scales_N = quantize(weight_NK)
+        if native is not None and weight_NK.dtype == torch.bfloat16:
+            scales = F.pad(scales_N, (0, -num_outputs % PANEL))
+            return partial(
+                _multiply_natively, native, native.pack(levels_NK), bias_N, num_outputs, scales
+            )
+        multiply: Multiplier = partial(_multiply_levels, levels_NK, scales_N, bias_N)
+    elif native is not None:
+        return partial(
+            _multiply_natively, native, native.pack(weight_NK), bias_N, num_outputs, None
+        )
+    elif weight_NK.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK, _TYPICAL_ROWS)
+        multiply = partial(_multiply_by_onednn, packed, bias_N)
+    else:
+        multiply = partial(F.linear, weight=weight_NK, bias=bias_N)
+    return partial(_multiply_in_tiles, multiply) if invariant else multiply
+
+
+def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight's levels, int8 [N, K] from -127 to 127, and its scales, float32 [N]."""
+    weight_NK = weight_NK.float()
+    scales_N = weight_NK.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (weight_NK / scales_N[:, None]).round().to(torch.int8), scales_N
+
+
+def _multiply_natively(
+    native: Native,
+    packed: Tensor,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    scales: Tensor | None,
+    x_MK: Tensor,
+) -> Tensor:
+    return native.linear(x_MK, packed, bias_N, num_outputs, scales)
+
+
+def _multiply_levels(
+    levels_NK: Tensor, scales_N: Tensor, bias_N: Tensor | None, x_MK: Tensor
+) -> Tensor:
+    y_MN = F.linear(x_MK, levels_NK.to(x_MK.dtype)) * scales_N
+    return (y_MN if bias_N is None else y_MN + bias_N).to(x_MK.dtype)
+
+
+def _multiply_by_onednn(packed: Tensor, bias_N: Tensor | None, x_MK: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x_MK, packed, bias_N, "none", [], "")
+
+
+def _multiply_in_tiles(multiply: Multiplier, x_MK: Tensor) -> Tensor:
+    """Multiply always as many rows at once: torch chooses its order of sums by their number."""
+    num_rows = x_MK.shape[0]
+    padded = F.pad(x_MK, (0, 0, 0, -num_rows % _TILE_ROWS))
+    return torch.cat([multiply(tile) for tile in padded.split(_TILE_ROWS)])[:num_rows]
+
+
+def pack_linears(model: nn.Module, *, invariant: bool = False, int8: bool = False) -> None:
+    """Pack the model's linear layers for this CPU.
 
     Weights are laid out once, not at every call. An embedding tied to a layer keeps its own copy.
+
+    Args:
+        model: Its layers are replaced.
+        invariant: Whether a row's result may not depend on the rows beside it.
+        int8: Whether weights are kept in 8 bits; those of the output layer are not.
     """
-    native = load_native()
-    if native is not None and not native.has_linear:
-        native = None
-    if native is None and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for names in list(_groups(model)):
         linears = [model.get_submodule(name) for name in names]
-        packed = _Packed(linears, native)
+        packed = _Packed(linears, invariant=invariant, int8=int8 and head not in linears)
         for name, layer in zip(names, packed.layers(linears), strict=True):
             model.set_submodule(name, layer)
 
@@ -117,9 +191,8 @@ def _groups(model: nn.Module) -> Iterator[list[str]]:
 def _fits(module: nn.Module) -> bool:
     return (
         type(module) is nn.Linear
-        and module.weight.dtype == torch.bfloat16
+        and module.weight.dtype in (torch.float32, torch.bfloat16)
         and module.weight.device.type == "cpu"
-        and module.in_features % 2 == 0
     )
 
 

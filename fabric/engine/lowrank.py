@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fabric.engine.native import load_native
+from fabric.engine.native import Native, load_native
 from fabric.errors import LowRankInvalid
 
 Table = NDArray[np.int64]
@@ -87,7 +87,7 @@ class LowRankLayers:
         self._indices = {name: i for i, name in enumerate(sizes)}
         self._modules: list[nn.Module] = [model.get_submodule(name) for name in sizes]
         parameter = next(model.parameters())
-        self._dtype, self._device = parameter.dtype, parameter.device
+        self.dtype, self._device = parameter.dtype, parameter.device
         self._wrapped = False
         self._step: _Step | None = None
 
@@ -130,7 +130,7 @@ class LowRankLayers:
             self._step = before
 
     def _move(self, x: Tensor) -> Tensor:
-        return x.detach().to(self._device, self._dtype).contiguous()
+        return x.detach().to(self._device, self.dtype).contiguous()
 
     def _wrap(self) -> None:
         if self._wrapped:
@@ -157,15 +157,13 @@ class _Step:
 
     def add(self, layer: int, x_1NK: Tensor, y_1NO: Tensor) -> Tensor:
         """Return the layer's output with what the deltas add to it."""
-        native = self._native
         if y_1NO.requires_grad:
             return self._add_recorded(layer, x_1NK, y_1NO)
-        x_NK, y_NO = x_1NK[0], y_1NO[0]
         for span in self._long:
-            _add(span, layer, x_NK, y_NO[span.start : span.stop])
-        for round_ in self._rounds:
-            if native is not None and round_.changes[layer]:
-                native.add_lowrank(x_NK, y_NO, round_.tokens_T, round_.table_LT3[layer])
+            _add(span, layer, x_1NK[0], y_1NO[0, span.start : span.stop])
+        if self._native is not None:
+            for round_ in self._rounds:
+                round_.add(self._native, layer, x_1NK, y_1NO)
         return y_1NO
 
     def _add_recorded(self, layer: int, x_1NK: Tensor, y_1NO: Tensor) -> Tensor:
@@ -189,11 +187,20 @@ class _Round:
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self.spans = spans
-        self.tokens_T = np.concatenate([np.arange(s.start, s.stop) for s in spans])
+        self._tokens_T = np.concatenate([np.arange(s.start, s.stop) for s in spans])
         tables = [s.delta.table for s in spans for _ in range(s.start, s.stop)]
-        self.table_LT3: Table = np.stack(tables, axis=1)
-        self.changes: list[bool] = self.table_LT3[:, :, 2].any(axis=1).tolist()
-        """Whether anything changes, by layer."""
+        self._table_LT3: Table = np.stack(tables, axis=1)
+        self._num_tokens = len(tables)
+        # Asked once: numpy takes longer to find them than the kernel to add a row.
+        self._tokens, self._table = self._tokens_T.ctypes.data, self._table_LT3.ctypes.data
+        self._layer_bytes = self._table_LT3.strides[0]
+        ranks_L: Table = self._table_LT3[:, :, 2].max(axis=1)
+        self._ranks: list[int] = ranks_L.tolist()
+
+    def add(self, native: Native, layer: int, x_1NK: Tensor, y_1NO: Tensor) -> None:
+        if self._ranks[layer]:
+            table = self._table + layer * self._layer_bytes
+            native.add_lowrank(x_1NK, y_1NO, self._tokens, table, self._num_tokens)
 
 
 def _distinct(spans: Sequence[Span]) -> list[list[Span]]:

@@ -49,9 +49,12 @@ static inline float exp_negative(float x) {
     return value * power;
 }
 
-/* ---- linear layers in bfloat16 -------------------------------------------------------------- */
+/* ---- linear layers ---------------------------------------------------------------------------
+ *
+ * A row's sums run over its inputs in order, whatever rows are multiplied beside it: its result has
+ * the same bits in every batch. */
 
-int has_linear(void) {
+int has_linear_bf16(void) {
 #ifdef __AVX512BF16__
     return 1;
 #else
@@ -59,25 +62,29 @@ int has_linear(void) {
 #endif
 }
 
-/* Lay a weight [N, K] out in panels of 32 outputs, pairs of inputs side by side:
- * [N / 32, K / 2, 32, 2]. K is even; missing outputs are zero. */
-void pack_linear(const bf16 *weight, long N, long K, bf16 *packed) {
-#pragma omp parallel for
-    for (long panel = 0; panel < (N + PANEL - 1) / PANEL; panel++)
-        for (long pair = 0; pair < K / 2; pair++)
-            for (long n = 0; n < PANEL; n++) {
-                bf16 *to = packed + ((panel * (K / 2) + pair) * PANEL + n) * 2;
-                const bf16 *from = weight + (panel * PANEL + n) * K + 2 * pair;
-                int inside = panel * PANEL + n < N;
-                to[0] = inside ? from[0] : 0;
-                to[1] = inside ? from[1] : 0;
-            }
-}
+int has_linear_f32(void) { return 1; }
 
+/* Lay a weight [N, K] out in panels of 32 outputs, GROUP inputs side by side:
+ * [N / 32, K / GROUP, 32, GROUP]. GROUP divides K; missing outputs are zero. */
+#define PACK(T, NAME, GROUP)                                                                       \
+    void pack_linear_##NAME(const T *weight, long N, long K, T *packed) {                          \
+        _Pragma("omp parallel for") for (long panel = 0; panel < (N + PANEL - 1) / PANEL; panel++) \
+            for (long k = 0; k < K; k += GROUP)                                                    \
+                for (long n = 0; n < PANEL; n++)                                                   \
+                    for (long g = 0; g < GROUP; g++)                                               \
+                        packed[(panel * K + k) * PANEL + n * GROUP + g] =                          \
+                            panel * PANEL + n < N ? weight[(panel * PANEL + n) * K + k + g] : 0;   \
+    }
+
+PACK(bf16, bf16, 2)
+PACK(float, f32, 1)
+PACK(int8_t, i8, 2)
+
+static inline __attribute__((always_inline)) void tile_bf16(
+    const int rows, const bf16 *x, long x_stride, const bf16 *panel, long K, const float *scale,
+    const float *bias, bf16 *y, long y_stride, long outputs) {
+    (void)scale;
 #ifdef __AVX512BF16__
-static inline __attribute__((always_inline)) void tile(
-    const int rows, const bf16 *x, long x_stride, const bf16 *panel, long K, const float *bias,
-    bf16 *y, long y_stride, long outputs) {
     __m512 low[TILE], high[TILE];
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++) {
@@ -104,44 +111,127 @@ static inline __attribute__((always_inline)) void tile(
     for (int m = 0; m < rows; m++)
         _mm512_mask_storeu_epi16(
             y + m * y_stride, mask, (__m512i)_mm512_cvtne2ps_pbh(high[m], low[m]));
+#endif
+}
+
+#ifdef __AVX512BF16__
+/* 32 bytes as bfloat16, which holds them exactly. */
+static inline __m512bh widen_bytes(const int8_t *bytes) {
+    __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((void *)bytes)));
+    __m512 second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((void *)(bytes + 16))));
+    return _mm512_cvtne2ps_pbh(second, first);
 }
 #endif
 
-/* y [M, N] = x [M, K] times a packed weight, plus a bias. */
-void linear(const bf16 *x, long x_stride, long M, long K, const bf16 *packed, const bf16 *bias,
-            long N, bf16 *y) {
+/* Weights of 8 bits and a scale for each output. */
+static inline __attribute__((always_inline)) void tile_i8(
+    const int rows, const bf16 *x, long x_stride, const int8_t *panel, long K, const float *scale,
+    const float *bias, bf16 *y, long y_stride, long outputs) {
 #ifdef __AVX512BF16__
-#pragma omp parallel for collapse(2) schedule(dynamic)
-    for (long m_from = 0; m_from < M; m_from += ROWS)
-        for (long panel = 0; panel < (N + PANEL - 1) / PANEL; panel++) {
-            long left = M - m_from < ROWS ? M - m_from : ROWS, outputs = N - panel * PANEL;
-            long num_tiles = (left + TILE - 1) / TILE;
-            float start[PANEL] = {0};
-            if (bias)
-                for (long n = 0; n < PANEL && n < outputs; n++)
-                    start[n] = widen(bias[panel * PANEL + n]);
-            for (long t = 0; t < num_tiles; t++) { /* as even as they come */
-                long from = m_from + left * t / num_tiles;
-                long rows = m_from + left * (t + 1) / num_tiles - from;
-                const bf16 *x_tile = x + from * x_stride, *w = packed + panel * PANEL * K;
-                bf16 *y_tile = y + from * N + panel * PANEL;
-                switch (rows) {
-#define CASE(rows)                                                                             \
-    case rows:                                                                                 \
-        tile(rows, x_tile, x_stride, w, K, start, y_tile, N, outputs);                         \
-        break;
-                    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-                    CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#undef CASE
-                }
-            }
+    __m512 low[TILE], high[TILE];
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++) low[m] = high[m] = _mm512_setzero_ps();
+    for (long pair = 0; pair < K / 2; pair++) {
+        __m512bh w_low = widen_bytes(panel + pair * 2 * PANEL);
+        __m512bh w_high = widen_bytes(panel + pair * 2 * PANEL + PANEL);
+        _mm_prefetch(panel + (pair + AHEAD) * 2 * PANEL, _MM_HINT_T0);
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; m++) {
+            int32_t two;
+            memcpy(&two, x + m * x_stride + 2 * pair, 4);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+            low[m] = _mm512_dpbf16_ps(low[m], both, w_low);
+            high[m] = _mm512_dpbf16_ps(high[m], both, w_high);
         }
+    }
+    uint32_t mask = outputs >= PANEL ? 0xffffffffu : (1u << outputs) - 1;
+    __m512 s_low = _mm512_loadu_ps(scale), s_high = _mm512_loadu_ps(scale + 16);
+    __m512 b_low = _mm512_loadu_ps(bias), b_high = _mm512_loadu_ps(bias + 16);
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++)
+        _mm512_mask_storeu_epi16(
+            y + m * y_stride, mask,
+            (__m512i)_mm512_cvtne2ps_pbh(_mm512_fmadd_ps(high[m], s_high, b_high),
+                                         _mm512_fmadd_ps(low[m], s_low, b_low)));
 #endif
 }
+
+typedef float lanes __attribute__((vector_size(64), aligned(4)));
+
+static inline __attribute__((always_inline)) void tile_f32(
+    const int rows, const float *x, long x_stride, const float *panel, long K, const float *scale,
+    const float *bias, float *y, long y_stride, long outputs) {
+    (void)scale;
+    lanes low[TILE], high[TILE];
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++) {
+        low[m] = *(const lanes *)bias;
+        high[m] = *(const lanes *)(bias + 16);
+    }
+    for (long k = 0; k < K; k++) {
+        lanes w_low = *(const lanes *)(panel + k * PANEL);
+        lanes w_high = *(const lanes *)(panel + k * PANEL + 16);
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; m++) {
+            low[m] += x[m * x_stride + k] * w_low;
+            high[m] += x[m * x_stride + k] * w_high;
+        }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++) {
+        float row[PANEL];
+        memcpy(row, &low[m], 64);
+        memcpy(row + 16, &high[m], 64);
+        memcpy(y + m * y_stride, row, sizeof(float) * (size_t)(outputs < PANEL ? outputs : PANEL));
+    }
+}
+
+/* y [M, N] = x [M, K] times a packed weight, plus a bias. Tiles are as even as they come.
+ * Scales, of weights of 8 bits, fill whole panels. */
+#define LINEAR(T, W, NAME, WIDEN)                                                                  \
+    void linear_##NAME(const T *x, long x_stride, long M, long K, const W *packed,                 \
+                       const float *scales, const T *bias, long N, T *y) {                         \
+        _Pragma("omp parallel for collapse(2) schedule(dynamic)") for (                            \
+            long m_from = 0; m_from < M;                                                           \
+            m_from += ROWS) for (long panel = 0; panel < (N + PANEL - 1) / PANEL; panel++) {       \
+            long left = M - m_from < ROWS ? M - m_from : ROWS, outputs = N - panel * PANEL;        \
+            long num_tiles = (left + TILE - 1) / TILE;                                             \
+            float start[PANEL] = {0};                                                              \
+            if (bias)                                                                              \
+                for (long n = 0; n < PANEL && n < outputs; n++)                                    \
+                    start[n] = WIDEN(bias[panel * PANEL + n]);                                     \
+            for (long t = 0; t < num_tiles; t++) {                                                 \
+                long from = m_from + left * t / num_tiles;                                         \
+                long rows = m_from + left * (t + 1) / num_tiles - from;                            \
+                const T *x_tile = x + from * x_stride;                                             \
+                const W *w = packed + panel * PANEL * K;                                           \
+                const float *scale = scales ? scales + panel * PANEL : 0;                                   \
+                T *y_tile = y + from * N + panel * PANEL;                                          \
+                switch (rows) {                                                                    \
+                    CASE(1, NAME) CASE(2, NAME) CASE(3, NAME) CASE(4, NAME)                        \
+                    CASE(5, NAME) CASE(6, NAME) CASE(7, NAME) CASE(8, NAME)                        \
+                    CASE(9, NAME) CASE(10, NAME) CASE(11, NAME) CASE(12, NAME)                     \
+                }                                                                                  \
+            }                                                                                      \
+        }                                                                                          \
+    }
+#define CASE(rows, NAME)                                                                           \
+    case rows:                                                                                     \
+        tile_##NAME(rows, x_tile, x_stride, w, K, scale, start, y_tile, N, outputs);                      \
+        break;
+
+static inline float same(float value) { return value; }
+
+LINEAR(bf16, bf16, bf16, widen)
+LINEAR(float, float, f32, same)
+LINEAR(bf16, int8_t, i8, widen)
 
 /* ---- everything else, for both dtypes -------------------------------------------------------- */
 
-static inline float same(float value) { return value; }
+static inline float sigmoid(float x) {
+    float e = exp_negative(x < 0 ? x : -x);
+    return (x < 0 ? e : 1.0f) / (1.0f + e);
+}
 
 #define FOR_DTYPE(T, NAME, WIDEN, NARROW)                                                          \
                                                                                                    \
@@ -159,6 +249,15 @@ static inline float same(float value) { return value; }
             _Pragma("omp simd") for (long k = 0; k < K; k++)                                        \
                 y[m * K + k] = NARROW(WIDEN(weight[k]) * WIDEN(NARROW(WIDEN(row[k]) * scale)));    \
         }                                                                                          \
+    }                                                                                              \
+                                                                                                   \
+    /* x times the logistic function of a x + b x^3, rows one by one: SiLU is (1, 0). */            \
+    void gate_##NAME(const T *x, long M, long K, float a, float b, T *y) {                         \
+        _Pragma("omp parallel for if (M * K > 32768)") for (long m = 0; m < M; m++)                \
+            _Pragma("omp simd") for (long k = 0; k < K; k++) {                                      \
+                float value = WIDEN(x[m * K + k]);                                                 \
+                y[m * K + k] = NARROW(value * sigmoid(value * (a + b * value * value)));           \
+            }                                                                                      \
     }                                                                                              \
                                                                                                    \
     /* Rotary positions over halves: y [M, H, D] from x [M, H, D] in any strides. */               \
@@ -265,18 +364,31 @@ static inline float same(float value) { return value; }
         float *restrict sums = wide + K, *restrict inner = sums + N;                               \
         for (long k = 0; k < K; k++) wide[k] = WIDEN(x[k]);                                        \
         for (long n = 0; n < N; n++) sums[n] = WIDEN(y[n]);                                        \
-        for (long r = 0; r < R; r++) {                                                             \
+        long r = 0;                                                                                \
+        for (; r + 4 <= R; r += 4) { /* four at a time: more sums on their way, fewer reads of x */\
+            const T *a = down + r * K, *b = a + K, *c = b + K, *d = c + K;                         \
+            float of_a = 0, of_b = 0, of_c = 0, of_d = 0;                                          \
+            _Pragma("omp simd reduction(+ : of_a, of_b, of_c, of_d)")                              \
+            for (long k = 0; k < K; k++) {                                                         \
+                of_a += wide[k] * WIDEN(a[k]);                                                     \
+                of_b += wide[k] * WIDEN(b[k]);                                                     \
+                of_c += wide[k] * WIDEN(c[k]);                                                     \
+                of_d += wide[k] * WIDEN(d[k]);                                                     \
+            }                                                                                      \
+            inner[r] = of_a, inner[r + 1] = of_b, inner[r + 2] = of_c, inner[r + 3] = of_d;        \
+        }                                                                                          \
+        for (; r < R; r++) {                                                                       \
             float dot = 0;                                                                         \
             _Pragma("omp simd reduction(+ : dot)") for (long k = 0; k < K; k++)                    \
                 dot += wide[k] * WIDEN(down[r * K + k]);                                           \
             inner[r] = dot;                                                                        \
         }                                                                                          \
-        long r = 0;                                                                                \
-        for (; r + 4 <= R; r += 4) { /* four at a time: the sums are read and written less often */\
+        for (r = 0; r + 4 <= R; r += 4) {                                                          \
             const T *a = up + r * N, *b = a + N, *c = b + N, *d = c + N;                           \
+            float by_a = inner[r], by_b = inner[r + 1], by_c = inner[r + 2], by_d = inner[r + 3];  \
             _Pragma("omp simd") for (long n = 0; n < N; n++)                                       \
-                sums[n] += inner[r] * WIDEN(a[n]) + inner[r + 1] * WIDEN(b[n]) +                   \
-                           inner[r + 2] * WIDEN(c[n]) + inner[r + 3] * WIDEN(d[n]);                \
+                sums[n] += by_a * WIDEN(a[n]) + by_b * WIDEN(b[n]) + by_c * WIDEN(c[n]) +          \
+                           by_d * WIDEN(d[n]);                                                     \
         }                                                                                          \
         for (; r < R; r++)                                                                         \
             _Pragma("omp simd") for (long n = 0; n < N; n++)                                       \

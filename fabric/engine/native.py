@@ -1,25 +1,27 @@
-"""The CPU kernels of ``native.c``, compiled for this machine when a process first wants them.
+"""The CPU kernels of ``native.c``, compiled once for a user, a processor and a compiler.
 
 Shapes: M rows, K inputs, N outputs, B decoding rows, H query heads, D head size; of low-rank
-changes N tokens, O outputs, R rank, T changed tokens.
+changes N tokens, O outputs, R rank.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.resources
+import os
 import platform
 import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from logging import getLogger
 from pathlib import Path
 
-import numpy as np
+import platformdirs
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 _logger = getLogger(__name__)
@@ -31,26 +33,37 @@ _FLAGS = (
     *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
 )
 _COMPILE_S = 60.0
-_PANEL = 32
+PANEL = 32
 """Outputs that lie together in a packed weight; what ``native.c`` calls PANEL."""
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
-Numbers = NDArray[np.int64]
-
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_PACK = [_POINTER, _LONG, _LONG, _POINTER]
+_LINEAR = [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _POINTER]
 
 
 class Native:
     """Typed calls of the compiled library. Tensors are on the CPU, their last dimension dense."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._pack = _declare(library.pack_linear, [_POINTER, _LONG, _LONG, _POINTER])
-        self._linear = _declare(
-            library.linear,
-            [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _LONG, _POINTER],
-        )
-        self._norms, self._rotations, self._attends, self._adds = {}, {}, {}, {}
+        self._packs, self._linears, self._norms = {}, {}, {}
+        self._gates, self._rotations, self._attends = {}, {}, {}
+        self._adds = {}
+        self._multiplied: set[torch.dtype] = set()
+        self._packs[torch.int8] = _declare(library.pack_linear_i8, _PACK)
+        self._linears[torch.int8] = _declare(library.linear_i8, _LINEAR)
         for dtype, name in _NAMES.items():
+            self._packs[dtype] = _declare(getattr(library, f"pack_linear_{name}"), _PACK)
+            self._linears[dtype] = _declare(
+                getattr(library, f"linear_{name}"),
+                _LINEAR,
+            )
+            if getattr(library, f"has_linear_{name}")():
+                self._multiplied.add(dtype)
+            self._gates[dtype] = _declare(
+                getattr(library, f"gate_{name}"),
+                [_POINTER, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER],
+            )
             self._norms[dtype] = _declare(
                 getattr(library, f"rms_norm_{name}"),
                 [_POINTER, _LONG, _POINTER, _FLOAT, _LONG, _LONG, _POINTER],
@@ -70,27 +83,50 @@ class Native:
                 [_POINTER, _LONG, _POINTER, *[_LONG] * 3, *[_POINTER] * 2, _LONG],
                 ctypes.c_int,
             )
-        self.has_linear = bool(library.has_linear())
-        """Whether the processor multiplies bfloat16 natively (AVX512-BF16)."""
+
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Say whether ``linear`` takes this dtype: bfloat16 needs the processor's AVX512-BF16."""
+        return dtype in self._multiplied
 
     def takes(self, x: Tensor) -> bool:
         """Say whether the kernels can read ``x``."""
         return x.dtype in _NAMES and x.device.type == "cpu" and x.stride(-1) == 1
 
     def pack(self, weight_NK: Tensor) -> Tensor:
-        """Return a bfloat16 weight in the order ``linear`` reads it; K must be even."""
+        """Return a weight in the order ``linear`` reads it; but in float32 K must be even."""
         num_outputs, num_inputs = weight_NK.shape
-        packed = torch.empty(-(-num_outputs // _PANEL) * _PANEL * num_inputs, dtype=torch.bfloat16)
+        size = -(-num_outputs // PANEL) * PANEL * num_inputs
+        packed = torch.empty(size, dtype=weight_NK.dtype)
         weight_NK = weight_NK.contiguous()
-        self._pack(weight_NK.data_ptr(), num_outputs, num_inputs, packed.data_ptr())
+        self._packs[weight_NK.dtype](
+            weight_NK.data_ptr(), num_outputs, num_inputs, packed.data_ptr()
+        )
         return packed
 
-    def linear(self, x_MK: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
-        """Return ``x`` times a packed weight plus a bias, [M, N] in bfloat16."""
+    def linear(
+        self,
+        x_MK: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        num_outputs: int,
+        scales: Tensor | None = None,
+    ) -> Tensor:
+        """Return ``x`` times a packed weight plus a bias, [M, N] in its dtype.
+
+        A row's result has the same bits whatever the other rows are.
+
+        Args:
+            x_MK: In the weight's dtype; in bfloat16 where that is int8.
+            packed: As ``pack`` gives it.
+            bias: [N] in the dtype of ``x``.
+            num_outputs: N.
+            scales: Of an int8 weight's outputs, float32, filled up to whole panels of 32.
+        """
         num_rows, num_inputs = x_MK.shape
         y_MN = torch.empty(num_rows, num_outputs, dtype=x_MK.dtype)
-        self._linear(
+        self._linears[packed.dtype](
             x_MK.data_ptr(), x_MK.stride(0), num_rows, num_inputs, packed.data_ptr(),
+            None if scales is None else scales.data_ptr(),
             None if bias is None else bias.data_ptr(), num_outputs, y_MN.data_ptr(),
         )  # fmt: skip
         return y_MN
@@ -103,6 +139,13 @@ class Native:
             x_MK.data_ptr(), x_MK.stride(0), weight_K.data_ptr(), eps, num_rows, size,
             y_MK.data_ptr(),
         )  # fmt: skip
+        return y_MK
+
+    def gate(self, x_MK: Tensor, a: float, b: float) -> Tensor:
+        """Return ``x`` times the logistic function of ``a x + b x³``, [M, K] in its dtype."""
+        num_rows, size = x_MK.shape
+        y_MK = torch.empty(num_rows, size, dtype=x_MK.dtype)
+        self._gates[x_MK.dtype](x_MK.data_ptr(), num_rows, size, a, b, y_MK.data_ptr())
         return y_MK
 
     def rotate(self, x_MHD: Tensor, cosine_MD: Tensor, sine_MD: Tensor) -> Tensor:
@@ -154,22 +197,26 @@ class Native:
             raise MemoryError("no memory for the scores of a decoding row")
         return out
 
-    def add_lowrank(self, x_NK: Tensor, y_NO: Tensor, tokens_T: Numbers, table_T3: Numbers) -> None:
+    def add_lowrank(
+        self, x_NK: Tensor, y_NO: Tensor, tokens: int, factors: int, num_tokens: int
+    ) -> None:
         """Add ``(x down^T) up`` to the outputs of some tokens, each with factors of its own.
 
         Args:
-            x_NK: The inputs of all tokens.
+            x_NK: The inputs of all tokens; as ``y``, it may have dimensions of size 1 before N.
             y_NO: Their outputs, changed in place.
-            tokens_T: Which tokens, each once.
-            table_T3: For each of them the address of ``down`` [R, K], that of ``up`` [R, O], and
-                R, which may be 0; both dense and of the dtype of ``x``.
+            tokens: The address of which tokens, each once, int64 [num_tokens].
+            factors: The address of int64 [num_tokens, 3]: for each of them the address of ``down``
+                [R, K], that of ``up`` [R, O], and R, which may be 0. Both are dense and of the
+                dtype of ``x``.
+            num_tokens: How many.
 
         Raises:
             MemoryError: The sums of a token find no memory.
         """
         failed = self._adds[x_NK.dtype](
-            x_NK.data_ptr(), x_NK.stride(0), y_NO.data_ptr(), y_NO.stride(0), x_NK.shape[1],
-            y_NO.shape[1], tokens_T.ctypes.data, table_T3.ctypes.data, len(tokens_T),
+            x_NK.data_ptr(), x_NK.stride(-2), y_NO.data_ptr(), y_NO.stride(-2), x_NK.shape[-1],
+            y_NO.shape[-1], tokens, factors, num_tokens,
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the sums of a changed token")
@@ -190,22 +237,55 @@ def _load() -> Native | None:
     if compiler is None:
         _logger.warning("no C compiler: decoding runs on torch's kernels, which are slower")
         return None
-    source = importlib.resources.files("fabric.engine") / "native.c"
-    with (
-        tempfile.TemporaryDirectory(prefix="fabric-native-") as folder,
-        importlib.resources.as_file(source) as path,
-    ):
-        target = Path(folder) / "native.so"
-        command = [compiler, *_FLAGS, "-o", str(target), str(path), "-lm"]
+    source = (importlib.resources.files("fabric.engine") / "native.c").read_bytes()
+    kept = _kept(source, Path(compiler))
+    if kept.is_file():
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_S)
-            return Native(ctypes.CDLL(str(target)))
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = getattr(error, "stderr", None) or str(error)
-            _logger.warning("the CPU kernels do not compile", extra={"reason": reason[-2000:]})
-            return None
+            return Native(ctypes.CDLL(str(kept)))
+        except (OSError, AttributeError) as error:
+            _logger.warning("kept kernels are damaged", extra={"reason": str(error)})
+    try:
+        return Native(_compile(compiler, source, kept))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error).encode()
+        _logger.warning("the CPU kernels do not compile", extra={"reason": reason[-2000:].decode()})
+        return None
 
 
-def _declare(function: object, arguments: list[object], result: object = None):  # type: ignore[no-untyped-def]
+def _compile(compiler: str, source: bytes, kept: Path) -> ctypes.CDLL:
+    """Compile and load the kernels, and keep them if this user has a place for it."""
+    try:
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        _logger.info("no directory to keep the kernels in", extra={"path": str(kept.parent)})
+    place = kept.parent if os.access(kept.parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="compiling-", dir=place) as folder:
+        target = Path(folder) / kept.name
+        command = [compiler, *_FLAGS, "-o", str(target), "-x", "c", "-", "-lm"]
+        subprocess.run(command, input=source, check=True, capture_output=True, timeout=_COMPILE_S)
+        library = ctypes.CDLL(str(target))
+        if place is not None:
+            target.replace(kept)  # whole or not at all: other processes may be looking
+    return library
+
+
+def _kept(source: bytes, compiler: Path) -> Path:
+    """Return where this user keeps the kernels, compiled for this processor from this source."""
+    made_by = compiler.resolve().stat()
+    parts = (source, " ".join(_FLAGS), _processor(), made_by.st_size, made_by.st_mtime_ns)
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+    return platformdirs.user_cache_path("fabric") / "kernels" / f"native-{digest}.so"
+
+
+def _processor() -> str:
+    """Describe the processor: a directory may be shared by machines that differ in it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name"))}))
+
+
+def _declare(function: object, arguments: Sequence[object], result: object = None):  # type: ignore[no-untyped-def]
     function.argtypes, function.restype = arguments, result  # type: ignore[attr-defined]
     return function

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fabric.engine.attention import Chunk, Scoring, attend_causally
 from fabric.engine.cache import BLOCK_TOKENS, LayerShape
+from fabric.engine.linear import PackedLinear
 from fabric.engine.lowrank import LayerSize
 from fabric.engine.runner import Runner, run_ragged, use_our_attention
 from fabric.errors import ModelNotLoadable
@@ -25,10 +26,19 @@ _NOT_COMPUTED = {"s_aux": "attention sinks"}
 _ROTATIONS_OF_THE_BATCH = ("dynamic", "longrope")
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Of the logits' distance to the model's own attention, relative to their norm."""
+_INT8_TOLERANCE = 0.2
+"""The same, where weights of 8 bits take the place of the model's."""
 
 
-def observe_layers(model: PreTrainedModel, *, name: str) -> tuple[LayerShape, ...]:
+def observe_layers(
+    model: PreTrainedModel, *, name: str, expected: range | None = None
+) -> tuple[LayerShape, ...]:
     """Run a few tokens and return what each layer keeps of a token.
+
+    Args:
+        model: Any; not yet set to our attention.
+        name: What errors call it.
+        expected: The layers that are here; ``None``: all.
 
     Shapes are observed, because configurations name them differently in every family. The model
     is left with our attention in place.
@@ -62,11 +72,12 @@ def observe_layers(model: PreTrainedModel, *, name: str) -> tuple[LayerShape, ..
         return attend_causally(q, k, v, Scoring.of(scale, options, q.shape[2]))
 
     run_ragged(model, [Chunk(tokens=_tokens(model), start=0, blocks=(), num_wanted=1)], attend)
-    num_layers = model.config.num_hidden_layers
-    if sorted(seen) != list(range(num_layers)):
+    if expected is None:
+        expected = range(model.config.num_hidden_layers)
+    if sorted(seen) != list(expected):
         raise ModelNotLoadable(
             model=name,
-            reason=f"only {len(seen)} of its {num_layers} layers use attention with a KV cache",
+            reason=f"only {len(seen)} of its {len(expected)} layers use attention with a KV cache",
         )
     return tuple(shape for _, shape in sorted(seen.items()))
 
@@ -84,7 +95,7 @@ def reference_logits(model: PreTrainedModel) -> Tensor:
     return expected
 
 
-def verify_runner(runner: Runner, expected: Tensor, *, name: str) -> None:
+def verify_runner(runner: Runner, expected: Tensor, *, name: str, int8: bool = False) -> None:
     """Compare prefill, a second chunk and decoding with ``reference_logits``.
 
     What an option of the attention does not announce (biases, position encodings) shows here, and
@@ -103,11 +114,43 @@ def verify_runner(runner: Runner, expected: Tensor, *, name: str) -> None:
     ]
     runner.cache.wipe(table)
     distance = float((torch.cat(logits) - expected).norm() / expected.norm())
-    if not distance <= _TOLERANCE[model.dtype]:
+    if not distance <= (_INT8_TOLERANCE if int8 else _TOLERANCE[model.dtype]):
         raise ModelNotLoadable(
             model=name,
             reason=f"its logits through the engine's attention are off by {distance:.2g} of"
             " their norm, so that attention has a part which the engine does not compute",
+        )
+
+
+def verify_invariance(runner: Runner, *, name: str) -> None:
+    """Compare the bits of a row's logits when it runs whole, in pieces, and beside another.
+
+    Raises:
+        ModelNotLoadable: They differ, so that answers would depend on the batch.
+    """
+    tokens = _tokens(runner.model)
+    row, other = tokens[: BLOCK_TOKENS + 3], tokens[-BLOCK_TOKENS:]
+    table, others = (1, 2), (3,)
+
+    def chunk(begin: int, end: int) -> Chunk:
+        return Chunk(tokens=row[begin:end], start=begin, blocks=table, num_wanted=end - begin)
+
+    def beside(tokens: list[int]) -> Chunk:
+        return Chunk(tokens=tokens, start=0, blocks=others, num_wanted=0)
+
+    size = len(row)
+    whole = runner.forward([chunk(0, size)])
+    pieces = [runner.forward([chunk(a, b)]) for a, b in itertools.pairwise((0, 5, size - 1, size))]
+    crowd = [
+        runner.forward([beside(other[:1]), chunk(0, 2)]),
+        runner.forward([beside(other), chunk(2, size)]),
+    ]
+    runner.cache.wipe((*table, *others))
+    if not (torch.equal(torch.cat(pieces), whole) and torch.equal(torch.cat(crowd), whole)):
+        raise ModelNotLoadable(
+            model=name,
+            reason="a part of it computes other bits for a row by what runs beside it;"
+            " serve it without batch_invariant",
         )
 
 
@@ -131,7 +174,7 @@ def _refuse_options(options: Mapping[str, object], *, name: str) -> None:
 
 
 def _tokens(model: PreTrainedModel) -> list[int]:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.config.vocab_size
     return [(7 * i * i + 3 * i + 1) % vocabulary for i in range(_NUM_TOKENS)]
 
 
@@ -161,7 +204,7 @@ def observe_linears(model: PreTrainedModel) -> dict[str, LayerSize]:
     hooks = [
         module.register_forward_hook(partial(note, name))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if isinstance(module, nn.Linear | Conv1D | PackedLinear)
     ]
     try:
         chunk = Chunk(tokens=_tokens(model)[:2], start=0, blocks=(), num_wanted=1)

@@ -76,6 +76,7 @@ class Reports:
             token_id=token_id,
             text=text,
             token_text=self._texts.token_text(token_id),
+            tool_calls=row.stream.take_calls(),
             logprob=None if score is None else score.logprob,
             top_logprobs=self._top(score),
             finish_reason=row.finish_reason,

@@ -101,6 +101,12 @@ class Row:
         """The most tokens that it may still generate."""
         return self.active.max_tokens - self.position
 
+    @property
+    def num_reusable(self) -> int:
+        """Tokens at its start that need not run where others have computed them."""
+        most, program = len(self.tokens) - 1, self.active.program
+        return most if program is None else min(most, program.execution.first_read)
+
     def block_names(self, num_blocks: int) -> list[bytes]:
         """Return the names of its first ``num_blocks`` blocks, which its tokens fill."""
         while len(self.names) < num_blocks:
@@ -128,7 +134,7 @@ class Row:
         if (ends or full or complete) and not self.stream.stopped:
             text += self.stream.flush()
         if ends or complete or self.stream.stopped:
-            self.finish_reason = "stop"
+            self.finish_reason = "tool_calls" if self.stream.has_calls else "stop"
         elif full:
             self.finish_reason = "length"
         return text
@@ -154,6 +160,8 @@ class ActiveTask:
     received_at: float
     prefix_start: bytes
     """Where the names of its blocks start; see ``PrefixKey``."""
+    deltas: tuple[Delta, ...] = ()
+    """What changes the model's layers for its rows."""
     rows: list[Row] = field(default_factory=list)
     fork_blocks: list[int] = field(default_factory=list)
     """Taken for the choices that branch off when the prompt has run."""
@@ -196,17 +204,6 @@ class ActiveTask:
         """Choices that run: the first until the prompt is done, then all that have not ended."""
         rows = self.rows if self.forked else self.rows[:1]
         return [row for row in rows if row.finish_reason is None]
-
-    @property
-    def num_reusable(self) -> int:
-        """Tokens at its start that need not run where others have computed them."""
-        most = max(len(row.tokens) for row in self.live_rows) - 1
-        return most if self.program is None else min(most, self.program.execution.first_read)
-
-    @property
-    def deltas(self) -> tuple[Delta, ...]:
-        """What changes the model's linear layers for it."""
-        return () if self.program is None else self.program.model.deltas
 
     def restart(self) -> None:
         """Forget what was computed of a task that gave its blocks up."""

@@ -57,6 +57,8 @@ class Runner:
         layers: The shape of each layer's keys and values.
         num_blocks: Cache blocks that can be given out.
         linears: The layers that chunks' deltas can change; see ``LowRankLayers``.
+        invariant: Whether a token's bits may not depend on its chunk.
+        first_layer: The one that ``layers`` begin with.
     """
 
     def __init__(
@@ -66,9 +68,13 @@ class Runner:
         *,
         num_blocks: int,
         linears: Mapping[str, LayerSize] = MappingProxyType({}),
+        invariant: bool = False,
+        first_layer: int = 0,
     ) -> None:
+        self._first_layer = first_layer
         self.model = model
         self.lowrank = LowRankLayers(model, linears)
+        self._invariant = invariant
         self.num_blocks = num_blocks
         self.points: Points | None = None
         """Where programs may act, if they may."""
@@ -84,7 +90,7 @@ class Runner:
         Returns:
             The wanted logits in the chunks' order, [W, V] in float32.
         """
-        attention = StepAttention(chunks, self.cache)
+        attention = StepAttention(chunks, self.cache, invariant=self._invariant)
 
         def attend(
             layer: int,
@@ -95,7 +101,7 @@ class Runner:
             options: Mapping[str, object],
         ) -> Tensor:
             scoring = Scoring.of(scale, options, q_NHD.shape[2])
-            return attention(layer, q_NHD, k_NKD, v_NKD, scoring)
+            return attention(layer - self._first_layer, q_NHD, k_NKD, v_NKD, scoring)
 
         with self.lowrank.applied(_spans(chunks)):
             if programs is None:

@@ -233,7 +233,7 @@ class Scheduler:
 
     def _find(self, row: Row) -> None:
         """Start a row with the blocks that others have computed, its last token excepted."""
-        names = row.block_names(row.active.num_reusable // BLOCK_TOKENS)
+        names = row.block_names(row.num_reusable // BLOCK_TOKENS)
         row.blocks = self._blocks.find(names)
         row.num_cached = row.num_sound = len(row.blocks) * BLOCK_TOKENS
         row.num_named = len(row.blocks)
@@ -298,7 +298,7 @@ class Scheduler:
         for row in active.live_rows:
             needed += -(-len(row.tokens) // BLOCK_TOKENS)
             if not active.reads_all:
-                names = row.block_names(active.num_reusable // BLOCK_TOKENS)
+                names = row.block_names(row.num_reusable // BLOCK_TOKENS)
                 num_found, num_free = self._blocks.num_findable(names)
                 needed -= num_found - num_free
         promised = sum(

@@ -1,8 +1,8 @@
 """Speculative decoding: rows run guessed tokens too, and keep those they would have chosen.
 
-Each position makes the draw that it would make without speculation (``sampling.py``), and a guess is
-kept if it is what the draw gives. So the tokens are those of a run without speculation, greedy or
-sampled, and not only their distribution.
+Each position makes the draw that it would make without speculation (``sampling.py``), and a guess
+is kept if it is what the draw gives. So the tokens are those of a run without speculation, greedy
+or sampled, and not only their distribution.
 
 Shapes: J guesses that a step might run, most promising first.
 """

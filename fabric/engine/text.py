@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from fabric.engine.tool_calls import LISTED, CallForm, ToolCalls, find_form
 from fabric.errors import ContextExceeded, RequestInvalid
-from fabric.messages import ChatInput, TextInput, TokensInput
+from fabric.messages import ChatInput, ChatMessage, TextInput, TokensInput, Tool, ToolCallPart
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -63,6 +66,26 @@ class Texts:
                     reason=f"the model's token ids go from 0 to {self._vocabulary - 1}",
                 )
 
+    def stream(
+        self, prompt: TextInput | ChatInput | TokensInput, *, stops: Sequence[str], seed: str
+    ) -> TextStream:
+        """Return what reads the answer to ``prompt``.
+
+        Args:
+            prompt: It may offer tools.
+            stops: Stop strings; may be empty.
+            seed: Of the ids of calls.
+
+        Raises:
+            RequestInvalid: It leaves calls to a model that was taught no form of them we know.
+        """
+        choice = prompt.tool_choice if isinstance(prompt, ChatInput) else None
+        if choice is None:
+            return TextStream(self, stops)
+        form = LISTED if choice.required or choice.name else self._call_form(choice.tools)
+        calls = ToolCalls(form, seed=seed, name=choice.name, parallel=choice.parallel)
+        return TextStream(self, stops, calls, skip_special_tokens=not form.special)
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``; bytes that are no character become U+FFFD."""
         return self._tokenizer.backend_tokenizer.decode(  # type: ignore[no-any-return]
@@ -94,6 +117,20 @@ class Texts:
         )
         return list(encoding.ids)
 
+    def _call_form(self, tools: Sequence[Tool]) -> CallForm:
+        try:
+            form = find_form(self._tokenizer.get_chat_template(tools=_tools_as_json(tools)))
+        except ValueError:  # it has no template, which rendering says better
+            form = None
+        if form is None:
+            raise RequestInvalid(
+                param="tools",
+                value=[tool.name for tool in tools],
+                reason="the model's chat template teaches it no form of tool calls that is known"
+                ' here; send tool_choice "required" or a function, or ask another model',
+            )
+        return form
+
     def _render(self, chat: ChatInput) -> str:
         if self._tokenizer.chat_template is None:
             raise RequestInvalid(
@@ -101,9 +138,11 @@ class Texts:
                 value="a conversation",
                 reason="this model has no chat template; send a plain prompt",
             )
+        tools = chat.tool_choice.tools if chat.tool_choice else ()
         try:
             return self._tokenizer.apply_chat_template(  # type: ignore[no-any-return]
-                [message.model_dump() for message in chat.messages],
+                [_turn_as_json(message) for message in chat.messages],
+                tools=_tools_as_json(tools) or None,
                 tokenize=False,
                 add_generation_prompt=True,
             )
@@ -118,50 +157,86 @@ class Texts:
 class TextStream:
     """The readable text of one choice, token by token.
 
-    Text is held back while a character is incomplete or while it may become a stop string. What
-    comes out joins to the text of all tokens, cut before the first stop string.
+    Text is held back while a character is incomplete or while it may become a stop string or a
+    tool call. What comes out joins to the text of all tokens, cut before the first stop string and
+    without its calls.
 
     Args:
         texts: The model's tokenizer.
         stops: Stop strings; may be empty.
+        calls: Finds tool calls, if any were offered.
+        skip_special_tokens: Whether they leave no text.
     """
 
-    def __init__(self, texts: Texts, stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        texts: Texts,
+        stops: Sequence[str],
+        calls: ToolCalls | None = None,
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._texts = texts
         self._stops = tuple(stops)
+        self._calls = calls
+        self._skip_special_tokens = skip_special_tokens
         self._ids: list[int] = []
         self._context = 0
         """Where the window starts that is decoded: spaces depend on the token before."""
         self._read = 0
         """How many ids are already text."""
         self._held = ""
-        self.stopped = False
+        self._stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the choice ends here: a stop string came, or the only call is whole."""
+        return self._stopped or (self._calls is not None and self._calls.complete)
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether a call was found."""
+        return self._calls is not None and self._calls.num_calls > 0
+
+    def take_calls(self) -> tuple[ToolCallPart, ...]:
+        """Return what became known of calls since the last time."""
+        return () if self._calls is None else self._calls.take()
 
     def push(self, token_id: int) -> str:
-        """Add a token; return what became readable. ``stopped`` says whether a stop string did."""
+        """Add a token; return what became readable. ``stopped`` may be set."""
         self._ids.append(token_id)
-        before = self._texts.decode(self._ids[self._context : self._read])
-        window = self._texts.decode(self._ids[self._context :])
+        before, window = self._windows()
         if len(window) <= len(before) or window.endswith(_INCOMPLETE):
             return ""
         self._context, self._read = self._read, len(self._ids)
-        return self._release(window[len(before) :])
+        return self._without_calls(self._release(window[len(before) :]), last=self._stopped)
 
     def flush(self) -> str:
         """Return what was held back; the choice has ended."""
-        before = self._texts.decode(self._ids[self._context : self._read])
-        window = self._texts.decode(self._ids[self._context :])
+        before, window = self._windows()
         self._read = len(self._ids)
         text = self._release(window[len(before) :])
-        if not self.stopped:
+        if not self._stopped:
             text, self._held = text + self._held, ""
-        return text
+        return self._without_calls(text, last=True)
+
+    def _windows(self) -> tuple[str, str]:
+        """Return the text of the tokens since ``_context``: of those read before, and of all."""
+        skip = self._skip_special_tokens
+        before = self._ids[self._context : self._read]
+        return (
+            self._texts.decode(before, skip_special_tokens=skip),
+            self._texts.decode(self._ids[self._context :], skip_special_tokens=skip),
+        )
+
+    def _without_calls(self, text: str, *, last: bool) -> str:
+        return text if self._calls is None else self._calls.push(text, last=last)
 
     def _release(self, text: str) -> str:
         pending = self._held + text
         cuts = [at for at in (pending.find(stop) for stop in self._stops) if at >= 0]
         if cuts:
-            self.stopped, self._held = True, ""
+            self._stopped, self._held = True, ""
             return pending[: min(cuts)]
         keep = max((_overlap(pending, stop) for stop in self._stops), default=0)
         released, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
@@ -174,3 +249,36 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+def _tools_as_json(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Return tools as chat templates take them."""
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.name,
+                "description": tool.description,
+                "parameters": json.loads(tool.parameters),
+            },
+        }
+        for tool in tools
+    ]
+
+
+def _turn_as_json(turn: ChatMessage) -> dict[str, Any]:
+    """Return a turn as chat templates take it: arguments are objects."""
+    calls = [
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+        }
+        for call in turn.tool_calls
+    ]
+    return {
+        "role": turn.role,
+        "content": turn.content,
+        **({"tool_calls": calls} if calls else {}),
+        **({"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}),
+    }

@@ -7,44 +7,36 @@ import time
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future
+from contextlib import ExitStack
 from logging import getLogger
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 from fabric import __version__
+from fabric.engine.adapters import Adapters, AdapterStats
 from fabric.engine.batch import Batch, tell
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.config import EngineConfig
 from fabric.engine.constraints import Grammars
-from fabric.engine.draft_model import load_draft_model
 from fabric.engine.drafts import Drafter, LookupDrafter
 from fabric.engine.encoder_batch import EncoderBatch
-from fabric.engine.fused import fuse
 from fabric.engine.intake import Intake
-from fabric.engine.interface import EngineInfo, EventSink
-from fabric.engine.linear import pack_linears
-from fabric.engine.model import load_model
+from fabric.engine.interface import EngineInfo, EventSink, FetchAdapter
 from fabric.engine.native import load_native
-from fabric.engine.probe import (
-    LEAST_BLOCKS,
-    observe_layers,
-    observe_linears,
-    reference_logits,
-    verify_runner,
-)
-from fabric.engine.programs.model import Weights
-from fabric.engine.programs.points import Points
+from fabric.engine.opening import Opened, get_context_tokens, open_whole
 from fabric.engine.programs.prepare import Preparer
 from fabric.engine.programs.programs import Programs
 from fabric.engine.programs.results import Keep
 from fabric.engine.reports import Reports
-from fabric.engine.runner import Runner
 from fabric.engine.source import ModelSource
 from fabric.engine.text import Texts
-from fabric.errors import EngineStopped, ModelNotLoadable
+from fabric.errors import AdapterInvalid, EngineStopped, FabricError, RankLost
 from fabric.messages import Limits, Load, Task
+
+if TYPE_CHECKING:
+    from fabric.engine.partition.crew import Crew
 
 __all__ = ["VERSIONS", "EngineConfig", "TorchEngine"]
 
@@ -71,6 +63,8 @@ class TorchEngine:
         expected_digest: Of the tensors in the configured dtype; ``None`` takes any.
         keep: Where results of programs go that are too large to be sent: takes a safetensors file
             and returns its handle at once. Without it they are refused.
+        crew: The other ranks of a divided model, started; ``None`` lets it start its own.
+        fetch_adapter: Gives the files of adapters; without it none are served.
     """
 
     def __init__(
@@ -81,12 +75,16 @@ class TorchEngine:
         name: str,
         expected_digest: str | None = None,
         keep: Keep | None = None,
+        crew: Crew | None = None,
+        fetch_adapter: FetchAdapter | None = None,
     ) -> None:
         self._source = source
         self._keep = keep
         self._config = config
         self._name = name
         self._expected_digest = expected_digest
+        self._fetch_adapter = fetch_adapter
+        self._adapters: Adapters | None = None
         self._changed = threading.Condition()
         self._submitted: deque[Submitted] = deque()
         self._cancelled: deque[tuple[str, int]] = deque()
@@ -94,12 +92,20 @@ class TorchEngine:
         self._thread: threading.Thread | None = None
         self._info: EngineInfo | None = None
         self._load = Load()
+        self._crew = crew
+        self._failure: Future[FabricError] = Future()
+        self._closing = ExitStack()
 
     @property
     def info(self) -> EngineInfo:
         """Facts of the loaded model. Known after ``start``."""
         assert self._info is not None, "the engine has not been started"
         return self._info
+
+    @property
+    def failure(self) -> Future[FabricError]:
+        """Done when the engine has ended by itself, with the reason."""
+        return self._failure
 
     def start(self) -> None:
         """Load the model and start the engine's thread.
@@ -117,16 +123,18 @@ class TorchEngine:
 
     def submit(self, task: Task, sink: EventSink) -> None:
         """Queue a task and return at once; see ``Engine.submit``."""
-        with self._changed:
-            closed = self._closed
-            if closed is None:
-                self._submitted.append((task, sink, time.monotonic()))
-                self._changed.notify()
-        if closed is not None:
-            tell(sink, Reports.failed(task, closed))
+        if task.adapter is None:
+            self._submit(task, sink, time.monotonic())
+        elif self._adapters is not None:
+            self._adapters.take(task, sink, time.monotonic())
+        else:
+            error = AdapterInvalid(adapter=task.adapter, reason="this engine serves no adapters")
+            tell(sink, Reports.failed(task, self._closed or error))
 
     def cancel(self, task_id: str, attempt: int) -> None:
         """Free the task's rows within one step; unknown tasks are ignored."""
+        if self._adapters is not None:
+            self._adapters.cancel(task_id, attempt)
         with self._changed:
             self._cancelled.append((task_id, attempt))
             self._changed.notify()
@@ -135,85 +143,78 @@ class TorchEngine:
         """Return how busy the engine is."""
         with self._changed:
             load, queued = self._load, _num_choices(self._submitted)
+        if self._adapters is not None:
+            queued += self._adapters.num_waiting
         return load.model_copy(update={"num_waiting": load.num_waiting + queued})
+
+    @property
+    def adapters(self) -> AdapterStats:
+        """What adapters are loaded, and what happened to them so far."""
+        return AdapterStats() if self._adapters is None else self._adapters.stats
 
     def close(self) -> None:
         """Stop the thread and free the model. Calling it twice is harmless."""
         with self._changed:
             if self._closed is None:
                 self._closed = EngineStopped(reason="its engine is stopping")
+            closed = self._closed
             self._changed.notify()
+        if self._adapters is not None:
+            self._adapters.close(closed)
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+
+    def _submit(self, task: Task, sink: EventSink, received_at: float) -> None:
+        with self._changed:
+            closed = self._closed
+            if closed is None:
+                self._submitted.append((task, sink, received_at))
+                self._changed.notify()
+        if closed is not None:
+            tell(sink, Reports.failed(task, closed))
 
     def _run(self, ready: Future[None]) -> None:
         # Loading happens here too: libgomp gives every thread that computes a pool of workers,
         # and stops waiting actively (a fifth of the speed) once there are more than cores.
         if self._config.num_threads:
             torch.set_num_threads(self._config.num_threads)
-        try:
-            batch = self._build()
-        except BaseException as error:
-            ready.set_exception(error)
-            return
-        self._closed = None
-        ready.set_result(None)
-        self._serve(batch)
+        with self._closing:
+            try:
+                batch = self._build()
+            except BaseException as error:
+                ready.set_exception(error)
+                return
+            self._closed = None
+            ready.set_result(None)
+            self._serve(batch)
 
     def _build(self) -> AnyBatch:
         config = self._config
         # The compiler runs while weights are read.
         threading.Thread(target=load_native, name="kernels", daemon=True).start()
-        loaded = load_model(
-            self._source, name=self._name, dtype=config.dtype, expected_digest=self._expected_digest
-        )
-        model = loaded.model
-        stated = [n for n in (loaded.context_tokens, config.context_tokens) if n is not None]
-        if not stated:
-            raise ModelNotLoadable(
-                model=self._name, reason="it states no context length; set context_tokens"
-            )
-        context_tokens = min(stated)
-        layers = observe_layers(model, name=self._name)
-        draft = None
-        if config.draft_model is not None:
-            draft = load_draft_model(
-                config.draft_model, loaded, dtype=config.dtype, context_tokens=context_tokens
-            )
-        cached = [*layers, *(draft.layers if draft else ())]
-        block_bytes = (
-            sum(layer.num_values for layer in cached) * model.dtype.itemsize * BLOCK_TOKENS
-        )
-        num_blocks = config.cache_bytes // block_bytes - 1
-        if num_blocks < LEAST_BLOCKS:
-            raise ModelNotLoadable(
-                model=self._name,
-                reason=f"cache_bytes is {config.cache_bytes}, less than the"
-                f" {(LEAST_BLOCKS + 1) * block_bytes} bytes"
-                " of the smallest cache",
-            )
-        linears = observe_linears(model)
-        weights = Weights(model, self._reload)
-        expected = reference_logits(model)
-        pack_linears(model)
-        fuse(model)
-        runner = Runner(model, layers, num_blocks=num_blocks, linears=linears)
-        verify_runner(runner, expected, name=self._name)
+        opened = self._open()
+        loaded, runner = opened.loaded, opened.runner
+        model, num_blocks = loaded.model, runner.num_blocks
+        context_tokens = get_context_tokens(loaded, config, name=self._name)
+        # Only a model that is whole takes adapters.
+        fetch_adapter = None if opened.weights is None else self._fetch_adapter
         cache_tokens = num_blocks * BLOCK_TOKENS
         limits = Limits(
             context_tokens=min(context_tokens, cache_tokens),
             max_rows=config.max_rows,
             cache_tokens=cache_tokens,
-            modes=("query", "embed", "program"),
+            modes=("query", "embed", "program") if runner.points else ("query", "embed"),
+            adapters=fetch_adapter is not None,
         )
-        runner.points = Points(model)
-        manifest = runner.points.manifest(
-            name=self._name,
-            digest=loaded.digest,
-            context_tokens=limits.context_tokens,
-            weights=weights.shapes,
-        )
+        manifest = None
+        if runner.points is not None and opened.weights is not None:
+            manifest = runner.points.manifest(
+                name=self._name,
+                digest=loaded.digest,
+                context_tokens=limits.context_tokens,
+                weights=opened.weights.shapes,
+            )
         texts = Texts(
             loaded.tokenizer,
             vocabulary=loaded.vocabulary,
@@ -223,12 +224,19 @@ class TorchEngine:
             model=self._name,
             digest=loaded.digest,
             limits=limits,
-            dtype=config.dtype,
+            dtype=f"{config.dtype}, weights int8" if config.weights == "int8" else config.dtype,
             engine=VERSIONS,
             points=manifest,
         )
         grammars = Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, eos_ids=loaded.eos_ids)
         threading.Thread(target=grammars.read_tokenizer, name="grammars", daemon=True).start()
+        self._adapters = adapters = Adapters(
+            runner.lowrank,
+            fetch_adapter,
+            budget_bytes=config.adapter_bytes,
+            submit=self._submit,
+            tell=tell,
+        )
         intake = Intake(
             texts,
             grammars,
@@ -236,39 +244,79 @@ class TorchEngine:
             digest=loaded.digest,
             limits=limits,
             dimensions=model.get_input_embeddings().weight.shape[1],
+            deltas_of=adapters.delta_of,
         )
         drafter: Drafter | None = None
-        if draft is not None:
-            drafter = draft.drafter(num_blocks=num_blocks, step_tokens=config.step_tokens)
+        if opened.draft is not None:
+            drafter = opened.draft.drafter(num_blocks=num_blocks, step_tokens=config.step_tokens)
         elif config.speculation == "lookup":
             drafter = LookupDrafter()
         reports = Reports(texts)
-        programs = Programs(
-            Preparer(texts, manifest, limits),
-            runner,
-            weights,
-            texts,
-            reports,
-            prefix_key=intake.prefix_key,
-            eos_ids=loaded.eos_ids,
-            keep=self._keep,
-        )
+        programs = None
+        if manifest is not None and opened.weights is not None:
+            programs = Programs(
+                Preparer(texts, manifest, limits),
+                runner,
+                opened.weights,
+                texts,
+                reports,
+                prefix_key=intake.prefix_key,
+                eos_ids=loaded.eos_ids,
+                keep=self._keep,
+            )
         return Batch(runner, intake, reports, config, drafter, programs)
 
-    def _reload(self) -> PreTrainedModel:
-        """Load the model again, for what packing has given up."""
-        return load_model(
+    def _open(self) -> Opened:
+        """Load the model and return it with a runner that has been compared with it."""
+        config = self._config
+        if config.num_ranks > 1 or config.offload != "none":
+            return self._open_divided()
+        return open_whole(
+            self._source, config, name=self._name, expected_digest=self._expected_digest
+        )
+
+    def _open_divided(self) -> Opened:
+        from fabric.engine.partition.crew import Crew  # most engines need none of it
+        from fabric.engine.partition.opening import open_model
+
+        config = self._config
+        if config.num_ranks > 1 and self._crew is None:
+            self._crew = Crew(
+                num_ranks=config.num_ranks,
+                local_ranks=config.local_ranks,
+                rendezvous=config.rendezvous,
+                num_threads=config.num_threads,
+                timeout_s=config.rank_timeout_s,
+            )
+            self._closing.callback(self._crew.close)
+            self._crew.start()
+        if self._crew is not None:
+            self._crew.on_lost = self._lose
+        loaded, runner, close = open_model(
             self._source,
+            config,
             name=self._name,
-            dtype=self._config.dtype,
-            expected_digest=self.info.digest,
-        ).model
+            expected_digest=self._expected_digest,
+            crew=self._crew,
+        )
+        self._closing.callback(close)
+        return Opened(loaded=loaded, runner=runner)
+
+    def _lose(self, error: RankLost) -> None:
+        """End, because part of the model is gone; called on any thread."""
+        with self._changed:
+            if not self._failure.done():
+                self._failure.set_result(error)
+            self._closed = EngineStopped(reason=error.message.rstrip("."))
+            self._changed.notify()
 
     def _serve(self, batch: AnyBatch) -> None:
         try:
             while self._take_orders(batch):
                 batch.step()
                 self._publish(batch)
+        except RankLost as error:
+            self._lose(error)
         except BaseException:  # a panic of the tokenizer's is not an Exception
             _logger.exception("the engine's thread failed", extra={"model": self._name})
             with self._changed:
@@ -302,6 +350,8 @@ class TorchEngine:
             closed = self._closed
             submitted, self._submitted = self._submitted, deque()
             self._load = Load()
+        if self._adapters is not None:
+            self._adapters.close(closed)
         batch.fail_all(closed)
         for task, sink, _ in submitted:
             tell(sink, Reports.failed(task, closed))

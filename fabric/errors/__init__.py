@@ -24,7 +24,8 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
     │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
-    │                        EngineStopped, AdapterMemoryFull, AdapterUnavailable
+    │                        BackendFailed, EngineStopped, RankLost, AdapterMemoryFull,
+    │                        AdapterUnavailable
     ├── ProgramError         ProgramInvalid, PointUnknown, PointRefused, ProgramTooLarge,
     │                        ProgramFailed, TraceError
     ├── PayloadError         PayloadInvalid, PayloadTooLarge, PayloadMissing, PayloadDamaged,
@@ -83,6 +84,7 @@ from fabric.errors.batches import (
 )
 from fabric.errors.compute import (
     AlreadyStarted,
+    BackendFailed,
     BalanceUnavailable,
     BlockFailed,
     CacheExhausted,
@@ -95,6 +97,7 @@ from fabric.errors.compute import (
     LaunchError,
     LaunchImpossible,
     ModelNotLoadable,
+    RankLost,
     RowFailed,
     SchedulerFailed,
 )
@@ -210,6 +213,7 @@ __all__ = [
     "ArtifactsFull",
     "AuthError",
     "AuthUnavailable",
+    "BackendFailed",
     "BalanceUnavailable",
     "BatchOver",
     "BlockFailed",
@@ -279,6 +283,7 @@ __all__ = [
     "ProjectForeign",
     "ProjectNotChosen",
     "ProtocolViolation",
+    "RankLost",
     "RateMissing",
     "ReplicationFailed",
     "RequestCancelled",

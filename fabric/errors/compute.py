@@ -162,6 +162,22 @@ class RowFailed(EngineError):
         )
 
 
+class BackendFailed(EngineError):
+    """The server that computes for the instance did not do its part."""
+
+    code = "backend_failed"
+    http_status = 502
+    retryable = True
+
+    def __init__(self, *, backend: str, reason: str) -> None:
+        super().__init__(
+            f"The {backend} server behind the instance failed: {reason}. The request may be sent"
+            " again; the instance's log has what the server said.",
+            backend=backend,
+            reason=reason,
+        )
+
+
 class ConstraintFailed(EngineError):
     """The answer could not be held any further to what the request says it must be."""
 
@@ -201,5 +217,24 @@ class EngineStopped(EngineError):
     def __init__(self, *, reason: str) -> None:
         super().__init__(
             f"The instance takes no new requests: {reason}. The request may be sent elsewhere.",
+            reason=reason,
+        )
+
+
+class RankLost(EngineError):
+    """One of the processes that hold a model together is gone or hangs."""
+
+    code = "rank_lost"
+    http_status = 503
+    retryable = True
+
+    def __init__(self, *, rank: int | None, num_ranks: int, reason: str) -> None:
+        which = "A rank" if rank is None else f"Rank {rank}"
+        super().__init__(
+            f"{which} of the model's {num_ranks} processes is lost: {reason}. The instance ends;"
+            " its requests may be sent elsewhere. If it happens again, look for what ended the"
+            " process in the instance's log and in the node's (out of memory, most often).",
+            rank=rank,
+            num_ranks=num_ranks,
             reason=reason,
         )

@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from fabric import __version__
+from fabric.adapters import Adapters
 from fabric.artifacts import Artifacts
 from fabric.auth import Authenticator, Keys
 from fabric.batches import Batches
@@ -15,6 +16,7 @@ from fabric.broker import Broker
 from fabric.catalog import Catalog
 from fabric.errors import FabricError
 from fabric.gateway import (
+    adapter_routes,
     artifact_routes,
     batch_routes,
     chat,
@@ -48,6 +50,8 @@ ROUTERS = (
     batch_routes.router,
     fabric_routes.router,
     fabric_routes.anyone,
+    adapter_routes.router,
+    adapter_routes.instances,
     program_routes.router,
     program_routes.anyone,
     artifact_routes.router,
@@ -72,6 +76,7 @@ def create_app(
     authenticator: Authenticator | None = None,
     outreach: Outreach | None = None,
     batches: Batches | None = None,
+    adapters: Adapters | None = None,
     artifacts: Artifacts | None = None,
     settings: GatewaySettings = GatewaySettings(),  # noqa: B008
 ) -> FastAPI:
@@ -87,6 +92,7 @@ def create_app(
         authenticator: Who calls; by API keys alone if not given.
         outreach: Reaches instances that cannot dial; one without stores if not given.
         batches: Files and batches; without them their routes answer 404.
+        adapters: Adapters; without them their routes answer 404.
         artifacts: What programs are given and leave; without them programs have inline constants
             and results alone.
         settings: Caps and intervals.
@@ -104,6 +110,7 @@ def create_app(
                 limit_bytes=settings.body_limit_bytes,
                 at_path_bytes={
                     **({} if batches is None else batch_routes.limits_of(batches)),
+                    **({} if adapters is None else adapter_routes.limits_of(adapters)),
                     **({} if artifacts is None else artifact_routes.limits_of(artifacts)),
                 },
             ),
@@ -130,5 +137,6 @@ def create_app(
         artifacts=artifacts,
     )
     app.state.batches = batches
+    app.state.adapters = adapters
     metrics.watch_replicas(broker.replicas)
     return app

@@ -14,6 +14,7 @@ from fabric.gateway.exchange import Exchange
 from fabric.gateway.openai_models import ChatBody
 from fabric.gateway.replies import Json, stream_reply, whole_reply
 from fabric.gateway.sse import quote
+from fabric.gateway.tools import as_delta, join_calls
 from fabric.messages import ScoredToken, Token
 
 router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(Needs("query"))])
@@ -52,6 +53,10 @@ class ChatShape:
     def token(self, index: int, token: Token) -> str:
         """Return the chunk of a token."""
         delta = f'{{"content":{quote(token.text)}}}'
+        if token.tool_calls:
+            content = {"content": token.text} if token.text else {}
+            calls = [as_delta(part) for part in token.tool_calls]
+            delta = json.dumps({**content, "tool_calls": calls})
         if not self._scores:
             return _chunk(index, delta)
         return _chunk(index, delta, json.dumps(_logprobs([token])))
@@ -63,9 +68,12 @@ class ChatShape:
     def choice(self, index: int, tokens: Sequence[Token], finish_reason: str) -> Json:
         """Return a whole choice."""
         text = "".join(token.text for token in tokens)
+        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        if calls := join_calls([part for token in tokens for part in token.tool_calls]):
+            message |= {"content": text or None, "tool_calls": calls}
         return {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": message,
             "logprobs": _logprobs(tokens) if self._scores else None,
             "finish_reason": finish_reason,
         }

@@ -159,6 +159,8 @@ def pick(path: Path, name: str, limit_bytes: int) -> _Taken:
             raise ValueError("a header that is too long")
         entry = json.loads(file.read(length))[name]
         begin, end = entry["data_offsets"]
+        if not 0 <= begin <= end <= path.stat().st_size:
+            raise ValueError("offsets that lie outside of the file")
         size = end - begin
         if size > limit_bytes:
             raise _too_large(MAX_CONSTS_BYTES - limit_bytes + size)

@@ -22,6 +22,7 @@ class PlacementOptions(Body):
     policy: str | None = None
     weights: dict[str, float] | None = None
     tier: str | None = None
+    adapter: str | None = None
 
     @model_validator(mode="after")
     def _data_has_a_home(self) -> Self:
@@ -29,7 +30,7 @@ class PlacementOptions(Body):
             raise PydanticCustomError(
                 "param",
                 "the policy 'local-only' needs it: the site the data may not leave",
-                {"param": "fabric.data_site"},
+                {"param": "data_site"},
             )
         return self
 

@@ -6,11 +6,12 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from fabric.broker import ReplicaView
 from fabric.messages import Placement, Request, RunCompleted, RunState, Usage
+from fabric.messages.figures import COUNTS, by_name
 
 _LATENCY_BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -66,6 +67,7 @@ class Metrics:
         self._ended = counter("fabric_requests", "Requests that ended.", "state", "code")
         self._attempts = counter("fabric_attempts", "Attempts sent to replicas.", "site", "retry")
         self._charge = counter("fabric_charge_usu", "Micro-SU charged.")
+        self._device_s = counter("fabric_device_seconds", "Device-seconds of ended requests.")
         self._placement_s = histogram(
             "fabric_placement_seconds", "Seconds from a read request to its first placement."
         )
@@ -105,6 +107,7 @@ class Metrics:
         """Count what it consumed and how it ended."""
         self._ended.labels(model, state, failure_code or "").inc()
         self._charge.labels(model).inc(charge_usu)
+        self._device_s.labels(model).inc(usage.device_s)
         self._prompt_tokens.labels(model).inc(usage.prompt_tokens)
         self._prefix_queries.labels(model).inc(usage.prompt_tokens)
         self._prefix_hits.labels(model).inc(usage.cached_prompt_tokens)
@@ -139,7 +142,7 @@ class _Replicas(Collector):
     def __init__(self, replicas: Callable[[], Sequence[ReplicaView]]) -> None:
         self._replicas = replicas
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
             return GaugeMetricFamily(name, text, labels=("model_name", "site", *labels))
 
@@ -164,3 +167,18 @@ class _Replicas(Collector):
         for key, number in states.items():
             count.add_metric(key, number)
         yield count
+        yield from self._count_steps()
+
+    def _count_steps(self) -> Iterator[CounterMetricFamily]:
+        """Yield the counters of each instance, as its last heartbeat told them."""
+        for figure, same in by_name(COUNTS):
+            labels = ["model_name", "site", "instance"]
+            labels += [] if figure.phase is None else ["phase"]
+            family = CounterMetricFamily(figure.name, figure.text, labels=labels)
+            for view in self._replicas():
+                name = view.model.partition("@")[0]
+                for one in same:
+                    phase = [] if one.phase is None else [one.phase]
+                    value = one.read(view.load)
+                    family.add_metric([name, view.site, view.instance, *phase], value)
+            yield family

@@ -18,6 +18,13 @@ from fabric.gateway.fabric_options import FabricOptions, PlacementOptions
 from fabric.gateway.openai_fields import Body, Content, InputTexts, Prompts, Stop, neutral
 from fabric.gateway.refusals import refusal_of
 from fabric.gateway.response_format import ResponseFormat
+from fabric.gateway.tools import (
+    CalledTool,
+    ToolDefinition,
+    ToolSelection,
+    constraint_of,
+    read_choice,
+)
 from fabric.messages import (
     EMBED_SAMPLING,
     ChatInput,
@@ -29,6 +36,7 @@ from fabric.messages import (
     Sampling,
     TextInput,
     TokensInput,
+    ToolChoice,
 )
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -147,19 +155,49 @@ class CompletionBody(Generation):
 class ChatTurn(Body):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    tool_calls: tuple[CalledTool, ...] | None = None
+    tool_call_id: str | None = None
     name: Annotated[object, neutral()] = None
     refusal: Annotated[object, neutral()] = None
     audio: Annotated[object, neutral()] = None
     annotations: Annotated[object, neutral([])] = None
-    tool_calls: Annotated[object, neutral([])] = None
     function_call: Annotated[object, neutral()] = None
 
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        wrong = {
+            "content": (self.content is None and not self.tool_calls, "it is required"),
+            "tool_calls": (
+                bool(self.tool_calls) and self.role != "assistant",
+                "only messages of the assistant have them",
+            ),
+            "tool_call_id": (
+                (self.role == "tool") != (self.tool_call_id is not None),
+                'messages of the role "tool" have it, and no others',
+            ),
+        }
+        for param, (is_wrong, reason) in wrong.items():
+            if is_wrong:
+                raise PydanticCustomError("param", reason, {"param": param})
+        return self
+
     def to_message(self) -> ChatMessage:
-        """Return the turn as the instance takes it; a developer speaks as the system."""
-        role = "system" if self.role == "developer" else self.role
-        return ChatMessage(role=role, content=self.content)
+        """Return the turn as the instance takes it; a developer speaks as the system.
+
+        Raises:
+            RequestInvalid: It holds too many calls.
+        """
+        try:
+            return ChatMessage(
+                role="system" if self.role == "developer" else self.role,
+                content=self.content or "",
+                tool_calls=tuple(call.to_call() for call in self.tool_calls or ()),
+                tool_call_id=self.tool_call_id,
+            )
+        except ValidationError as error:
+            raise refusal_of(error, within="messages") from None
 
 
 class ChatBody(Generation):
@@ -170,9 +208,9 @@ class ChatBody(Generation):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[object, neutral([])] = None
-    tool_choice: Annotated[object, neutral("none", "auto")] = None
-    parallel_tool_calls: Annotated[object, neutral(True, False)] = None
+    tools: tuple[ToolDefinition, ...] | None = None
+    tool_choice: ToolSelection | None = None
+    parallel_tool_calls: bool | None = None
     functions: Annotated[object, neutral([])] = None
     function_call: Annotated[object, neutral("none", "auto")] = None
     modalities: Annotated[object, neutral(["text"])] = None
@@ -197,8 +235,15 @@ class ChatBody(Generation):
 
     def _constraints(self) -> dict[str, Constraint]:
         constraint = self.response_format.to_constraint() if self.response_format else None
-        own = {} if constraint is None else {"response_format": constraint}
+        choice = self._tool_choice()
+        calls = constraint_of(choice) if choice else None
+        given = {"tool_choice": calls, "response_format": constraint}
+        own = {param: constraint for param, constraint in given.items() if constraint is not None}
         return {**own, **super()._constraints()}
+
+    def _tool_choice(self) -> ToolChoice | None:
+        parallel = self.parallel_tool_calls is not False
+        return read_choice(self.tools or (), self.tool_choice, parallel=parallel)
 
     def to_request(self) -> Request:
         """Return the request.
@@ -213,7 +258,10 @@ class ChatBody(Generation):
         if self.max_completion_tokens is not None:
             special["max_tokens"] = self.max_completion_tokens
             rename["max_tokens"] = "max_completion_tokens"
-        chat = ChatInput(messages=tuple(turn.to_message() for turn in self.messages))
+        chat = ChatInput(
+            messages=tuple(turn.to_message() for turn in self.messages),
+            tool_choice=self._tool_choice(),
+        )
         return self._request(chat, self._sampling(special, rename))
 
 

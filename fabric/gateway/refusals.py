@@ -58,8 +58,9 @@ def refusal_of(
     if kind == "missing":
         return RequestInvalid(param=param, value=None, reason="it is required")
     if kind == "param":
-        param = str(first["ctx"]["param"])
-        return RequestInvalid(param=param, value=value.get(param), reason=reason)
+        name = str(first["ctx"]["param"])
+        param = _path([*location, name])
+        return RequestInvalid(param=param, value=value.get(name), reason=reason)
     if not param:
         return BodyInvalid(reason=f"it holds {type(value).__name__} where an object belongs")
     return RequestInvalid(param=param, value=value, reason=reason.removeprefix("Value error, "))

@@ -228,12 +228,14 @@ def _placed_object(run_id: str, event: Placed) -> Json:
 
 def completed_object(end: RunCompleted) -> Json:
     """Return the ``fabric`` object of a run that was answered."""
+    adapter = {} if end.adapter is None else {"adapter": end.adapter}
     return {
         "run": end.run,
         "site": end.site,
         "instance": end.instance,
         "digest": end.digest,
         "model": end.model,
+        **adapter,
         "attempts": end.attempts,
         "charge_usu": end.charge_usu,
         "reason": end.placement.reason,

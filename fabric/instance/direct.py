@@ -1,4 +1,4 @@
-"""The direct route: a WebSocket on this machine for clients at the same site."""
+"""The direct route: a WebSocket on this machine for clients at the same site, and the metrics."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from websockets.http11 import Request, Response
 from fabric.instance.serve import Peer
 from fabric.messages.session import MAX_FRAME_BYTES
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
 Handle = Callable[[ServerConnection, Peer], Awaitable[None]]
 
 
@@ -22,6 +24,7 @@ async def direct_route(
     *,
     token: str,
     guest_token: str | None = None,
+    render_metrics: Callable[[], bytes] | None = None,
     host: str = "127.0.0.1",
     port: int = 0,
 ) -> AsyncIterator[str]:
@@ -31,6 +34,7 @@ async def direct_route(
         handle: Serves one accepted connection until it ends, by who is at its other end.
         token: What the hub's channels send as ``Authorization: Bearer <token>``.
         guest_token: What guests send; ``None`` lets none in. Any other is answered 401.
+        render_metrics: Makes what ``GET /metrics`` answers, in Prometheus' text format.
         host: The address to listen on.
         port: The port; 0 takes a free one.
     """
@@ -44,9 +48,14 @@ async def direct_route(
         return found[0] if found else None
 
     def authorize(connection: ServerConnection, request: Request) -> Response | None:
-        if find_peer(request) is not None:
+        if find_peer(request) is None:
+            return connection.respond(HTTPStatus.UNAUTHORIZED, "A valid bearer token is needed.\n")
+        if render_metrics is None or request.path.partition("?")[0] != "/metrics":
             return None
-        return connection.respond(HTTPStatus.UNAUTHORIZED, "A valid bearer token is needed.\n")
+        response = connection.respond(HTTPStatus.OK, render_metrics().decode())
+        del response.headers["Content-Type"]
+        response.headers["Content-Type"] = METRICS_TYPE
+        return response
 
     async def serve_one(connection: ServerConnection) -> None:
         if (peer := find_peer(connection.request)) is not None:

@@ -29,6 +29,7 @@ from fabric.instance.depot import Depot
 from fabric.instance.dial import dial
 from fabric.instance.direct import direct_route
 from fabric.instance.meter import Meter
+from fabric.instance.metrics import InstanceMetrics, MeasuredEngine
 from fabric.instance.serve import Peer, serve_session
 from fabric.messages import Hello, InstanceSpec, InstanceState, InstanceStatus, Limits
 
@@ -79,11 +80,13 @@ class Instance:
         self._get_engine = get_engine
         self._started_at = time.monotonic()
         self._drain = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
         self._meter = Meter(spec.launch.instance)
         self._depot: Depot | None = None
         if spec.session_url is not None:
             launch = spec.launch
             self._depot = Depot(spec.session_url, launch.token, instance=launch.instance)
+        self._metrics = InstanceMetrics(spec.launch.model.partition("@")[0])
         self._direct_url: str | None = None
         self._points_fit: bool | None = None
         self._num_sessions = 0
@@ -92,24 +95,33 @@ class Instance:
     async def run(self) -> None:
         """Serve until drained (SIGTERM, SIGUSR1, SIGINT, or a peer's ``Drain``).
 
+        What still runs ``grace_s`` after SIGTERM fails with ``engine_stopped``.
+
         Raises:
             FabricError: The model cannot be loaded or is another one than was launched, its canary
-                failed, or the hub refuses the session.
+                failed, the hub refuses the session, or the engine ended by itself.
         """
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._drain.set)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGUSR1, signal.SIGINT):
+            loop.add_signal_handler(number, self._drain.set)
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
         self.report(InstanceState.LOADING, "reading weights")
         self._engine = await self._load()
         try:
             self.report(InstanceState.LOADING, "generating a canary")
             await sing(self._engine, self._launch.model)
             route = direct_route(
-                self._serve, token=self._spec.direct_token, guest_token=self._spec.guest_token
+                self._serve,
+                token=self._spec.direct_token,
+                guest_token=self._spec.guest_token,
+                render_metrics=self._metrics.render,
             )
             async with route as url:
                 self._direct_url = url
                 self.report(InstanceState.READY)
                 await self._stay()
+            if self._engine.failure.done():
+                raise self._engine.failure.result()
         finally:
             await asyncio.to_thread(self._engine.close)
 
@@ -145,6 +157,17 @@ class Instance:
         sys.stderr.flush()
         os._exit(state is InstanceState.FAILED)
 
+    def _terminate(self) -> None:
+        """Drain, but not for ever: who sends SIGTERM sends SIGKILL next."""
+        self._drain.set()
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end_rest())
+
+    async def _end_rest(self) -> None:
+        """Give back what still runs after the grace period: the broker sends it elsewhere."""
+        await asyncio.sleep(self._spec.grace_s)
+        await asyncio.to_thread(self._engine.close)
+
     async def _load(self) -> Engine:
         """Return the started engine; a drain meanwhile ends the process."""
         load = asyncio.create_task(asyncio.to_thread(self._start_engine))
@@ -161,19 +184,27 @@ class Instance:
         launch, digest = self._launch, engine.info.digest
         if launch.digest is not None and launch.digest != digest:
             raise DigestMismatch(name=launch.model, expected=launch.digest, actual=digest)
-        return engine
+        self._metrics.watch_load(engine)
+        return MeasuredEngine(engine, self._metrics)
 
     async def _stay(self) -> None:
         """Serve until drained and the last session has ended."""
         url = self._spec.session_url
+        watch = asyncio.create_task(self._drain_with_engine())
         if url is not None:
             serve = partial(self._serve, peer="hub")
             await dial(url, self._launch.token, serve, self._drain)
         await self._drain.wait()
+        watch.cancel()
         self.report(InstanceState.DRAINING)
         while self._num_sessions:
             self._idle.clear()
             await self._idle.wait()
+
+    async def _drain_with_engine(self) -> None:
+        # Shielded: who stops waiting does not cancel the engine's future.
+        await asyncio.shield(asyncio.wrap_future(self._engine.failure))
+        self._drain.set()
 
     async def _serve(self, connection: Connection, peer: Peer) -> None:
         self._num_sessions += 1

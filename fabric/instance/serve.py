@@ -466,4 +466,7 @@ def _check_raw(task: Task) -> FabricError | None:
         return RequestInvalid(param="id", value=task.id, reason="it is its request's")
     if task.attempt != 1 or task.prefix:
         return RequestInvalid(param="attempt", value=task.attempt, reason="a raw call has only one")
+    if task.request.adapter is not None:
+        reason = "raw calls take no adapters; ask the hub"
+        return RequestInvalid(param="adapter", value=task.request.adapter, reason=reason)
     return None

@@ -24,6 +24,9 @@ STEADY_S = 60.0
 
 MAX_DELAY_S = 5.0
 
+_GRACE = 0.75
+"""What part of its time to drain an instance lets requests run on before it gives them back."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -126,7 +129,7 @@ class SiteAgent:
             if launch is None:
                 return
             await asyncio.to_thread(starter.revive)
-            launched = starter.launch(self._get_spec(launch, model))
+            launched = starter.launch(self._get_spec(launch, model, starter))
             ready_s = await self._watch(launched, starter)
             reason = await asyncio.to_thread(why_ended, launched)
             await self._hub.end_launch(launch.instance, reason)
@@ -184,7 +187,7 @@ class SiteAgent:
             async with asyncio.timeout(starter.drain_s):
                 await ended
 
-    def _get_spec(self, launch: Launch, model: SiteModel) -> InstanceSpec:
+    def _get_spec(self, launch: Launch, model: SiteModel, starter: Starter) -> InstanceSpec:
         # http://… becomes ws://…, and https://… wss://….
         hub_url = self._spec.hub_url.rstrip("/").replace("http", "ws", 1)
         executor = self._spec.site.executor
@@ -195,6 +198,7 @@ class SiteAgent:
             direct_token=secrets.token_urlsafe(32),
             options=model.options,
             status_path=str(self._spec.state_dir.absolute() / f"{launch.instance}.json"),
+            grace_s=_GRACE * starter.drain_s,
         )
 
     async def _pause(self, delay_s: float) -> None:

@@ -23,12 +23,21 @@ from fabric.messages.events import (
     pack_floats,
     unpack_floats,
 )
-from fabric.messages.launch import EngineOptions, InstanceSpec, InstanceStatus, Launch, Reach
+from fabric.messages.launch import (
+    EngineOptions,
+    InstanceSpec,
+    InstanceStatus,
+    Launch,
+    Reach,
+    VllmOptions,
+)
 from fabric.messages.lifecycle import InstanceState, RunState
 from fabric.messages.points import PointManifest, PointSpec
 from fabric.messages.program import Program
 from fabric.messages.request import (
     EMBED_SAMPLING,
+    AdapterDigest,
+    AdapterName,
     ChatInput,
     ChatMessage,
     Mode,
@@ -57,15 +66,19 @@ from fabric.messages.session import (
     Redeem,
     Redeemed,
     Settled,
+    StepTimes,
     Welcome,
     parse_from_hub,
     parse_from_instance,
 )
 from fabric.messages.task import Task
+from fabric.messages.tools import Tool, ToolCall, ToolCallPart, ToolChoice
 
 __all__ = [
     "EMBED_SAMPLING",
     "Accepted",
+    "AdapterDigest",
+    "AdapterName",
     "Cancel",
     "Candidate",
     "ChatInput",
@@ -116,12 +129,18 @@ __all__ = [
     "Saves",
     "ScoredToken",
     "Settled",
+    "StepTimes",
     "Task",
     "TextInput",
     "Token",
     "TokensInput",
+    "Tool",
+    "ToolCall",
+    "ToolCallPart",
+    "ToolChoice",
     "TopLogprob",
     "Usage",
+    "VllmOptions",
     "Welcome",
     "new_id",
     "pack_floats",

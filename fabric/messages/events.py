@@ -14,9 +14,10 @@ from pydantic import Field, field_validator
 from fabric.errors import FabricError
 from fabric.messages.nodes import Name
 from fabric.messages.program import MAX_INLINE_BYTES
+from fabric.messages.tools import ToolCallPart
 from fabric.messages.wire import Wire
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 MAX_DIMENSIONS = 2**16
 """The longest embedding that travels."""
@@ -101,7 +102,8 @@ class Token(_TaskEvent):
 
     ``position`` counts generated tokens of the choice from 0. ``text`` is what became readable
     with this token: empty while a character or a possible stop string is incomplete.
-    ``token_text`` is the token alone (for log probabilities). The last token of a choice
+    ``token_text`` is the token alone (for log probabilities). Where tools are offered, ``text`` is
+    what is no call, and ``tool_calls`` what became readable of calls. The last token of a choice
     carries ``finish_reason``; an end-of-sequence token has an empty ``text``.
     """
 
@@ -111,6 +113,7 @@ class Token(_TaskEvent):
     token_id: int
     text: str
     token_text: str = ""
+    tool_calls: tuple[ToolCallPart, ...] = ()
     logprob: float | None = None
     top_logprobs: tuple[TopLogprob, ...] = ()
     finish_reason: FinishReason | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import Field
@@ -10,17 +10,51 @@ from pydantic import Field
 from fabric.messages.request import ModelRef, SiteName
 from fabric.messages.wire import Wire
 
+MAX_RANKS = 1024
+
+
+class VllmOptions(Wire):
+    """The vLLM server that computes where ``EngineOptions.backend`` is ``vllm``.
+
+    ``command`` starts one, which ends with the instance, and ``args`` are given to it after ours;
+    it has ``start_s`` seconds to become healthy. With ``url`` one that runs already is used: it
+    serves the same files, and the key it asks for is in ``key_path``.
+    """
+
+    command: tuple[str, ...] = Field(default=("vllm", "serve"), min_length=1)
+    args: tuple[str, ...] = ()
+    url: str | None = Field(default=None, pattern=r"^https?://")
+    key_path: str | None = None
+    start_s: float = Field(default=900.0, gt=0.0)
+
 
 class EngineOptions(Wire):
-    """How the engine is sized at a site; ``None`` lets the engine choose."""
+    """What computes at a site and how it is sized; ``None`` lets the engine choose.
 
+    ``tensor_parallel`` x ``pipeline_parallel`` processes hold the model together; ``num_threads``
+    and ``cache_bytes`` are of each. See ``fabric.engine.config``.
+    """
+
+    backend: Literal["fabric", "vllm"] = "fabric"
+    vllm: VllmOptions = VllmOptions()
     dtype: str | None = None
     num_threads: int | None = Field(default=None, ge=1)
     cache_bytes: int | None = Field(default=None, ge=1)
     max_rows: int = Field(default=16, ge=1)
     step_tokens: int = Field(default=512, ge=1)
+    weights: str | None = None
+    batch_invariant: bool = False
     speculation: str | None = None
     draft_model: str | None = None
+    tensor_parallel: int = Field(default=1, ge=1, le=MAX_RANKS)
+    pipeline_parallel: int = Field(default=1, ge=1, le=MAX_RANKS)
+    stage_layers: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    partitioner: Literal["torch", "deepspeed"] = "torch"
+    rendezvous: str | None = Field(default=None, pattern=r"^[^:\s]+:\d{1,5}$")
+    local_ranks: int | None = Field(default=None, ge=1)
+    rank_timeout_s: float | None = Field(default=None, gt=0)
+    offload: Literal["none", "host", "disk"] = "none"
+    adapter_bytes: int | None = Field(default=None, ge=0)
 
 
 class Launch(Wire):
@@ -46,7 +80,8 @@ class InstanceSpec(Wire):
     ``session_url`` is the hub's WebSocket address, or ``None`` for an instance that is reached by
     its direct route alone. Whoever shows ``direct_token`` on the direct route is the hub;
     ``guest_token`` admits users of the site, each of whose tasks carries a ticket. The process
-    writes its ``InstanceStatus`` to ``status_path``.
+    writes its ``InstanceStatus`` to ``status_path``. ``grace_s`` after SIGTERM it gives back what
+    still runs.
     """
 
     launch: Launch
@@ -57,6 +92,7 @@ class InstanceSpec(Wire):
     status_path: str
     deadline_s: float | None = None
     heartbeat_s: float = 2.0
+    grace_s: float = Field(default=6.0, ge=0.0)
 
 
 class Reach(Wire):

@@ -75,10 +75,11 @@ class _Change(Wire):
 
 
 class Write(_Change):
-    """``set``: (1 - am)h + am·x; ``add``: h + am·x; ``scale``: h(1 + m(a - 1)), without x.
+    """``set``: (1 - am)h + am·x; ``add``: h + am·x; ``scale``: h(1 + gm(alpha - 1)), without x.
 
-    a is ``alpha`` times the gate. ``norm`` is for ``add``: with ``match`` x is first given the norm
-    of h, with ``preserve`` the sum is rescaled to it. ``mask`` is m, which broadcasts to h.
+    g is the gate, or 1, and a is g times ``alpha``. ``norm`` is for ``add``: with ``match`` x is
+    first given the norm of h, with ``preserve`` the sum is rescaled to it. ``mask`` is m, which
+    broadcasts to h.
     """
 
     op: Literal["write"] = "write"
@@ -237,7 +238,8 @@ class Einsum(Wire):
 
 
 class Reduce(Wire):
-    """Over ``axes`` (none: all): ``norm`` is Euclidean, ``argmax`` takes one axis."""
+    """Over ``axes`` (none: all): ``norm`` is Euclidean, ``argmax`` takes one axis, ``var`` is the
+    population's."""
 
     op: Literal["sum", "mean", "max", "min", "var", "norm", "argmax", "logsumexp"]
     x: Ref
@@ -289,7 +291,10 @@ class Slice(Wire):
 
 
 class Gather(Wire):
-    """Entries of x along an axis by their indices: a list here, or another value."""
+    """Entries of x along an axis by their indices: a list here, or another value.
+
+    One of one axis takes that axis's place; one with as many axes as x picks along it.
+    """
 
     op: Literal["gather"] = "gather"
     x: Ref

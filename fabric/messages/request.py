@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from typing import Annotated, Literal, Self
 
@@ -10,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from fabric.messages.constraint import Constraint
 from fabric.messages.program import Program, ProgramRun
+from fabric.messages.tools import MAX_TOOL_CALLS, ToolCall, ToolChoice
 from fabric.messages.wire import Wire
 
 MAX_CHOICES = 16
@@ -38,6 +40,13 @@ Pooling = Literal["mean", "last"]
 SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
+AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+"""What a project calls one of its adapters."""
+
+AdapterDigest = Annotated[str, StringConstraints(pattern=r"^blake3:[0-9a-f]{64}$")]
+"""Of an adapter's one file; see ``fabric.payloads.lora``."""
+
+
 def new_id(kind: str) -> str:
     """Return a fresh identifier such as ``run_3f0c…``: ``kind``, then 32 hexadecimal digits."""
     return f"{kind}_{uuid.uuid4().hex}"
@@ -58,10 +67,13 @@ class TokensInput(Wire):
 
 
 class ChatMessage(Wire):
-    """One turn of a conversation."""
+    """One turn of a conversation: the assistant's may hold calls, and a ``tool``'s is the result of
+    the call ``tool_call_id``."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: tuple[ToolCall, ...] = Field(default=(), max_length=MAX_TOOL_CALLS)
+    tool_call_id: str | None = Field(default=None, max_length=64)
 
 
 class ChatInput(Wire):
@@ -69,6 +81,7 @@ class ChatInput(Wire):
 
     kind: Literal["chat"] = "chat"
     messages: tuple[ChatMessage, ...] = Field(min_length=1)
+    tool_choice: ToolChoice | None = None
 
 
 class ProgramInput(Wire):
@@ -139,7 +152,8 @@ class Request(Wire):
     data lives and ``data_bytes`` its size: the broker weighs moving it. ``sites`` restricts where
     it may run. ``weights`` replace those of the ``policy``, part by part. The mode ``embed`` takes
     no sampling but ``max_tokens`` 0, and no conversation; ``pooling`` (``None``: as the model was
-    made, or the mean) and ``dimensions``, which the vector must have, are for it alone.
+    made, or the mean) and ``dimensions``, which the vector must have, are for it alone. ``adapter``
+    names one of the project's own, made for this version of the model.
     """
 
     id: str = Field(default_factory=lambda: new_id("run"))
@@ -159,6 +173,7 @@ class Request(Wire):
     data_site: SiteName | None = None
     data_bytes: int = Field(default=0, ge=0)
     sites: tuple[SiteName, ...] | None = None
+    adapter: AdapterName | None = None
 
     @model_validator(mode="after")
     def _data_has_a_home(self) -> Request:
@@ -182,6 +197,8 @@ class Request(Wire):
             raise ValueError("the mode 'program' and the input kind 'program' go together")
         if self.mode == "program" and self.sampling != EMBED_SAMPLING:
             raise ValueError("the mode 'program' takes no sampling: its runs say how they go on")
+        if self.mode == "program" and self.adapter is not None:
+            raise ValueError("a program takes no adapter; give its runs overlays")
         return self
 
     def prompt_tokens_bound(self) -> int:
@@ -189,7 +206,8 @@ class Request(Wire):
 
         A byte-level vocabulary never makes more tokens than UTF-8 bytes; a chat template adds a
         few special tokens a turn (32 allows for every template in use) and may add a default
-        system prompt (256). Encoders put a token before a text and one after it.
+        system prompt (256). Tools come as JSON, indented at most, after instructions of at most
+        2,048 bytes. Encoders put a token before a text and one after it.
         """
         match self.input:
             case TokensInput(ids=ids):
@@ -198,8 +216,27 @@ class Request(Wire):
                 return len(text.encode()) + (2 if self.mode == "embed" else 1)
             case ProgramInput(program=program):
                 return sum(_num_prompt_tokens(run) for run in program.runs)
-            case ChatInput(messages=messages):
-                return 256 + sum(32 + len(m.content.encode()) for m in messages)
+            case ChatInput(messages=messages, tool_choice=choice):
+                return 256 + _num_tool_bytes(choice) + sum(map(_num_turn_bytes, messages))
+
+
+def _num_turn_bytes(turn: ChatMessage) -> int:
+    calls = sum(128 + _num_json_bytes(json.loads(call.arguments)) for call in turn.tool_calls)
+    return 32 + len(turn.content.encode()) + calls
+
+
+def _num_tool_bytes(choice: ToolChoice | None) -> int:
+    if choice is None:
+        return 0
+    return 2048 + sum(
+        256 + _num_json_bytes([tool.name, tool.description, json.loads(tool.parameters)])
+        for tool in choice.tools
+    )
+
+
+def _num_json_bytes(value: object) -> int:
+    # Templates indent it by at most four, and two levels deep.
+    return len(json.dumps([[value]], indent=4).encode())
 
 
 def _num_prompt_tokens(run: ProgramRun) -> int:

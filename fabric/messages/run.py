@@ -59,12 +59,13 @@ class Placed(Wire):
 
 
 class RunCompleted(Wire):
-    """The run is answered and settled."""
+    """The run is answered and settled; ``adapter`` is the digest of the one that it named."""
 
     type: Literal["completed"] = "completed"
     run: str
     model: str
     digest: str
+    adapter: str | None = None
     site: str
     instance: str
     attempts: int

@@ -42,20 +42,29 @@ MAX_FRAME_BYTES = 16 * 2**20
 
 class Limits(Wire):
     """What an instance can take: tokens of one row, rows at once, tokens of KV cache, and which
-    modes of requests."""
+    modes of requests; and whether it fetches adapters."""
 
     context_tokens: int = Field(ge=1)
     max_rows: int = Field(ge=1)
     cache_tokens: int = Field(ge=1)
     modes: tuple[Mode, ...] = Field(default=("query",), min_length=1)
+    adapters: bool = False
+
+
+class StepTimes(Wire):
+    """Steps of one kind since the instance's start."""
+
+    num: int = Field(default=0, ge=0)
+    seconds: float = Field(default=0.0, ge=0.0)
 
 
 class Load(Wire):
     """How busy an instance is; rates are exponentially weighted over its recent steps.
 
     ``step_s`` is what the next step of decoding should take, ``prefill_wait_s`` the prompts that
-    wait. ``busy_s`` (seconds of all steps), ``num_preempted``, the prefix cache's tokens and those
-    of speculation (drafted, and accepted of them) count from the instance's start.
+    wait. ``busy_s`` (seconds of all steps), ``num_preempted``, the prefix cache's tokens, those of
+    speculation (drafted, and accepted of them) and the steps of prefill alone, of decoding alone
+    and of both count from the instance's start.
     """
 
     num_running: int = Field(default=0, ge=0)
@@ -71,6 +80,9 @@ class Load(Wire):
     prefix_found_tokens: int = Field(default=0, ge=0)
     drafted_tokens: int = Field(default=0, ge=0)
     accepted_tokens: int = Field(default=0, ge=0)
+    prefill_steps: StepTimes = StepTimes()
+    decode_steps: StepTimes = StepTimes()
+    mixed_steps: StepTimes = StepTimes()
 
 
 class Hello(Wire):

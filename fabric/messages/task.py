@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fabric.messages.request import Request
+from fabric.messages.request import AdapterDigest, Request
 from fabric.messages.wire import Wire
 
 
@@ -20,7 +20,8 @@ class Task(Wire):
     send before it gets ``Credit``. ``deadline_s`` counts from receipt. ``ticket`` pays for a
     task that did not come from the hub (a raw call): the instance redeems it there before it runs
     the task. Tasks with equal ``cache_salt`` (opaque; one for each tenant) may reuse each other's
-    prefixes; without one a task reuses only its own.
+    prefixes; without one a task reuses only its own. ``adapter`` is the digest of the adapter that
+    the request names: of its one file, which the instance gets from the hub.
     """
 
     type: Literal["task"] = "task"
@@ -33,3 +34,4 @@ class Task(Wire):
     window: int = Field(default=256, ge=1)
     ticket: str | None = Field(default=None, repr=False)
     cache_salt: str = Field(default="", max_length=256)
+    adapter: AdapterDigest | None = None

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from fabric.errors import PayloadInvalid, PayloadTooLarge
 from fabric.payloads.tensors import Kind, RawTensor, from_raw, to_raw
 
-__all__ = ["Bounds", "RawTensor", "assemble", "decode", "encode", "flatten"]
+__all__ = ["Bounds", "RawTensor", "assemble", "decode", "encode", "flatten", "read_safetensors"]
 
 VALUE = "value"
 METADATA = {"fabric": "payload/1"}
@@ -127,7 +127,7 @@ def decode(data: bytes | bytearray | memoryview, bounds: Bounds = DEFAULT_BOUNDS
     """
     view = memoryview(data).cast("B")
     _check_size(len(view), bounds.max_bytes)
-    tensors = _read_tensors(view, bounds)
+    tensors = read_safetensors(view, bounds)
     text = tensors.pop(VALUE, None)
     if text is None or text.dtype != "U8" or len(text.shape) != 1:
         raise _invalid(f"it has no bytes called {VALUE!r}")
@@ -162,14 +162,35 @@ def decode(data: bytes | bytearray | memoryview, bounds: Bounds = DEFAULT_BOUNDS
     return value
 
 
-def _read_tensors(view: memoryview, bounds: Bounds) -> dict[str, RawTensor]:
+def read_safetensors(
+    data: bytes | memoryview,
+    bounds: Bounds = DEFAULT_BOUNDS,
+    *,
+    metadata: Mapping[str, str] | None = METADATA,
+) -> dict[str, RawTensor]:
+    """Return the tensors of a safetensors file by name; they are views of ``data``.
+
+    Args:
+        data: The file.
+        bounds: What it may have.
+        metadata: What its header must say; ``None``: anything.
+
+    Raises:
+        PayloadInvalid: The bytes are not such a file.
+        PayloadTooLarge: It is over a bound.
+    """
+    view = memoryview(data).cast("B")
+    _check_size(len(view), bounds.max_bytes)
     body = 8 + int.from_bytes(view[:8], "little")
     if len(view) < 8 or body > len(view):
         raise _invalid("it ends before its header does")
     _check_size(body - 8, bounds.max_header_bytes)
     header = _parse(view[8:body])
-    if not isinstance(header, dict) or header.pop("__metadata__", None) != METADATA:
-        raise _invalid(f"its header does not say {METADATA}")
+    if not isinstance(header, dict):
+        raise _invalid("its header is not an object")
+    said = header.pop("__metadata__", None)
+    if metadata is not None and said != metadata:
+        raise _invalid(f"its header does not say {metadata}")
     if len(header) > bounds.max_tensors + 1:
         raise _invalid(f"it has {len(header) - 1} tensors, over the {bounds.max_tensors} allowed")
     spans = sorted((*_read_entry(entry), name) for name, entry in header.items())

@@ -67,6 +67,18 @@ class Plan:
         """Rows of the planned context that one copy's memory could hold."""
         return largest_batch(self.shape, self.work, self.split, self.machine)
 
+    @property
+    def engine_options(self) -> dict[str, int | list[int]]:
+        """What a site's file says under ``options`` to have the model divided so."""
+        options: dict[str, int | list[int]] = {
+            "tensor_parallel": self.split.tensor,
+            "pipeline_parallel": self.split.pipeline,
+            "cache_bytes": max(rank.cache_bytes for rank in self.ranks),
+        }
+        if self.split.pipeline > 1:
+            options["stage_layers"] = [len(layers) for layers in self.split.stages]
+        return options
+
     def node_of(self, rank: RankMemory) -> int:
         """Return the node on which a rank is."""
         return self.machine.node_of(rank.stage, self.split.tensor)
@@ -169,6 +181,8 @@ def _warnings(shape: ModelShape, work: Workload, split: Split, machine: Machine)
         yield f"{idle} of {used + idle} devices stay idle: no further copy fits on them"
     if split.pipeline > work.batch:
         yield f"{split.pipeline} stages and {work.batch} rows: most stages wait most of the time"
+    if split.experts == "whole":
+        yield "the engine divides every expert all the same; none is whole on a rank yet"
     if shape.expanded_cache_values:
         kept = shape.layers[0].cache_values
         yield (

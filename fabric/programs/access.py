@@ -17,6 +17,7 @@ from fabric.programs.shapes import (
     Shape,
     Unfit,
     Value,
+    join,
     needs_to_fit,
     number,
     told,
@@ -186,7 +187,7 @@ def _needs_values_that_fit(node: Changing, args: Mapping[str, Value], place: Pla
         case n.Project() | n.Clamp():
             v = args["v"]
             needs_float("v", v)
-            if not v.shape or v.shape[-1].size != place.shape[-1].size:
+            if not v.shape or join(v.shape[-1], place.shape[-1]) is None:
                 raise Unfit(f"v has the shape {told(v.shape)}, not the axis of {told(place.shape)}")
             needs_to_fit("v", v.shape, place.shape)
     if isinstance(node, n.Clamp) and node.lo > node.hi:

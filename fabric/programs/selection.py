@@ -77,6 +77,7 @@ def select(sel: Selector, extent: Extent) -> Selected:
         Unfit: It selects nothing, a position twice, or one past the end.
     """
     steps = _steps(sel, extent)
+    keys: Axis | None = None
     match sel.pos:
         case "last":
             earliest = extent.prompt - 1 if extent.exact else -1
@@ -89,10 +90,13 @@ def select(sel: Selector, extent: Extent) -> Selected:
             positions = _of_span(span, extent)
         case tuple() as listed:
             steps, positions, earliest = _listed(listed, steps, extent)
+            if not extent.exact and steps.bit_count() > 1:
+                # Which of these steps they are in is not known: it may well be one alone.
+                keys = unknown(f"S{list(listed)}", extent.prompt + steps.bit_length() - 1)
     return Selected(
         steps=steps,
         positions=positions,
-        keys=_keys(steps, extent),
+        keys=keys or _keys(steps, extent),
         earliest=earliest if steps & 1 else None,
     )
 

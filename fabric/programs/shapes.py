@@ -42,6 +42,11 @@ class Axis:
         """Whether it is another number in another step."""
         return self.least != self.most
 
+    @property
+    def may_be_one(self) -> bool:
+        """Whether it may turn out to be 1 in every step, and then broadcasts."""
+        return isinstance(self.size, str) and not self.varies
+
 
 Shape = tuple[Axis, ...]
 
@@ -141,6 +146,8 @@ def broadcast(*shapes: Shape) -> Shape:
             if mine.size == 1 or mine.size == axis.size:
                 continue
             joined = mine if axis.size == 1 else join(axis, mine)
+            if joined is None and (mine.may_be_one or axis.may_be_one):
+                joined = axis if mine.may_be_one else mine
             if joined is None:
                 raise Unfit(f"{' and '.join(map(told, shapes))} do not broadcast")
             result[-place] = joined
@@ -154,7 +161,7 @@ def needs_to_fit(what: str, shape: Shape, into: Shape) -> None:
         Unfit: It has more axes, or another size.
     """
     fits = len(shape) <= len(into) and all(
-        mine.size == 1 or join(mine, other) is not None
+        mine.size == 1 or mine.may_be_one or join(mine, other) is not None
         for mine, other in zip(reversed(shape), reversed(into), strict=False)
     )
     if not fits:

@@ -12,6 +12,7 @@ It speaks HTTP and nothing else. Importing it imports no HTTP library, no model 
 the hub's rooms, so that it costs nothing in a script that may not need it.
 """
 
+from fabric.sdk.adapters import Adapter
 from fabric.sdk.aio import AsyncFabric
 from fabric.sdk.batches import Batch
 from fabric.sdk.client import Fabric, FabricFuture
@@ -29,10 +30,11 @@ from fabric.sdk.records import (
     Ticket,
     WhoAmI,
 )
-from fabric.sdk.results import Choice, Chunk, Completion, Usage
+from fabric.sdk.results import Choice, Chunk, Completion, ToolCall, Usage
 from fabric.sdk.stream import AsyncStream, Stream
 
 __all__ = [
+    "Adapter",
     "Allocation",
     "AsyncFabric",
     "AsyncStream",
@@ -55,6 +57,7 @@ __all__ = [
     "StatementLine",
     "Stream",
     "Ticket",
+    "ToolCall",
     "Usage",
     "WhoAmI",
 ]

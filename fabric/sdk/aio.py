@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from fabric.errors import RequestInvalid
-from fabric.sdk import batches, instances, programs
+from fabric.sdk import adapters, batches, instances, programs
+from fabric.sdk.adapters import Adapter
 from fabric.sdk.batches import Batch
 from fabric.sdk.embeddings import Embeddings, EmbedOptions, build_bodies
 from fabric.sdk.instances import OwnInstance
@@ -314,6 +315,27 @@ class AsyncFabric:
     async def end_instance(self, instance: str, reason: str, *, failed: bool = False) -> None:
         """Void the token of an instance of the project's."""
         await instances.end(self._transport, instance, reason, failed=failed)
+
+    async def add_adapter(
+        self, path: str | Path, *, name: str | None = None, model: str | None = None
+    ) -> Adapter:
+        """Upload what PEFT saved; see ``Fabric.add_adapter``."""
+        model = model or await self._find_model()
+        name = name or adapters.name_of(Path(path))
+        return await adapters.add(self._transport, Path(path), name=name, model=model)
+
+    async def adapters(self) -> tuple[Adapter, ...]:
+        """Return the project's adapters, in order of name."""
+        reply = await self._transport.get(adapters.ADAPTERS_PATH)
+        return tuple(Adapter.from_reply(item) for item in reply["data"])
+
+    async def delete_adapter(self, name: str) -> None:
+        """Delete an adapter; what runs with it runs to its end.
+
+        Raises:
+            NotFound: There is no such adapter, or it is somebody else's.
+        """
+        await self._transport.delete(f"{adapters.ADAPTERS_PATH}/{name}")
 
     async def whoami(self) -> WhoAmI:
         """Return who the hub takes the caller for."""

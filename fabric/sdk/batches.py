@@ -71,7 +71,7 @@ async def submit(
             endpoint = endpoint or _endpoint_of(path, file.readline())
             file.seek(0)
             form = {"purpose": "batch"}
-            uploaded = await transport.upload("/v1/files", path.name, file, form)
+            uploaded = await transport.upload("/v1/files", {"file": (path.name, file)}, form)
     except OSError as error:
         raise RequestInvalid(param="file", value=str(path), reason=str(error)) from error
     body = {

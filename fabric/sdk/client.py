@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
 
+from fabric.sdk.adapters import Adapter
 from fabric.sdk.aio import AsyncFabric
 from fabric.sdk.background import BackgroundLoop
 from fabric.sdk.batches import Batch
@@ -274,6 +275,34 @@ class Fabric:
             NotFound: There is no such ticket, or it is somebody else's.
         """
         return self._background.run(self._fabric.revoke_ticket(ticket_id))
+
+    def add_adapter(
+        self, path: str | Path, *, name: str | None = None, model: str | None = None
+    ) -> Adapter:
+        """Keep an adapter at the hub, for the caller's project alone.
+
+        Args:
+            path: The directory that PEFT's ``save_pretrained`` wrote.
+            name: What requests call it (``adapter=``); the directory's name by default.
+            model: The version it was trained on.
+
+        Raises:
+            AdapterInvalid: It is not plain LoRA of linear layers, or its files are damaged.
+            Duplicate: The project has another adapter of this name.
+        """
+        return self._background.run(self._fabric.add_adapter(path, name=name, model=model))
+
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Return the project's adapters, in order of name."""
+        return self._background.run(self._fabric.adapters())
+
+    def delete_adapter(self, name: str) -> None:
+        """Delete an adapter; what runs with it runs to its end.
+
+        Raises:
+            NotFound: There is no such adapter, or it is somebody else's.
+        """
+        return self._background.run(self._fabric.delete_adapter(name))
 
     def batch(
         self,

@@ -31,6 +31,7 @@ class EmbedOptions(TypedDict, total=False):
         deadline_s: Seconds from admission after which it is given up.
         policy: What the choice of a site should favour.
         tier: How urgent it is.
+        adapter: The name of one of the project's adapters.
     """
 
     model: str | None
@@ -42,6 +43,7 @@ class EmbedOptions(TypedDict, total=False):
     deadline_s: float | None
     policy: Literal["balanced", "fastest", "cheapest", "local-only"] | None
     tier: Literal["interactive", "standard", "batch"] | None
+    adapter: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
-Message = Mapping[str, str]
-"""One turn of a conversation: ``{"role": "user", "content": "…"}``."""
+Message = Mapping[str, object]
+"""One turn of a conversation: ``{"role": "user", "content": "…"}``. ``Completion.message`` is the
+assistant's, and ``{"role": "tool", "tool_call_id": …, "content": …}`` a call's result."""
 
 Prompt = str | Sequence[Message]
 """Text to be continued, or a conversation to be answered."""
@@ -29,6 +30,10 @@ class Options(TypedDict, total=False):
         json_schema: The answer is JSON that this schema accepts.
         regex: The whole answer matches this regular expression.
         choices: The answer is one of these texts.
+        tools: Functions the model may call, in OpenAI's form (chat only).
+        tool_choice: ``none``, ``auto``, ``required``, or the one that must be called, in OpenAI's
+            form.
+        parallel_tool_calls: Whether there may be more than one call.
         seed: Makes sampling repeatable.
         stop: Strings that end the output.
         n: How many choices.
@@ -42,6 +47,7 @@ class Options(TypedDict, total=False):
         weights: What a second of each part of the expected cost counts (queue, service, data,
             price, risk), in place of the policy's.
         tier: How urgent it is.
+        adapter: The name of one of the project's adapters.
     """
 
     model: str | None
@@ -57,6 +63,9 @@ class Options(TypedDict, total=False):
     json_schema: Mapping[str, object] | None
     regex: str | None
     choices: Sequence[str] | None
+    tools: Sequence[Mapping[str, object]] | None
+    tool_choice: str | Mapping[str, object] | None
+    parallel_tool_calls: bool | None
     seed: int | None
     stop: str | Sequence[str] | None
     n: int | None
@@ -69,12 +78,13 @@ class Options(TypedDict, total=False):
     policy: Literal["balanced", "fastest", "cheapest", "local-only"] | None
     weights: Mapping[str, float] | None
     tier: Literal["interactive", "standard", "batch"] | None
+    adapter: str | None
 
 
 _FABRIC_FIELDS = frozenset(
     {
         *("data_site", "data_bytes", "sites", "deadline_s", "policy", "weights", "tier"),
-        *("json_schema", "regex", "choices"),
+        *("json_schema", "regex", "choices", "adapter"),
     }
 )
 

@@ -168,11 +168,13 @@ class RunUsage(Record):
     output_tokens: int
     queue_s: float
     device_s: float
+    hook_bytes_in: int = 0
+    hook_bytes_out: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run(Record):
-    """The hub's record of one request: never its words."""
+    """The hub's record of one request: never its words. ``program`` is the SHA-256 of one."""
 
     nested = {"usage": RunUsage.from_reply}
 
@@ -193,6 +195,9 @@ class Run(Record):
     error_code: str | None
     created_at: str
     finished_at: str | None
+    adapter: str | None = None
+    """The digest of the adapter that it named."""
+    program: str | None = None
 
     @property
     def reason(self) -> str | None:

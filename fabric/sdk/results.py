@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -38,22 +39,54 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call that the model asks for; ``arguments`` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+    @classmethod
+    def from_reply(cls, call: Json) -> ToolCall:
+        """Read one entry of ``tool_calls``."""
+        function = call["function"]
+        return cls(id=call["id"], name=function["name"], arguments=function["arguments"])
+
+    def to_reply(self) -> dict[str, Any]:
+        """Return the call as messages have it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+    def read(self) -> dict[str, Any]:
+        """Return the arguments.
+
+        Raises:
+            ValueError: They are no JSON: the answer was cut, or the model wrote them so.
+        """
+        arguments: dict[str, Any] = json.loads(self.arguments)
+        return arguments
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """One answer; ``logprobs`` is in OpenAI's form for the route it came from."""
 
     text: str
     finish_reason: str | None
     logprobs: Json | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @classmethod
     def from_reply(cls, choice: Json) -> Choice:
         """Read one entry of ``choices``, of a completion or of a chat completion."""
         message = choice.get("message")
         text = choice["text"] if message is None else message.get("content") or ""
+        calls = (choice if message is None else message).get("tool_calls") or ()
         return cls(
             text=text,
             finish_reason=choice.get("finish_reason"),
             logprobs=choice.get("logprobs"),
+            tool_calls=tuple(map(ToolCall.from_reply, calls)),
         )
 
 
@@ -120,6 +153,7 @@ class Completion:
                     "text": choice.text,
                     "finish_reason": choice.finish_reason,
                     "logprobs": choice.logprobs,
+                    **_calls_of(choice),
                 }
                 for index, choice in enumerate(self.choices)
             ],
@@ -140,13 +174,19 @@ class Completion:
 
     @property
     def finish_reason(self) -> str | None:
-        """Why the first choice ended: ``stop`` or ``length``."""
+        """Why the first choice ended: ``stop``, ``length`` or ``tool_calls``."""
         return self.choices[0].finish_reason if self.choices else None
 
     @property
-    def message(self) -> dict[str, str]:
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls that the first choice asks for."""
+        return self.choices[0].tool_calls if self.choices else ()
+
+    @property
+    def message(self) -> dict[str, Any]:
         """The answer as a turn to go on from in the next ``chat``."""
-        return {"role": "assistant", "content": self.text}
+        calls = _calls_of(self.choices[0]) if self.choices else {}
+        return {"role": "assistant", "content": self.text, **calls}
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -185,6 +225,25 @@ class Chunk:
     finish_reason: str | None = None
     logprobs: Json | None = None
     because: str | None = None
+
+
+def _calls_of(choice: Choice) -> dict[str, Any]:
+    calls = [call.to_reply() for call in choice.tool_calls]
+    return {"tool_calls": calls} if calls else {}
+
+
+def merge_calls(parts: Sequence[Json]) -> list[Json]:
+    """Return the calls of a choice, put together from the pieces of its chunks."""
+    calls: dict[int, Any] = {}
+    for part in parts:
+        function = part["function"]
+        call = calls.setdefault(
+            part["index"], {"id": "", "function": {"name": "", "arguments": ""}}
+        )
+        call["id"] += part.get("id") or ""
+        call["function"]["name"] += function.get("name") or ""
+        call["function"]["arguments"] += function.get("arguments") or ""
+    return [call for _, call in sorted(calls.items())]
 
 
 def merge_logprobs(parts: Sequence[Json]) -> Json | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from fabric.errors import FabricError
 from fabric.sdk.background import BackgroundLoop
-from fabric.sdk.results import Chunk, Completion, Json, merge_logprobs
+from fabric.sdk.results import Chunk, Completion, Json, merge_calls, merge_logprobs
 
 if TYPE_CHECKING:
     import httpx
@@ -32,6 +32,7 @@ class AsyncStream:
         self._ready: deque[Chunk] = deque()
         self._texts: defaultdict[int, list[str]] = defaultdict(list)
         self._logprobs: defaultdict[int, list[Json]] = defaultdict(list)
+        self._calls: defaultdict[int, list[Json]] = defaultdict(list)
         self._finish_reasons: dict[int, str] = {}
         self._fabric: dict[str, Any] = {}
         self._usage: Json = {}
@@ -68,6 +69,7 @@ class AsyncStream:
                 "text": "".join(self._texts[index]),
                 "finish_reason": reason,
                 "logprobs": merge_logprobs(self._logprobs[index]),
+                "tool_calls": merge_calls(self._calls[index]),
             }
             for index, reason in sorted(self._finish_reasons.items())
         ]
@@ -150,6 +152,7 @@ class AsyncStream:
         finish_reason = choice.get("finish_reason")
         logprobs = choice.get("logprobs")
         self._texts[index].append(text)
+        self._calls[index] += (delta or {}).get("tool_calls") or ()
         if finish_reason:
             self._finish_reasons[index] = finish_reason
         if logprobs:

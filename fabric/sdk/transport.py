@@ -123,13 +123,15 @@ class Transport:
         """
         return (await self._send("PUT", path, content={"content": data})).json()
 
-    async def upload(self, path: str, name: str, file: IO[bytes], form: Mapping[str, str]) -> Any:
-        """Post a form with a file and return the JSON that comes back.
+    async def upload(
+        self, path: str, files: Mapping[str, tuple[str, IO[bytes]]], form: Mapping[str, str]
+    ) -> Any:
+        """Post a form with files, each with its name, and return the JSON that comes back.
 
         Raises:
             FabricError: The hub refused, or cannot be reached.
         """
-        content = {"files": {"file": (name, file)}, "data": form}
+        content = {"files": files, "data": form}
         return (await self._send("POST", path, content=content)).json()
 
     async def open_stream(

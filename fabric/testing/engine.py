@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
@@ -176,6 +177,11 @@ class FixedDelayEngine:
     def info(self) -> EngineInfo:
         """Facts of the pretended model."""
         return self._info
+
+    @property
+    def failure(self) -> Future[FabricError]:
+        """Never done: nothing ends it by itself."""
+        return Future()
 
     def start(self) -> None:
         """Start the thread, or raise ``start_error``."""

@@ -18,6 +18,7 @@ import uvicorn
 import uvloop
 from websockets.asyncio.client import ClientConnection
 
+from fabric.adapters import Adapters
 from fabric.artifacts import Artifacts, ArtifactSettings
 from fabric.auth import Authenticator, GlobusTokens, Keys
 from fabric.batches import Batches, BatchSettings
@@ -170,12 +171,15 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
         offload, metrics = Offload(database), Metrics()
         get_tokens = options.get("tokens")
         authenticator = Authenticator(keys, offload, get_tokens(database) if get_tokens else None)
+        adapters = Adapters(database, directory / "adapters")
+        adapters.prepare()
         broker = Broker(
             ledger=ledger,
             catalog=catalog,
             offload=offload,
             settings=options.get("broker", BrokerSettings()),
             observer=metrics,
+            find_adapter=adapters.find,
         )
         batches = Batches(
             database=database,
@@ -200,6 +204,7 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
             metrics=metrics,
             authenticator=authenticator,
             batches=batches,
+            adapters=adapters,
             artifacts=artifacts,
             settings=options.get("gateway", GatewaySettings()),
         )

@@ -29,7 +29,6 @@ from fabric.messages.program import (
 from fabric.testing.program_ops import DTYPES, Known, pure, reduced, sliced
 
 Draw = Callable[[st.SearchStrategy[object]], object]
-MAX_PROMPT = 6
 MAX_STEPS = 3
 
 
@@ -159,8 +158,10 @@ def _run(
     gradients: bool,
     overlays: bool,
 ) -> tuple[ProgramRun, list[tuple[str, Tensor]]]:
-    ids = tuple(draw(st.lists(st.integers(0, manifest.vocabulary - 1), min_size=1,
-                              max_size=MAX_PROMPT)))  # fmt: skip
+    # No other axis of a tiny model has so many: what fits in one step by chance may not in another.
+    num = draw(st.sampled_from([1, 5, 7]))
+    token = st.integers(0, manifest.vocabulary - 1)
+    ids = tuple(draw(st.lists(token, min_size=num, max_size=num)))
     max_tokens = draw(st.integers(0, MAX_STEPS))
     growing = _Growing(
         manifest, ids, max(1, max_tokens), _selector(draw, len(ids), max(1, max_tokens)), constants
@@ -296,16 +297,16 @@ def _grow(draw: st.DrawFn, growing: _Growing) -> None:
     rank = next(v.x.dim() for v in growing.values[x] if v is not None)
     axis = draw(st.integers(-rank, rank - 1)) if rank else 0
     y = draw(st.sampled_from(floats))
-    node: n.Node
+    choices: list[n.Node]
     match kind:
         case "unary":
-            node = draw(st.sampled_from([
+            choices = [
                 n.Unary(op="relu", x=x), n.Unary(op="jumprelu", x=x, threshold=0.5),
                 n.Unary(op="gelu", x=x), n.Unary(op="tanh", x=x), n.Unary(op="abs", x=x),
                 n.Cast(x=x, dtype="bfloat16"), n.Noise(like=x, seed=3, sigma=0.5),
                 n.Binary(op="mul", x=x, k=0.25), n.Binary(op="gt", x=x, k=0.5),
-            ]))  # fmt: skip
-            growing.compute(node, [x])
+            ]  # fmt: skip
+            growing.compute(draw(st.sampled_from(choices)), [x])
         case "binary":
             op = draw(st.sampled_from(["add", "sub", "mul", "maximum", "lt"]))
             growing.compute(n.Binary(op=op, x=x, y=y), [x, y])
@@ -317,7 +318,7 @@ def _grow(draw: st.DrawFn, growing: _Growing) -> None:
             if rank == 1:
                 growing.compute(n.Gate(x=x, threshold=0.5), [x])
         case "shape" if rank:
-            node = draw(st.sampled_from([
+            choices = [
                 n.Slice(x=x, index=(None,) * (axis % rank) + ((0, 1),)),
                 n.Slice(x=x, index=(None,) * (axis % rank) + (-1,)),
                 n.Gather(x=x, axis=axis, indices=(0, -1)),
@@ -326,7 +327,8 @@ def _grow(draw: st.DrawFn, growing: _Growing) -> None:
                 n.Concat(op="stack", args=(x, x), axis=axis),
                 n.Concat(op="concat", args=(x, x), axis=axis),
                 n.Reshape(op="reshape", x=x, shape=(-1,)),
-            ]))  # fmt: skip
+            ]  # fmt: skip
+            node = draw(st.sampled_from(choices))
             growing.compute(node, [x, x] if isinstance(node, n.Concat) else [x])
         case "product" if rank:
             if {x, y} <= set(growing.with_values(*_FLOATS, axes=2)):
@@ -424,18 +426,13 @@ def _overlays(
     u, v, row = (f"{name}{len(constants)}" for name in ("u", "v", "row"))
     constants[u], constants[v] = torch.ones(rows, 2) * 0.01, torch.ones(columns, 2)
     constants[row] = torch.zeros(1, columns)
-    return (
-        draw(
-            st.sampled_from(
-                [
-                    LowRank(weight=weight, u=u, v=v),
-                    Scaled(weight=weight, k=0.5),
-                    Rows(weight=weight, index=(rows - 1,), x=row),
-                    Normalized(weight=weight),
-                ]
-            )
-        ),
-    )
+    overlays: list[Overlay] = [
+        LowRank(weight=weight, u=u, v=v),
+        Scaled(weight=weight, k=0.5),
+        Rows(weight=weight, index=(rows - 1,), x=row),
+        Normalized(weight=weight),
+    ]
+    return (draw(st.sampled_from(overlays)),)
 
 
 _JUNK = st.one_of(

@@ -107,9 +107,14 @@ class InstanceProcess:
 
 
 @contextmanager
-def start_instance(spec: InstanceSpec) -> Iterator[InstanceProcess]:
-    """Yield a starting instance process, and kill it at the end if it still runs."""
-    with subprocess.Popen([sys.executable, "-m", MODULE], stdin=subprocess.PIPE) as process:
+def start_instance(spec: InstanceSpec, module: str = MODULE) -> Iterator[InstanceProcess]:
+    """Yield a starting instance process, and kill it at the end if it still runs.
+
+    Args:
+        spec: What it is given.
+        module: What is run; ``fabric.instance`` for one with a model.
+    """
+    with subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         process.stdin.write(spec.model_dump_json().encode() + b"\n")
         process.stdin.flush()

@@ -76,7 +76,7 @@ def test_the_vectors_are_those_of_the_models_card(client: OpenAI) -> None:
 
 
 def test_the_instance_chooses_the_engine_by_the_models_files(tmp_path: Path) -> None:
-    from fabric.instance.__main__ import get_torch_engine
+    from fabric.instance.__main__ import get_engine
 
     launch = Launch(
         instance="one", site="here", model="minilm@1", source=str(SOURCE), digest=None, token="t"
@@ -84,4 +84,4 @@ def test_the_instance_chooses_the_engine_by_the_models_files(tmp_path: Path) -> 
     spec = InstanceSpec(
         launch=launch, session_url=None, direct_token="t", status_path=str(tmp_path / "status")
     )
-    assert isinstance(get_torch_engine(spec), EmbeddingEngine)
+    assert isinstance(get_engine(spec), EmbeddingEngine)

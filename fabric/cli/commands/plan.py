@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -148,7 +148,10 @@ def _print(plan: Plan, output: Output) -> None:
         f" ({_gb(machine.device.memory_bytes)} GB each)"
     )
     copies = "1 copy" if plan.num_copies == 1 else f"{plan.num_copies} copies"
-    click.echo(f"{copies} of {split.tensor} tensor x {split.pipeline} pipeline ranks\n")
+    click.echo(f"{copies} of {split.tensor} tensor x {split.pipeline} pipeline ranks")
+    if split.num_ranks > 1:
+        click.echo(f"options: {_flow(plan.engine_options)}")
+    click.echo()
     sizes = ("WEIGHTS", "CACHE", "ACTIVATIONS", "RESERVE", "TOTAL GB", "FREE")
     output.table(
         ["RANKS", "NODE", "LAYERS", *(Column(size, numeric=True) for size in sizes)],
@@ -159,6 +162,11 @@ def _print(plan: Plan, output: Output) -> None:
     click.echo()
     for text in (*plan.reasons, *(f"Note: {warning}" for warning in plan.warnings)):
         click.echo(textwrap.fill(text, _WIDTH, initial_indent="- ", subsequent_indent="  "))
+
+
+def _flow(options: Mapping[str, object]) -> str:
+    """Return options as a site's file has them, on one line."""
+    return "{" + ", ".join(f"{name}: {value}" for name, value in options.items()) + "}"
 
 
 def _row(plan: Plan, stage: int) -> tuple[object, ...]:
@@ -236,6 +244,7 @@ def _record(plan: Plan) -> dict[str, object]:
             "num_copies": plan.num_copies,
             "num_nodes": plan.num_nodes,
         },
+        "engine_options": plan.engine_options,
         "ranks": [
             {"rank": index, "node": plan.node_of(rank), **asdict(rank), **_sizes(rank)}
             for index, rank in enumerate(plan.ranks)

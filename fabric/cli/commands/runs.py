@@ -61,7 +61,19 @@ def _facts(run: Run) -> list[tuple[str, object]]:
         ("attempts", run.attempts),
         ("because", run.reason or ""),
         ("tokens", f"{run.usage.prompt_tokens} in, {run.usage.output_tokens} out"),
+        *_program_facts(run),
         ("first token", seconds(run.first_token_s)),
         ("total", seconds(run.total_s)),
         ("charge", f"{su(run.charge_usu)} SU"),
+    ]
+
+
+def _program_facts(run: Run) -> list[tuple[str, object]]:
+    if run.program is None:
+        return []
+    usage = run.usage
+    return [
+        ("program", run.program),
+        ("bytes", f"{usage.hook_bytes_in} in, {usage.hook_bytes_out} out"),
+        ("computed", seconds(usage.device_s)),
     ]

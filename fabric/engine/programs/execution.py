@@ -106,6 +106,9 @@ class Execution:
         self._nodes = run.nodes
         self._args = [arguments(node) for node in run.nodes]
         self._points = [_point(node) for node in run.nodes]
+        self._steady: StepPlan | None = None
+        """Of every step of decoding, where they are all alike."""
+        self._adds: dict[int, Tensor] = {}
         self._plans: dict[tuple[frozenset[int], bool], StepPlan] = {}
         self._streamed = -1
         self._to_send: list[tuple[int, dict[str, Value]]] = []
@@ -166,10 +169,14 @@ class Execution:
         self._fresh = set()
         if not self._prepared:
             self._prepare()
-        active = frozenset(self._active(start, count)), self._step == 0
-        if active not in self._plans:
-            self._plans[active] = self._plan_of(active[0])
-        self._plan = self._plans[active]
+        if self._steady is not None and self._step:
+            self._plan = self._steady
+        else:
+            active = frozenset(self._active(start, count)), self._step == 0
+            if active not in self._plans:
+                self._plans[active] = self._plan_of(active[0])
+            self._plan = self._plans[active]
+            self._steady = self._plan if self._step and self._is_steady else None
         self._evaluate(self._plan.opening)
         return self._plan
 
@@ -188,6 +195,24 @@ class Execution:
         self._evaluate(nodes[:num_before], cell, base)
         self._marked[point] = cell.mark(), base
         self._evaluate(nodes[num_before:], cell, base)
+
+    def added(self, point: str, like: Tensor) -> Tensor | None:
+        """Return what this step adds to its one token at a point, if no more happens there: a
+        vector that is the same in all steps. Then nobody need visit the point."""
+        nodes = self._plan.at[point]
+        if len(nodes) != 1 or point == self._entry:
+            return None
+        k = nodes[0]
+        if k not in self._adds:
+            if not self._is_plain_add(k):
+                return None
+            node, x = self._nodes[k], self._values[self._args[k][0]].data
+            assert isinstance(node, ops.Write)
+            vector = (x.to(like) * node.alpha).expand(1, like.shape[-1])[0]
+            if not bool(vector.isfinite().all()):
+                return None
+            self._adds[k] = vector
+        return self._adds[k]
 
     def end(self) -> None:
         """End a step."""
@@ -223,6 +248,21 @@ class Execution:
         return results
 
     # How.
+
+    @cached_property
+    def _is_steady(self) -> bool:
+        """Whether the same nodes act in all steps of decoding."""
+        sels = [node.sel for node in self._nodes if isinstance(node, _TOUCHING)]
+        return all(sel.steps is None and sel.pos in ("all", "last") for sel in sels)
+
+    def _is_plain_add(self, k: int) -> bool:
+        """Whether a node adds the same vector to every token that it takes."""
+        match self._nodes[k]:
+            case ops.Write(mode="add", norm="none", gate=None, mask=None, x=x, sel=sel):
+                x_is_known = x is not None and x not in self._dynamic
+                whole = sel.heads is None and sel.dims is None
+                return x_is_known and whole and self._values[self._args[k][0]].data.dim() < 2
+        return False
 
     @cached_property
     def _dynamic(self) -> frozenset[int]:
@@ -337,8 +377,8 @@ class Execution:
             reason = f"it would write {list(new.shape)} where {list(h.shape)} stands"
             raise ProgramFailed(run=self.run.id, node=k, reason=reason)
         masked = (self._points[k] or "").endswith(".scores")
-        unsound = new.isnan() if masked else ~new.isfinite()
-        if new.dtype.is_floating_point and bool(unsound.any()):
+        sound = ~new.isnan() if masked else new.isfinite()
+        if new.dtype.is_floating_point and not bool(sound.all()):
             raise ProgramFailed(
                 run=self.run.id, node=k, reason=f"what it writes at {self._points[k]} is not finite"
             )
@@ -436,6 +476,8 @@ class Execution:
     def _place(self, node: _Selecting, num_rows: int, base: int) -> tuple[Place, Positions]:
         """Return the part of a cell that a node takes, and its positions."""
         sel = node.sel
+        if num_rows == 1 == self._count and sel.heads is None and sel.dims is None:
+            return WHOLE, (base,)
         positions = self._positions(node, self._start, self._count)
         at = tuple(positions[-num_rows:] if isinstance(positions, range) else positions)
         whole = len(at) == num_rows and at == tuple(range(base, base + num_rows))

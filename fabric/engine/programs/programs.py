@@ -181,9 +181,10 @@ class Programs:
             if row.finish_reason:
                 self._scheduler.retire(row)
             self._say(owner, self._reports.token(row, text, choice.score))
-        limit_s = owner.prepared.checked.program.limits.device_s
-        if (used_s := owner.usage.device_s) > limit_s:
-            raise ProgramTooLarge(cap="limits.device_s", value=used_s, limit=limit_s)
+        if active is next(iter(owner.running.values())):
+            limit_s = owner.prepared.checked.program.limits.device_s
+            if (used_s := owner.device_s) > limit_s:
+                raise ProgramTooLarge(cap="limits.device_s", value=used_s, limit=limit_s)
         if active.prompt_done and active.max_tokens == 0:
             active.end_empty()
         if active.finished:
@@ -262,6 +263,7 @@ class Programs:
             seed=run.gen.seed,
             received_at=owner.received_at,
             prefix_start=self._prefix_key.start(task.cache_salt or f"{task.id}#{task.attempt}"),
+            deltas=model.deltas,
             forked=True,
             program=program,
         )

@@ -126,6 +126,7 @@ class ProgramStep:
         self._keys = keys
         self._alone = alone
         self._at: dict[str, list[RunStep]] = {}
+        self._of_row = {run.row: run for run in runs if run.row is not None}
 
     def begin(self) -> None:
         """Evaluate what comes before any point."""
@@ -189,10 +190,11 @@ class ProgramStep:
 
     def sample(self, row: Row, token: int) -> int:
         """Serve the token that a row's step chose; return the one that it shall be."""
-        run = next(run for run in self.runs if run.row is row)
-        told = run.execution.told
+        assert row.active.program is not None
+        told = row.active.program.execution.told
         token = told[row.position] if row.position < len(told) else token
-        if "sample" not in run.plan.at:
+        run = self._of_row.get(row)
+        if run is None or "sample" not in run.plan.at:
             return token
         cell = TensorCell(torch.tensor([token]))
         last = run.start + run.count - 1
@@ -238,8 +240,14 @@ class ProgramStep:
     def _serve_tap(self, point: str, tap: Tap, x: Tensor) -> Tensor | None:
         """Serve a point of a module's tensor; return another one where it was changed."""
         result: Tensor | None = x if tap.shared else None
-        changed = False
+        adding = self._adding(point, tap, x)
+        if changed := bool(adding):
+            result = x.clone() if result is None else result
+            rows = torch.tensor([run.begin for run in adding])
+            _flat(result).index_add_(0, rows, torch.stack(list(adding.values())))
         for run in self._at[point]:
+            if run in adding:
+                continue
             x_NF = _flat(x if result is None else result)
             cell = TensorCell(tap.view(x_NF[run.rows]))
             self._visit(run, point, cell, run.start)
@@ -250,6 +258,18 @@ class ProgramStep:
             tap.view(_flat(result)[run.rows]).copy_(cell.changed)
             changed = True
         return result if changed and not tap.shared else None
+
+    def _adding(self, point: str, tap: Tap, x: Tensor) -> dict[RunStep, Tensor]:
+        """Return the runs that only add a vector to their one token here, and what they add."""
+        if tap.heads or tap.columns is not None or torch.is_grad_enabled():
+            return {}
+        found = {}
+        for run in self._at[point]:
+            if run.count == 1 and run.error is None:
+                vector = run.execution.added(point, x)
+                if vector is not None:
+                    found[run] = vector
+        return found
 
     def _entering(self, served: Sequence[tuple[str, Tap]]) -> Callable[..., object]:
         def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
@@ -388,7 +408,8 @@ def programs_of(runs: Sequence[Run], runner: Runner) -> ProgramStep | None:
     found: list[RunStep] = []
     begin = wanted = 0
     for run in runs:
-        if (program := run.row.active.program) is not None:
+        program = run.row.active.program
+        if program is not None and program.acts:
             found.append(
                 RunStep(
                     execution=program.execution,

@@ -32,6 +32,13 @@ class RunProgram:
     variant: bytes
     """Of its keys and values from ``execution.first_changed`` on."""
 
+    @property
+    def acts(self) -> bool:
+        """Whether a step must know that this is no plain row."""
+        run = self.execution.run
+        partial = run.start_at is not None or run.stop_at is not None
+        return bool(run.nodes or self.model.private) or partial
+
     def name_before(self, before: bytes, positions: range) -> bytes:
         """Return what precedes the name of the block at these positions: with the first one that
         the run changes, a chain of its own begins."""
@@ -92,6 +99,12 @@ class ProgramTask:
             for name in ("cached_prompt_tokens", "output_tokens", "device_s")
         }
         return self.used.model_copy(update=added)
+
+    @property
+    def device_s(self) -> float:
+        """The seconds of ``usage``."""
+        running = self.running.values()
+        return self.used.device_s + sum(active.usage.device_s for active in running)
 
     @property
     def finished(self) -> bool:

@@ -19,6 +19,9 @@ from pathlib import Path
 from fabric.messages import InstanceSpec
 
 POLL_S = 0.2
+LEAVE_S = 3.0
+"""What an instance needs to give back what it has not finished, and to end."""
+
 PREDICTION_SHARE = 0.5
 """The part of the time to drain within which nothing may be admitted that would end later."""
 
@@ -35,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warn_at = ends_at - arguments.warning_s
     # Told to the hub: what is predicted to end later is not placed here.
     serving_s = warn_at + PREDICTION_SHARE * arguments.warning_s - time.time()
-    spec = spec.model_copy(update={"deadline_s": max(1.0, serving_s)})
+    grace_s = max(0.0, arguments.warning_s - LEAVE_S)
+    spec = spec.model_copy(update={"deadline_s": max(1.0, serving_s), "grace_s": grace_s})
     with arguments.log.open("ab") as log:
         instance = subprocess.Popen(
             [sys.executable, "-m", arguments.module],

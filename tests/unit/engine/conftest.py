@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from fabric.engine import torch_engine
+from fabric.engine import opening
 from fabric.engine.config import EngineConfig
-from fabric.engine.interface import Engine
+from fabric.engine.interface import Engine, FetchAdapter
 from fabric.engine.model import LoadedModel, load_model
+from fabric.engine.partition.crew import Crew
 from fabric.engine.source import ModelSource
 from fabric.engine.text import Texts
 from fabric.engine.torch_engine import TorchEngine
@@ -34,60 +34,14 @@ from fabric.messages import (
     TokensInput,
 )
 from fabric.messages.request import ChatInput
-
-CONTEXT_TOKENS = 256
-SPECIALS = ("<end>", "<start>", "<unused>")
+from fabric.testing.tiny_model import byte_tokenizer, save, save_tiny_llama, tiny_config
 
 torch.set_num_threads(1)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token, so most characters that are not ASCII take several."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIALS))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<end>",
-        chat_template=(
-            "{% for m in messages %}{{ '<start>' + m['role'] + ':' + m['content'] + '<end>' }}"
-            "{% if m['role'] == 'system' and not loop.first %}"
-            "{{ raise_exception('the system turn comes first') }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}<start>assistant:{% endif %}"
-        ),
-    )
-
-
-def tiny_config(**changes: object) -> LlamaConfig:
-    values: dict[str, object] = {
-        "vocab_size": 256 + len(SPECIALS),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": CONTEXT_TOKENS,
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": 256,
-        "pad_token_id": 258,
-    }
-    return LlamaConfig(**(values | changes))
-
-
-def save(model: PreTrainedModel, path: Path) -> Path:
-    model.save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(7)
-    return save(LlamaForCausalLM(tiny_config()), tmp_path_factory.mktemp("models") / "tiny")
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -166,6 +120,7 @@ class Driver:
         deadline_s: float = 60.0,
         tier: str = "standard",
         cache_salt: str = "",
+        adapter: str | None = None,
         heard: Heard | None = None,
         **sampling: object,
     ) -> Heard:
@@ -188,13 +143,21 @@ class Driver:
             prefix=prefix,
             deadline_s=deadline_s,
             cache_salt=cache_salt,
+            adapter=adapter,
         )
         heard = heard or Heard()
         self.last_task = task
         self.engine.submit(task, heard)
         return heard
 
-    def embed(self, prompt: str | list[int], *, cache_salt: str = "", **asked: object) -> Heard:
+    def embed(
+        self,
+        prompt: str | list[int],
+        *,
+        cache_salt: str = "",
+        task_adapter: str | None = None,
+        **asked: object,
+    ) -> Heard:
         """Submit a task of mode ``embed``; ``asked`` are the request's other fields."""
         text = TextInput(text=prompt) if isinstance(prompt, str) else TokensInput(ids=prompt)
         request = Request(mode="embed", model="tiny", input=text, sampling=EMBED_SAMPLING, **asked)
@@ -205,6 +168,7 @@ class Driver:
             digest=self.engine.info.digest,
             deadline_s=60.0,
             cache_salt=cache_salt,
+            adapter=task_adapter,
         )
         heard = Heard()
         self.last_task = task
@@ -215,12 +179,27 @@ class Driver:
         return self.ask(prompt, temperature=0.0, max_tokens=max_tokens, **more)
 
 
-@pytest.fixture(scope="module")
-def drive(tiny_dir: Path) -> Iterator[Callable[..., Driver]]:
-    """Start engines over the tiny model (or another directory) and close them at the end."""
-    engines = []
+@pytest.fixture(scope="session")
+def crew() -> Iterator[Crew]:
+    """Three ranks beside this process, for all models that are divided."""
+    crew = Crew(num_ranks=4, num_threads=1, timeout_s=240.0)
+    crew.start()
+    yield crew
+    crew.close()
 
-    def start(path: Path = tiny_dir, **config: object) -> Driver:
+
+@pytest.fixture(scope="module")
+def drive(tiny_dir: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Driver]]:
+    """Start engines over the tiny model (or another directory) and close them at the end.
+
+    Divided ones share the crew, so a new one closes the one before.
+    """
+    engines = []
+    divided: list[TorchEngine] = []
+
+    def start(
+        path: Path = tiny_dir, fetch_adapter: FetchAdapter | None = None, **config: object
+    ) -> Driver:
         values: dict[str, object] = {
             "dtype": "float32",
             "num_threads": 1,
@@ -228,11 +207,21 @@ def drive(tiny_dir: Path) -> Iterator[Callable[..., Driver]]:
             "max_rows": 16,
             "step_tokens": 40,
         }
+        configured = EngineConfig(**(values | config))  # type: ignore[arg-type]
+        crew = None
+        if configured.num_ranks > 1:
+            for other in divided:
+                other.close()
+            crew = request.getfixturevalue("crew")
         engine = TorchEngine(
             ModelSource.parse(str(path)),
-            EngineConfig(**(values | config)),  # type: ignore[arg-type]
+            configured,
             name="tiny",
+            fetch_adapter=fetch_adapter,
+            crew=crew,
         )
+        if crew is not None:
+            divided[:] = [engine]
         loaded = []
 
         def load_and_keep(*args: object, **kwargs: object) -> LoadedModel:
@@ -240,10 +229,10 @@ def drive(tiny_dir: Path) -> Iterator[Callable[..., Driver]]:
             return loaded[0]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch_engine, "load_model", load_and_keep)
+            patch.setattr(opening, "load_model", load_and_keep)
             engine.start()
         engines.append(engine)
-        return Driver(engine, loaded[0].model)
+        return Driver(engine, loaded[0].model if loaded else None)
 
     yield start
     for engine in engines:

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from pydantic import ValidationError
 
 from fabric.messages import ChatInput, ChatMessage, Finished, Token
 
@@ -180,6 +181,15 @@ def test_bad_input_fails_with_its_code_and_never_raises(tiny, prompt, more, code
     assert heard.failed.failure.code == code
 
 
+def test_a_vocabulary_of_stop_strings_is_refused_and_the_most_of_them_are_served(tiny):
+    with pytest.raises(ValidationError, match="at most 16"):
+        tiny.ask("abc", stop=[f"stop {i}" for i in range(49_152)])
+    stops = [chr(ord("a") + i) * 256 for i in range(16)]
+    heard = tiny.greedy("abc", 20, ignore_eos=True, stop=stops)
+    assert heard.finished.usage.output_tokens == 20
+    assert heard.text() == tiny.greedy("abc", 20, ignore_eos=True).wait().text()
+
+
 def test_more_choices_than_rows_are_refused(drive):
     assert drive(max_rows=2).ask("abc", n=3).failed.failure.code == "invalid_parameter"
 
@@ -218,6 +228,10 @@ def test_load_counts_rows_and_learns_rates(tiny):
     load = tiny.engine.load()
     assert load.prefill_tokens_per_s > 0.0
     assert load.decode_tokens_per_s > 0.0
+    phases = (load.prefill_steps, load.decode_steps, load.mixed_steps)
+    assert load.prefill_steps.num > 0
+    assert load.decode_steps.num > 50
+    assert sum(steps.seconds for steps in phases) == pytest.approx(load.busy_s)
 
 
 def test_an_idle_engine_uses_no_processor_time(tiny):

@@ -87,9 +87,11 @@ def test_damaged_files_are_not_loadable(tiny_dir, tmp_path):
         load(bad)
     cut = shutil.copytree(tiny_dir, tmp_path / "cut")
     weights = cut / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelNotLoadable, match="cannot be read"):
-        load(cut)
+    whole = weights.read_bytes()
+    for damaged in (whole[:1000], (2**60).to_bytes(8, "little") + whole[8:], b"", whole[:-1]):
+        weights.write_bytes(damaged)
+        with pytest.raises(ModelNotLoadable, match="cannot be read"):
+            load(cut)
 
 
 def test_the_digest_is_of_every_bit_and_of_nothing_else(tiny_dir, tmp_path):

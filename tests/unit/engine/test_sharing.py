@@ -149,7 +149,7 @@ def test_an_interactive_request_passes_waiting_and_running_batch_work(drive, wai
 
 def test_batch_work_is_not_starved_by_a_stream_of_interactive_requests(drive):
     driver = drive(max_rows=1)
-    batch = driver.greedy([1], 100, ignore_eos=True, tier="batch", deadline_s=0.9)
+    batch = driver.greedy([1], 100, ignore_eos=True, tier="batch", deadline_s=4.0)
     # It is due half a deadline after it came; whoever comes later than that waits for it.
     interactive = []
     while not batch.done.is_set() and len(interactive) < 5000:

@@ -191,6 +191,9 @@ def test_metrics_count_what_was_asked(client: httpx.Client, hub: RunningHub) -> 
     assert after["fabric_replicas", "alpha"] == 1
     assert after["vllm:num_requests_running", "alpha"] == 0
     assert after["vllm:kv_cache_usage_perc", "beta"] == 0
+    assert grown("fabric_device_seconds_total") >= 0
+    for name in ("vllm:num_preemptions_total", "fabric_engine_steps_total"):
+        assert after[name, "alpha"] == 0
 
 
 def test_metrics_name_no_project_key_or_prompt(client: httpx.Client, hub: RunningHub) -> None:

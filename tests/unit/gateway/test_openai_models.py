@@ -207,7 +207,7 @@ def test_the_fabric_object_arrives_in_the_request() -> None:
         (chat, {"response_format": SCHEMA, "fabric": {"regex": "a"}}, "fabric.regex"),
         (chat, {"messages": []}, "messages"),
         (chat, {"messages": "hi"}, "messages"),
-        (chat, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        (chat, {"messages": [{"role": "stranger", "content": "x"}]}, "messages[0].role"),
         (chat, {"messages": [{"role": "user"}]}, "messages[0].content"),
         (chat, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         (chat, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
@@ -235,8 +235,8 @@ def test_a_bad_parameter_is_named_with_its_value_and_a_remedy(
     [
         (completions, "best_of", 1, 2),
         (completions, "suffix", "", "end"),
-        (chat, "tools", [], [{"type": "function"}]),
-        (chat, "tool_choice", "none", "required"),
+        (chat, "functions", [], [{"name": "f"}]),
+        (chat, "function_call", "none", {"name": "f"}),
         (chat, "store", False, True),
     ],
 )

@@ -12,8 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
+from click.testing import CliRunner
 
 from fabric.artifacts import ArtifactSettings
+from fabric.cli.main import fabric as fabric_command
 from fabric.gateway import program_replies
 from fabric.messages import RunState
 from fabric.programs import json_schema, read_header
@@ -151,6 +153,10 @@ def test_a_program_is_quoted_run_charged_at_its_rates_and_recorded_without_its_v
     assert "secretname" not in repr(record)
     shown = ok(client.get(f"/v1/fabric/runs/{result['id']}"))
     assert shown["program"] == quote["program"]
+    argv = ["runs", result["id"], "--base-url", hub.base_url, "--api-key", hub.api_key]
+    printed = CliRunner().invoke(fabric_command, argv)
+    assert quote["program"] in printed.output, printed.output
+    assert f"{len(data)} in, {len(saved)} out" in printed.output
 
 
 def test_a_stream_tells_each_step_and_ends_with_the_result(client: httpx.Client) -> None:

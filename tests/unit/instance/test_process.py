@@ -14,6 +14,7 @@ import pytest
 from fabric.errors import SessionLost
 from fabric.instance import process
 from fabric.messages import (
+    Failed,
     Finished,
     InstanceState,
     Request,
@@ -33,6 +34,10 @@ def make_task(max_tokens: int) -> Task:
     return Task(
         id=request.id, attempt=1, request=request, digest="sha256:" + "0" * 64, deadline_s=60
     )
+
+
+async def collect(events) -> list:
+    return [event async for event in events]
 
 
 async def wait_exit(instance: InstanceProcess, timeout_s: float = 10.0) -> int:
@@ -116,6 +121,25 @@ async def test_signal_drains(tmp_path, number) -> None:
             assert await channel.wait_closed() == "drained"
             assert await wait_exit(instance) == 0
             assert instance.status().state == InstanceState.STOPPED
+
+
+async def test_sixteen_rows_finish_within_the_grace_period_or_come_back(tmp_path) -> None:
+    async with serve_hub_end() as hub:
+        spec = get_spec(tmp_path, engine="token_s=0.05,context_tokens=50000", session_url=hub.url)
+        with start_instance(spec.model_copy(update={"grace_s": 4.0})) as instance:
+            channel = await hub.accept()
+            runs = [channel.run(make_task(5 if i % 2 else 10_000)) for i in range(16)]
+            firsts = [await anext(events) for events in runs]
+            instance.process.send_signal(signal.SIGTERM)
+            rest = await asyncio.gather(*(collect(events) for events in runs))
+            lasts = [[first, *more][-1] for first, more in zip(firsts, rest, strict=True)]
+            assert all(isinstance(last, Finished) for last in lasts[1::2])
+            for last in lasts[::2]:
+                assert isinstance(last, Failed)
+                assert last.failure.code == "engine_stopped"
+                assert last.failure.to_error().retryable, "the broker sends it elsewhere"
+            assert await channel.wait_closed() == "drained"
+            assert await wait_exit(instance) == 0
 
 
 async def test_instance_ends_with_its_parent(tmp_path) -> None:

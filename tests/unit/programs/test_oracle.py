@@ -88,7 +88,7 @@ def test_parts_add_up_to_the_wholes(tiny: Tiny) -> None:
     near(saves["attn.scores"].softmax(-1), saves["attn.pattern"])
     heads = saves["attn.z"].shape[1]
     v_THD = saves["attn.v"].repeat_interleave(heads // saves["attn.v"].shape[1], 1)
-    near(torch.einsum("ths,shd->thd", saves["attn.pattern"], v_THD), saves["attn.z"])
+    near(torch.einsum("thk,khd->thd", saves["attn.pattern"], v_THD), saves["attn.z"])
     bias = dict(tiny.plain.named_parameters()).get(f"transformer.h.{at[-1]}.attn.c_proj.bias")
     near(saves["attn.head_out"].sum(1) + (0 if bias is None else bias), saves["attn.out"])
     if tiny.manifest.family != "gemma2":

@@ -75,3 +75,27 @@ def test_broken_programs_are_refused_with_a_type_or_can_be_run(
     with torch.no_grad():
         outcomes = tiny.oracle.run(program, drawn.constants)
     held_to_what_was_inferred(checked, outcomes)
+
+
+@AT_LEISURE
+@given(st.sampled_from(sorted(TINIES)), st.integers(0, 9), st.data())
+def test_a_text_is_not_refused_for_what_its_tokens_may_be(
+    family: str, more: int, data: st.DataObject
+) -> None:
+    """The hub knows no tokens: it must let through what the engine can run, and bound it."""
+    manifest = TINIES[family].manifest
+    drawn = data.draw(valid_programs(manifest))
+    # The positions of one token are one in every step, which no bound says.
+    assume(all(len(run.ids or ()) > 1 for run in drawn.program.runs))
+    runs = tuple(
+        run.model_copy(update={"ids": None, "text": "a" * (len(run.ids or ()) - 1 + more)})
+        for run in drawn.program.runs
+    )
+    exact = check(drawn.program, manifest, specs_of(drawn))
+    bound = check(drawn.program.model_copy(update={"runs": runs}), manifest, specs_of(drawn))
+    assert bound.num_flops >= exact.num_flops
+    assert bound.result_bytes >= exact.result_bytes
+    assert (bound.scopes, bound.lane) == (exact.scopes, exact.lane)
+    for run, same in zip(bound.runs, exact.runs, strict=True):
+        assert run.affects_prefill or not same.affects_prefill
+        assert (run.earliest_read is None) <= (same.earliest_read is None)

@@ -11,6 +11,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import event, inspect, text
 
+import fabric.adapters
 import fabric.artifacts
 import fabric.auth
 import fabric.batches

@@ -1,0 +1,1 @@
+"""An engine over a vLLM server, for models that it serves better than ours does."""

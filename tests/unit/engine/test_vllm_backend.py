@@ -1,0 +1,236 @@
+"""How the backend reads what a server sends, and what it does when one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fabric.engine.config import EngineConfig
+from fabric.engine.source import ModelSource
+from fabric.engine.vllm.engine import VllmEngine
+from fabric.engine.vllm.load import Busy, Gauges
+from fabric.engine.vllm.protocol import get_refusal, read_event, read_prompt_scores, read_steps
+from fabric.errors import BackendFailed, ModelNotLoadable, RequestInvalid
+from fabric.messages import EngineOptions, VllmOptions
+from fabric.testing.processes import wait_ended
+from fabric.testing.tiny_model import save_tiny_llama
+
+CONFIG = EngineConfig(
+    dtype="float32", num_threads=1, cache_bytes=4 * 2**20, max_rows=4, step_tokens=32
+)
+
+
+def get_engine(path: Path | str, **options: Any) -> VllmEngine:
+    return VllmEngine(ModelSource.parse(str(path)), CONFIG, VllmOptions(**options), name="tiny")
+
+
+def test_a_chunk_of_several_tokens_is_read_whole() -> None:
+    """As vLLM 0.32 sent it."""
+    chunk = {
+        "choices": [
+            {
+                "index": 0,
+                "text": " a b",
+                "token_ids": [7, 8],
+                "logprobs": {
+                    "text_offset": [0, 10],
+                    "tokens": ["token_id:7", "token_id:8"],
+                    "token_logprobs": [-0.5, -2.0],
+                    "top_logprobs": [
+                        {"token_id:7": -0.5, "token_id:9": -1.5},
+                        {"token_id:8": -2.0, "token_id:9": -0.25},
+                    ],
+                },
+                "finish_reason": "length",
+            }
+        ]
+    }
+    [step] = read_steps(chunk, 1)
+    assert (step.choice, step.ids, step.finish_reason) == (0, [7, 8], "length")
+    assert [(score.logprob, score.top) for score in step.scores if score] == [
+        (-0.5, ((7, -0.5),)),
+        (-2.0, ((9, -0.25),)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        {},
+        {"choices": [{"token_ids": [1]}]},
+        {"choices": 5},
+        {"choices": [{"index": 0, "token_ids": [1]}]},
+        {"choices": [{"index": 0, "token_ids": [1], "logprobs": {"top_logprobs": [{"x": 1}]}}]},
+    ],
+)
+def test_chunks_without_their_ids_or_scores_are_the_servers_failure(chunk: Any) -> None:
+    with pytest.raises(BackendFailed):
+        list(read_steps(chunk, 1))
+    with pytest.raises(BackendFailed):
+        read_prompt_scores(chunk, [1, 2], 0)
+
+
+@pytest.mark.parametrize("line", ["data: {", "data: 5", 'data: {"error": {"message": "no"}}'])
+def test_a_stream_that_breaks_is_the_servers_failure(line: str) -> None:
+    with pytest.raises(BackendFailed):
+        read_event(line)
+
+
+@pytest.mark.parametrize("line", ["", ": ping", "data: [DONE]", "event: x"])
+def test_lines_that_say_nothing_are_passed_over(line: str) -> None:
+    assert read_event(line) is None
+
+
+def test_refusals_are_the_callers_or_the_servers() -> None:
+    told = get_refusal(400, json.dumps({"error": {"message": "bad grammar"}}))
+    assert isinstance(told, RequestInvalid)
+    assert "bad grammar" in told.message
+    assert isinstance(get_refusal(500, "<html>"), BackendFailed)
+    assert isinstance(get_refusal(401, '{"error": "Unauthorized"}'), BackendFailed)
+    assert isinstance(get_refusal(404, "[]"), BackendFailed)
+
+
+def test_moments_are_shared_among_the_tasks_that_are_there() -> None:
+    busy, pause = Busy(), threading.Event()
+    busy.begin("a", 1, 4)
+    pause.wait(0.02)
+    busy.begin("b", 2, 4)
+    assert busy.load(Gauges(), max_rows=2).num_running == 2
+    assert busy.load(Gauges(), max_rows=2).num_waiting == 1
+    pause.wait(0.02)
+    shares = [busy.end("a", 5), busy.end("b", 5)]
+    load = busy.load(Gauges(), max_rows=2)
+    assert sum(shares) == pytest.approx(load.busy_s)
+    assert shares[0] > shares[1] > 0.0
+    assert load.decode_tokens_per_s > 0.0
+
+
+def test_options_reach_an_instance_as_text() -> None:
+    options = EngineOptions(backend="vllm", vllm=VllmOptions(command=("vllm", "serve"), start_s=9))
+    assert EngineOptions.model_validate_json(options.model_dump_json()) == options
+    with pytest.raises(ValueError, match="url"):
+        VllmOptions(url="ftp://x")
+
+
+# ---- servers that fail ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"command": ("/no/such/program",)}, "ended with code 127"),
+        ({"command": (sys.executable, "-c", "raise SystemExit(3)")}, "ended with code 3"),
+        (
+            {"command": (sys.executable, "-c", "import time; time.sleep(60)"), "start_s": 1.0},
+            "not healthy after 1 s",
+        ),
+        ({"url": "http://127.0.0.1:1", "start_s": 0.5}, "not healthy after 0.5 s"),
+        ({"url": "http://127.0.0.1:1", "key_path": "/no/such/key"}, "key cannot be read"),
+    ],
+)
+def test_a_server_that_does_not_come_up_says_why(
+    tiny: Path, options: dict[str, Any], reason: str
+) -> None:
+    engine = get_engine(tiny, **options)
+    with pytest.raises(ModelNotLoadable, match=reason):
+        engine.start()
+    assert not [one for one in psutil.Process().children() if "vllm.guard" in str(one.cmdline())]
+    engine.close()
+
+
+def test_a_gguf_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelNotLoadable, match="transformers directories"):
+        get_engine(tmp_path / "m.gguf").start()
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[str], str]]:
+    """Serve one fixed model list and health on a socket, until the test ends."""
+    servers: list[socket.socket] = []
+
+    def start(root: str) -> str:
+        server = socket.create_server(("127.0.0.1", 0))
+        servers.append(server)
+        model = {"id": "tiny", "root": root, "max_model_len": 64}
+        bodies = {"/v1/models": {"data": [model]}, "/version": {"version": "0"}, "/health": {}}
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection:
+                    path = connection.recv(65536).split()[1].decode()
+                    body = json.dumps(bodies.get(path, {})).encode()
+                    head = f"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {len(body)}"
+                    connection.sendall(head.encode() + b"\r\n\r\n" + body)
+
+        threading.Thread(target=serve, daemon=True).start()
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+def test_a_server_of_another_model_is_refused(
+    tiny: Path, answering: Callable[[str], str], heard: Callable[..., Any]
+) -> None:
+    with pytest.raises(ModelNotLoadable, match="serves /elsewhere and not"):
+        get_engine(tiny, url=answering("/elsewhere")).start()
+
+
+def test_a_server_that_runs_already_is_used(
+    tiny: Path,
+    answering: Callable[[str], str],
+    driver_of: Callable[..., Any],
+) -> None:
+    engine = get_engine(tiny, url=answering(str(tiny)))
+    engine.start()
+    try:
+        assert engine.info.limits.context_tokens == 64
+        # It answers everything with an empty object: the task fails, the engine goes on.
+        asked = driver_of(engine).greedy("hi")
+        assert asked.failed.failure.code == "backend_failed"
+    finally:
+        engine.close()
+    assert driver_of(engine).greedy("hi").failed.failure.code == "engine_stopped"
+
+
+@pytest.mark.timeout(240)
+def test_a_server_that_is_killed_ends_the_tasks_and_the_engine(
+    tiny: Path, driver_of: Callable[..., Any], wait_until: Callable[..., None]
+) -> None:
+    engine = get_engine(tiny, command=(sys.executable, "-m", "fabric.testing.vllm_server"))
+    engine.start()
+    try:
+        driver = driver_of(engine)
+        [guard] = [p for p in psutil.Process().children() if "vllm.guard" in " ".join(p.cmdline())]
+        [server] = guard.children()
+        assert not any("VLLM_API_KEY" in part for part in server.cmdline())
+        running = driver.greedy("hi", max_tokens=200)
+        wait_until(lambda: bool(running.tokens()), 60)
+        os.kill(server.pid, signal.SIGKILL)
+        assert running.failed.failure.code in ("backend_failed", "engine_stopped")
+        wait_until(lambda: driver.greedy("hi").failed.failure.code == "engine_stopped", 30)
+    finally:
+        engine.close()
+    assert wait_ended([guard, server], timeout_s=20) == []
