@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import click
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("model", required=False)
 @client_options
 def points(model: str | None, fabric: Fabric, output: Output) -> None:
-    """List the points of MODEL's forward pass, in its order.
+    """List the points of MODEL's forward pass, by module and in its order.
 
     T are a run's positions and S its keys. A point that cannot be served says why.
     """
@@ -32,7 +31,10 @@ def points(model: str | None, fabric: Fabric, output: Output) -> None:
         f" {manifest.num_parameters:,} parameters ({manifest.family})",
         bold=True,
     )
-    for module, specs in groupby(manifest.points, key=_module_of):
+    modules: dict[str, list[PointSpec]] = {}
+    for spec in manifest.points:
+        modules.setdefault(_module_of(spec), []).append(spec)
+    for module, specs in modules.items():
         click.echo()
         output.table(
             [Column("POINT", whole=True), "SHAPE", "DTYPE", "MAY BE", "LANE", "WHY NOT"],
