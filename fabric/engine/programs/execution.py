@@ -7,7 +7,7 @@ once, the others when the model comes by theirs, and all from one point on to th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -72,14 +72,6 @@ class StepPlan:
 IDLE = StepPlan((), {})
 
 
-@dataclass(slots=True)
-class _Parts:
-    """What a save was given so far."""
-
-    values: list[Value] = field(default_factory=list)
-    num_bytes: int = 0
-
-
 class Execution:
     """The state of one run. Its prompt is known: spans are positions.
 
@@ -118,7 +110,8 @@ class Execution:
         """Forget what was computed; what was told stays told."""
         self._values: dict[int, Value] = {}
         self._latched: dict[int, bool] = {}
-        self._parts: dict[int, _Parts] = {}
+        self._parts: dict[int, list[Value]] = {}
+        self._num_bytes = 0
         self._marked: dict[str, tuple[Tensor, int]] = {}
         self._prepared = False
         self._step = self._start = self._count = 0
@@ -220,7 +213,7 @@ class Execution:
         for k in sorted(self._fresh):
             node = self._nodes[k]
             if isinstance(node, ops.Save) and node.stream and self._step > self._streamed:
-                streamed[node.name] = _reduced(node, self._parts[k].values[-1])
+                streamed[node.name] = _reduced(node, self._parts[k][-1])
         if streamed:
             self._to_send.append((self._step, streamed))
         self._streamed = max(self._streamed, self._step)
@@ -243,7 +236,7 @@ class Execution:
         results = {}
         for k, node in enumerate(self._nodes):
             if isinstance(node, ops.Save) and (streamed or not node.stream) and k in self._parts:
-                joined = self._joined(k, self._parts[k].values)
+                joined = self._joined(k, self._parts[k])
                 results[node.name] = _reduced(node, joined)
         return results
 
@@ -387,14 +380,14 @@ class Execution:
     def _save(self, k: int, node: ops.Save) -> None:
         value = self._values[node.x]
         data = value.data if node.dtype is None else value.data.to(DTYPES[node.dtype])
-        data = data.detach().clone()
-        parts = self._parts.setdefault(k, _Parts())
-        parts.num_bytes += data.nbytes
-        total = sum(part.num_bytes for part in self._parts.values())
+        # What was read is a copy already, and values are never changed in place.
+        read = isinstance(self._nodes[node.x], ops.Read)
+        data = data.detach() if read else data.detach().clone()
+        self._num_bytes += data.nbytes
         limit = self._max_bytes if node.reduce is None else MAX_VALUE_BYTES
-        if total > limit:
-            raise ProgramTooLarge(cap="saved bytes", value=total, limit=limit)
-        parts.values.append(Value(data, value.at))
+        if self._num_bytes > limit:
+            raise ProgramTooLarge(cap="saved bytes", value=self._num_bytes, limit=limit)
+        self._parts.setdefault(k, []).append(Value(data, value.at))
 
     def _joined(self, k: int, values: Sequence[Value]) -> Value:
         if k in self._single or k not in self._dynamic:
