@@ -14,12 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fabric.engine.programs.cells import WHOLE, Cell, Place, TensorCell
+from fabric.engine.programs.cells import WHOLE, Cell, TensorCell
 from fabric.engine.programs.edits import changed
+from fabric.engine.programs.selection import Reach
 from fabric.engine.programs.values import (
     DTYPES,
     MAX_VALUE_BYTES,
-    Positions,
     Value,
     arguments,
     evaluate,
@@ -92,6 +92,7 @@ class Execution:
         """Tokens that were generated; a run that starts over takes them again."""
         self.seconds = 0.0
         """Of evaluating its nodes, since the last time that somebody asked."""
+        self._reach = Reach(self.num_prompt, self.num_steps)
         self._sources = sources
         self._max_bytes = max_bytes
         self._single = single
@@ -114,7 +115,7 @@ class Execution:
         self._num_bytes = 0
         self._marked: dict[str, tuple[Tensor, int]] = {}
         self._prepared = False
-        self._step = self._start = self._count = 0
+        self._step, self._span = 0, (0, 0)
         self._plan = IDLE
         self._fresh: set[int] = set()
 
@@ -139,7 +140,7 @@ class Execution:
             first
             for k, node in enumerate(self._nodes)
             if isinstance(node, _CHANGING) and self._points[k] not in _LATE
-            if (first := self._first_of(node.sel, decoding=True)) is not None
+            if (first := self._reach.first_of(node.sel, decoding=True)) is not None
         ]
         return min(firsts, default=None)
 
@@ -150,15 +151,15 @@ class Execution:
             for node, point in zip(self._nodes, self._points, strict=True)
             if point == "logits" or (isinstance(node, ops.Grad) and node.wrt == "logits")
         ]
-        places = (self._positions(node, start, count) for node in asking)  # type: ignore[arg-type]
+        places = (self._reach.positions(node, start, count) for node in asking)  # type: ignore[arg-type]
         return max((start + count - min(at) for at in places if at), default=0)
 
     # What a step asks.
 
     def begin(self, start: int, count: int) -> StepPlan:
         """Start a step over the positions ``start`` to ``start + count``; evaluate its opening."""
-        self._start, self._count = start, count
-        self._step = self._step_of(start + count - 1)
+        self._span = start, count
+        self._step = self._reach.step_of(start + count - 1)
         self._fresh = set()
         if not self._prepared:
             self._prepare()
@@ -318,7 +319,7 @@ class Execution:
         match node:
             case ops.Read():
                 assert cell is not None
-                place, at = self._place(node, cell.num_rows, base)
+                place, at = self._reach.place(node, self._span, cell.num_rows, base)
                 values[k] = Value(cell.take(place), at)
             case ops.Write() | ops.Project() | ops.Clamp() | ops.Skip():
                 assert cell is not None
@@ -358,7 +359,7 @@ class Execution:
     def _change(
         self, k: int, node: ops.Write | ops.Project | ops.Clamp | ops.Skip, cell: Cell, base: int
     ) -> None:
-        place, _ = self._place(node, cell.num_rows, base)
+        place, _ = self._reach.place(node, self._span, cell.num_rows, base)
         h = cell.take(place)
         args = {
             name: self._values[ref].data
@@ -427,7 +428,7 @@ class Execution:
 
     def _gradient(self, node: ops.Grad, scalar: Tensor) -> Value:
         marked, base = self._marked[node.wrt]
-        place, at = self._place(node, marked.shape[0], base)
+        place, at = self._reach.place(node, self._span, marked.shape[0], base)
         if not scalar.requires_grad:
             gradient = torch.zeros_like(marked)
         else:
@@ -437,78 +438,22 @@ class Execution:
 
     # Where.
 
-    def _step_of(self, position: int) -> int:
-        return max(0, position - self.num_prompt + 1)
-
     def _active(self, start: int, count: int) -> list[int]:
         """Return the nodes that touch the model at one of these positions."""
         return [
             k
             for k, point in enumerate(self._points)
-            if point is not None and self._positions(self._nodes[k], start, count)  # type: ignore[arg-type]
+            if point is not None and self._reach.positions(self._nodes[k], start, count)  # type: ignore[arg-type]
         ]
-
-    def _positions(self, node: _Selecting, start: int, count: int) -> Sequence[int]:
-        """Return the positions of a chunk at which a node acts, in the order it names them."""
-        sel, end = node.sel, start + count
-        step = self._step_of(end - 1)
-        if sel.phase != "all" and (sel.phase == "prefill") != (step == 0):
-            return ()
-        if sel.steps is not None and not sel.steps[0] <= step < sel.steps[1]:
-            return ()
-        completes = step > 0 or end == self.num_prompt
-        late = _point(node) == "sample"
-        if sel.pos == "last" or (late and sel.pos == "all"):
-            return (end - 1,) if completes else ()
-        if sel.pos == "all":
-            return range(start, end)
-        assert isinstance(sel.pos, tuple)
-        given = [p + self.num_prompt if p < 0 else p for p in sel.pos]
-        return [p for p in given if start <= p < end]
-
-    def _place(self, node: _Selecting, num_rows: int, base: int) -> tuple[Place, Positions]:
-        """Return the part of a cell that a node takes, and its positions."""
-        sel = node.sel
-        if num_rows == 1 == self._count and sel.heads is None and sel.dims is None:
-            return WHOLE, (base,)
-        positions = self._positions(node, self._start, self._count)
-        at = tuple(positions[-num_rows:] if isinstance(positions, range) else positions)
-        whole = len(at) == num_rows and at == tuple(range(base, base + num_rows))
-        rows = None if whole else _index([p - base for p in at])
-        heads = None if sel.heads is None else _index(sel.heads)
-        dims = None if sel.dims is None else _index(sel.dims)
-        return Place(rows, heads, dims), at
 
     def _first(self, kinds: tuple[type, ...]) -> int:
         """Return the first prompt position at which nodes of these kinds act, or its length."""
         firsts = [
-            self._first_of(node.sel, decoding=False)
+            self._reach.first_of(node.sel, decoding=False)
             for node in self._nodes
             if isinstance(node, _TOUCHING) and isinstance(node, kinds)
         ]
         return min((p for p in firsts if p is not None), default=self.num_prompt)
-
-    def _first_of(self, sel: ops.Selector, *, decoding: bool) -> int | None:
-        """Return the first position that a selector takes, of the prompt or of the whole run."""
-        begin, end = sel.steps or (0, self.num_steps)
-        steps = range(begin, min(end, self.num_steps))
-        of_prompt = sel.phase != "decode" and 0 in steps
-        later = steps[steps.start == 0 :] if sel.phase != "prefill" and decoding else ()
-        firsts: list[int] = []
-        if sel.pos == "all" or sel.pos == "last":
-            firsts += [0 if sel.pos == "all" else self.num_prompt - 1] if of_prompt else []
-            firsts += [self.num_prompt + later[0] - 1] if later else []
-        elif isinstance(sel.pos, tuple):
-            given = [p + self.num_prompt if p < 0 else p for p in sel.pos]
-            firsts = [p for p in given if (of_prompt if p < self.num_prompt else bool(later))]
-        return min(firsts, default=None)
-
-
-_Selecting = ops.Read | ops.Write | ops.Project | ops.Clamp | ops.Skip | ops.Grad
-
-
-def _index(numbers: Sequence[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.long)
 
 
 def _point(node: ops.Node) -> str | None:

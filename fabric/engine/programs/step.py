@@ -25,9 +25,10 @@ from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.programs.cells import Cell, HeadsCell, TensorCell
 from fabric.engine.programs.execution import IDLE, Execution, StepPlan
 from fabric.engine.programs.model import RunModel, nested
-from fabric.engine.programs.points import Points, Tap, given
+from fabric.engine.programs.points import Points, Tap
 from fabric.engine.programs.routing import Route
 from fabric.engine.programs.values import MAX_VALUE_BYTES
+from fabric.engine.programs.watch import given
 from fabric.engine.runner import Attend, Runner
 from fabric.errors import FabricError, ProgramFailed, ProgramTooLarge
 
