@@ -208,6 +208,16 @@ class Execution:
             self._adds[k] = vector
         return self._adds[k]
 
+    @property
+    def steady_adds(self) -> dict[str, Tensor] | None:
+        """What every step of decoding adds, by point, where it does nothing else at all."""
+        plan = self._steady
+        if plan is None or plan.opening:
+            return None
+        if any(len(nodes) != 1 or nodes[0] not in self._adds for nodes in plan.at.values()):
+            return None
+        return {point: self._adds[nodes[0]] for point, nodes in plan.at.items()}
+
     def end(self) -> None:
         """End a step."""
         streamed = {}
