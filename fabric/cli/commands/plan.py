@@ -150,7 +150,8 @@ def _print(plan: Plan, output: Output) -> None:
     copies = "1 copy" if plan.num_copies == 1 else f"{plan.num_copies} copies"
     click.echo(f"{copies} of {split.tensor} tensor x {split.pipeline} pipeline ranks")
     if split.num_ranks > 1:
-        click.echo(f"options: {_flow(plan.engine_options)}")
+        said = f"options: {_flow(plan.engine_options)}"
+        click.echo(textwrap.fill(said, _WIDTH, subsequent_indent="  "))
     click.echo()
     sizes = ("WEIGHTS", "CACHE", "ACTIVATIONS", "RESERVE", "TOTAL GB", "FREE")
     output.table(
@@ -165,7 +166,7 @@ def _print(plan: Plan, output: Output) -> None:
 
 
 def _flow(options: Mapping[str, object]) -> str:
-    """Return options as a site's file has them, on one line."""
+    """Return options as a site's file has them."""
     return "{" + ", ".join(f"{name}: {value}" for name, value in options.items()) + "}"
 
 

@@ -7,19 +7,19 @@ once, the others when the model comes by theirs, and all from one point on to th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fabric.engine.programs.cells import WHOLE, Cell, Place, TensorCell
+from fabric.engine.programs.cells import WHOLE, Cell, TensorCell
 from fabric.engine.programs.edits import changed
+from fabric.engine.programs.selection import Reach
 from fabric.engine.programs.values import (
     DTYPES,
     MAX_VALUE_BYTES,
-    Positions,
     Value,
     arguments,
     evaluate,
@@ -72,14 +72,6 @@ class StepPlan:
 IDLE = StepPlan((), {})
 
 
-@dataclass(slots=True)
-class _Parts:
-    """What a save was given so far."""
-
-    values: list[Value] = field(default_factory=list)
-    num_bytes: int = 0
-
-
 class Execution:
     """The state of one run. Its prompt is known: spans are positions.
 
@@ -100,6 +92,7 @@ class Execution:
         """Tokens that were generated; a run that starts over takes them again."""
         self.seconds = 0.0
         """Of evaluating its nodes, since the last time that somebody asked."""
+        self._reach = Reach(self.num_prompt, self.num_steps)
         self._sources = sources
         self._max_bytes = max_bytes
         self._single = single
@@ -118,10 +111,11 @@ class Execution:
         """Forget what was computed; what was told stays told."""
         self._values: dict[int, Value] = {}
         self._latched: dict[int, bool] = {}
-        self._parts: dict[int, _Parts] = {}
+        self._parts: dict[int, list[Value]] = {}
+        self._num_bytes = 0
         self._marked: dict[str, tuple[Tensor, int]] = {}
         self._prepared = False
-        self._step = self._start = self._count = 0
+        self._step, self._span = 0, (0, 0)
         self._plan = IDLE
         self._fresh: set[int] = set()
 
@@ -146,7 +140,7 @@ class Execution:
             first
             for k, node in enumerate(self._nodes)
             if isinstance(node, _CHANGING) and self._points[k] not in _LATE
-            if (first := self._first_of(node.sel, decoding=True)) is not None
+            if (first := self._reach.first_of(node.sel, decoding=True)) is not None
         ]
         return min(firsts, default=None)
 
@@ -157,15 +151,15 @@ class Execution:
             for node, point in zip(self._nodes, self._points, strict=True)
             if point == "logits" or (isinstance(node, ops.Grad) and node.wrt == "logits")
         ]
-        places = (self._positions(node, start, count) for node in asking)  # type: ignore[arg-type]
+        places = (self._reach.positions(node, start, count) for node in asking)  # type: ignore[arg-type]
         return max((start + count - min(at) for at in places if at), default=0)
 
     # What a step asks.
 
     def begin(self, start: int, count: int) -> StepPlan:
         """Start a step over the positions ``start`` to ``start + count``; evaluate its opening."""
-        self._start, self._count = start, count
-        self._step = self._step_of(start + count - 1)
+        self._span = start, count
+        self._step = self._reach.step_of(start + count - 1)
         self._fresh = set()
         if not self._prepared:
             self._prepare()
@@ -214,13 +208,23 @@ class Execution:
             self._adds[k] = vector
         return self._adds[k]
 
+    @property
+    def steady_adds(self) -> dict[str, Tensor] | None:
+        """What every step of decoding adds, by point, where it does nothing else at all."""
+        plan = self._steady
+        if plan is None or plan.opening:
+            return None
+        if any(len(nodes) != 1 or nodes[0] not in self._adds for nodes in plan.at.values()):
+            return None
+        return {point: self._adds[nodes[0]] for point, nodes in plan.at.items()}
+
     def end(self) -> None:
         """End a step."""
         streamed = {}
         for k in sorted(self._fresh):
             node = self._nodes[k]
             if isinstance(node, ops.Save) and node.stream and self._step > self._streamed:
-                streamed[node.name] = _reduced(node, self._parts[k].values[-1])
+                streamed[node.name] = _reduced(node, self._parts[k][-1])
         if streamed:
             self._to_send.append((self._step, streamed))
         self._streamed = max(self._streamed, self._step)
@@ -243,7 +247,7 @@ class Execution:
         results = {}
         for k, node in enumerate(self._nodes):
             if isinstance(node, ops.Save) and (streamed or not node.stream) and k in self._parts:
-                joined = self._joined(k, self._parts[k].values)
+                joined = self._joined(k, self._parts[k])
                 results[node.name] = _reduced(node, joined)
         return results
 
@@ -325,7 +329,7 @@ class Execution:
         match node:
             case ops.Read():
                 assert cell is not None
-                place, at = self._place(node, cell.num_rows, base)
+                place, at = self._reach.place(node, self._span, cell.num_rows, base)
                 values[k] = Value(cell.take(place), at)
             case ops.Write() | ops.Project() | ops.Clamp() | ops.Skip():
                 assert cell is not None
@@ -365,7 +369,7 @@ class Execution:
     def _change(
         self, k: int, node: ops.Write | ops.Project | ops.Clamp | ops.Skip, cell: Cell, base: int
     ) -> None:
-        place, _ = self._place(node, cell.num_rows, base)
+        place, _ = self._reach.place(node, self._span, cell.num_rows, base)
         h = cell.take(place)
         args = {
             name: self._values[ref].data
@@ -387,14 +391,14 @@ class Execution:
     def _save(self, k: int, node: ops.Save) -> None:
         value = self._values[node.x]
         data = value.data if node.dtype is None else value.data.to(DTYPES[node.dtype])
-        data = data.detach().clone()
-        parts = self._parts.setdefault(k, _Parts())
-        parts.num_bytes += data.nbytes
-        total = sum(part.num_bytes for part in self._parts.values())
+        # What was read is a copy already, and values are never changed in place.
+        read = isinstance(self._nodes[node.x], ops.Read)
+        data = data.detach() if read else data.detach().clone()
+        self._num_bytes += data.nbytes
         limit = self._max_bytes if node.reduce is None else MAX_VALUE_BYTES
-        if total > limit:
-            raise ProgramTooLarge(cap="saved bytes", value=total, limit=limit)
-        parts.values.append(Value(data, value.at))
+        if self._num_bytes > limit:
+            raise ProgramTooLarge(cap="saved bytes", value=self._num_bytes, limit=limit)
+        self._parts.setdefault(k, []).append(Value(data, value.at))
 
     def _joined(self, k: int, values: Sequence[Value]) -> Value:
         if k in self._single or k not in self._dynamic:
@@ -434,7 +438,7 @@ class Execution:
 
     def _gradient(self, node: ops.Grad, scalar: Tensor) -> Value:
         marked, base = self._marked[node.wrt]
-        place, at = self._place(node, marked.shape[0], base)
+        place, at = self._reach.place(node, self._span, marked.shape[0], base)
         if not scalar.requires_grad:
             gradient = torch.zeros_like(marked)
         else:
@@ -444,78 +448,22 @@ class Execution:
 
     # Where.
 
-    def _step_of(self, position: int) -> int:
-        return max(0, position - self.num_prompt + 1)
-
     def _active(self, start: int, count: int) -> list[int]:
         """Return the nodes that touch the model at one of these positions."""
         return [
             k
             for k, point in enumerate(self._points)
-            if point is not None and self._positions(self._nodes[k], start, count)  # type: ignore[arg-type]
+            if point is not None and self._reach.positions(self._nodes[k], start, count)  # type: ignore[arg-type]
         ]
-
-    def _positions(self, node: _Selecting, start: int, count: int) -> Sequence[int]:
-        """Return the positions of a chunk at which a node acts, in the order it names them."""
-        sel, end = node.sel, start + count
-        step = self._step_of(end - 1)
-        if sel.phase != "all" and (sel.phase == "prefill") != (step == 0):
-            return ()
-        if sel.steps is not None and not sel.steps[0] <= step < sel.steps[1]:
-            return ()
-        completes = step > 0 or end == self.num_prompt
-        late = _point(node) == "sample"
-        if sel.pos == "last" or (late and sel.pos == "all"):
-            return (end - 1,) if completes else ()
-        if sel.pos == "all":
-            return range(start, end)
-        assert isinstance(sel.pos, tuple)
-        given = [p + self.num_prompt if p < 0 else p for p in sel.pos]
-        return [p for p in given if start <= p < end]
-
-    def _place(self, node: _Selecting, num_rows: int, base: int) -> tuple[Place, Positions]:
-        """Return the part of a cell that a node takes, and its positions."""
-        sel = node.sel
-        if num_rows == 1 == self._count and sel.heads is None and sel.dims is None:
-            return WHOLE, (base,)
-        positions = self._positions(node, self._start, self._count)
-        at = tuple(positions[-num_rows:] if isinstance(positions, range) else positions)
-        whole = len(at) == num_rows and at == tuple(range(base, base + num_rows))
-        rows = None if whole else _index([p - base for p in at])
-        heads = None if sel.heads is None else _index(sel.heads)
-        dims = None if sel.dims is None else _index(sel.dims)
-        return Place(rows, heads, dims), at
 
     def _first(self, kinds: tuple[type, ...]) -> int:
         """Return the first prompt position at which nodes of these kinds act, or its length."""
         firsts = [
-            self._first_of(node.sel, decoding=False)
+            self._reach.first_of(node.sel, decoding=False)
             for node in self._nodes
             if isinstance(node, _TOUCHING) and isinstance(node, kinds)
         ]
         return min((p for p in firsts if p is not None), default=self.num_prompt)
-
-    def _first_of(self, sel: ops.Selector, *, decoding: bool) -> int | None:
-        """Return the first position that a selector takes, of the prompt or of the whole run."""
-        begin, end = sel.steps or (0, self.num_steps)
-        steps = range(begin, min(end, self.num_steps))
-        of_prompt = sel.phase != "decode" and 0 in steps
-        later = steps[steps.start == 0 :] if sel.phase != "prefill" and decoding else ()
-        firsts: list[int] = []
-        if sel.pos == "all" or sel.pos == "last":
-            firsts += [0 if sel.pos == "all" else self.num_prompt - 1] if of_prompt else []
-            firsts += [self.num_prompt + later[0] - 1] if later else []
-        elif isinstance(sel.pos, tuple):
-            given = [p + self.num_prompt if p < 0 else p for p in sel.pos]
-            firsts = [p for p in given if (of_prompt if p < self.num_prompt else bool(later))]
-        return min(firsts, default=None)
-
-
-_Selecting = ops.Read | ops.Write | ops.Project | ops.Clamp | ops.Skip | ops.Grad
-
-
-def _index(numbers: Sequence[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.long)
 
 
 def _point(node: ops.Node) -> str | None:

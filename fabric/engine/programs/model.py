@@ -20,8 +20,8 @@ from fabric.engine.attention import Chunk, Scoring, attend_causally
 from fabric.engine.linear import PackedLinear
 from fabric.engine.lowrank import Delta, Factors, LowRankLayers, Span
 from fabric.engine.programs.anatomy import Anatomy, LayerParts
-from fabric.engine.programs.points import given
 from fabric.engine.programs.values import indexed
+from fabric.engine.programs.watch import given
 from fabric.engine.runner import run_ragged
 from fabric.errors import LowRankInvalid, ProgramInvalid, ProgramTooLarge
 from fabric.messages import nodes as ops

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -25,9 +26,10 @@ from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.programs.cells import Cell, HeadsCell, TensorCell
 from fabric.engine.programs.execution import IDLE, Execution, StepPlan
 from fabric.engine.programs.model import RunModel, nested
-from fabric.engine.programs.points import Points, Tap, given
+from fabric.engine.programs.points import Points, Tap
 from fabric.engine.programs.routing import Route
 from fabric.engine.programs.values import MAX_VALUE_BYTES
+from fabric.engine.programs.watch import given
 from fabric.engine.runner import Attend, Runner
 from fabric.errors import FabricError, ProgramFailed, ProgramTooLarge
 
@@ -116,16 +118,24 @@ class ProgramStep:
         points: Of the model that runs.
         keys: Finds a run's keys and values.
         alone: Whether all rows of the step are among ``runs``.
+        adds: By point, the tokens of other runs that a vector is added to, and no more.
     """
 
     def __init__(
-        self, runs: Sequence[RunStep], points: Points, keys: Keys, *, alone: bool = False
+        self,
+        runs: Sequence[RunStep],
+        points: Points,
+        keys: Keys,
+        *,
+        alone: bool = False,
+        adds: Mapping[str, Mapping[int, Tensor]] = MappingProxyType({}),
     ) -> None:
         self.runs = list(runs)
         self._points = points
         self._keys = keys
         self._alone = alone
-        self._at: dict[str, list[RunStep]] = {}
+        self._adds = adds
+        self._at: dict[str, list[RunStep]] = {point: [] for point in adds}
         self._of_row = {run.row: run for run in runs if run.row is not None}
 
     def begin(self) -> None:
@@ -241,10 +251,12 @@ class ProgramStep:
         """Serve a point of a module's tensor; return another one where it was changed."""
         result: Tensor | None = x if tap.shared else None
         adding = self._adding(point, tap, x)
-        if changed := bool(adding):
+        own = {run.begin: vector for run, vector in adding.items()}
+        vectors = {**own, **self._adds.get(point, {})}
+        if changed := bool(vectors):
             result = x.clone() if result is None else result
-            rows = torch.tensor([run.begin for run in adding])
-            _flat(result).index_add_(0, rows, torch.stack(list(adding.values())))
+            rows = torch.tensor(list(vectors))
+            _flat(result).index_add_(0, rows, torch.stack(list(vectors.values())))
         for run in self._at[point]:
             if run in adding:
                 continue
@@ -406,10 +418,17 @@ class ProgramStep:
 def programs_of(runs: Sequence[Run], runner: Runner) -> ProgramStep | None:
     """Return the programs of a step, begun; ``None`` if there are none."""
     found: list[RunStep] = []
+    adds: dict[str, dict[int, Tensor]] = {}
     begin = wanted = 0
     for run in runs:
         program = run.row.active.program
-        if program is not None and program.acts:
+        steady = None
+        if program is not None and run.num_tokens == 1 and run.row.decodes:
+            steady = None if program.model.private else program.execution.steady_adds
+        if steady is not None:
+            for point, vector in steady.items():
+                adds.setdefault(point, {})[begin] = vector
+        elif program is not None and program.acts:
             found.append(
                 RunStep(
                     execution=program.execution,
@@ -422,7 +441,7 @@ def programs_of(runs: Sequence[Run], runner: Runner) -> ProgramStep | None:
                 )
             )
         begin, wanted = begin + run.num_tokens, wanted + run.num_wanted
-    if not found:
+    if not found and not adds:
         return None
     assert runner.points is not None
 
@@ -433,7 +452,7 @@ def programs_of(runs: Sequence[Run], runner: Runner) -> ProgramStep | None:
         k_1MKD, v_1MKD = runner.cache.read(layer, blocks)
         return k_1MKD[0, :num_keys], v_1MKD[0, :num_keys]
 
-    step = ProgramStep(found, runner.points, keys, alone=len(found) == len(runs))
+    step = ProgramStep(found, runner.points, keys, alone=len(found) == len(runs), adds=adds)
     with torch.inference_mode():
         step.begin()
     return step
