@@ -248,7 +248,7 @@ def patch_grid(num_layers: int) -> Json:
                 {"op": "read", "at": "logits", "sel": {"pos": "last"}},
                 {"op": "save", "name": "logits", "x": 2},
             ]
-            runs.append({"id": f"{layer}/{position}", "ids": corrupt, "nodes": nodes})
+            runs.append({"id": f"p{layer}/{position}", "ids": corrupt, "nodes": nodes})
     model, _ = load_gguf(SMOLLM.resolve(), torch.bfloat16)
     model.eval()
     ours.submit(program([{"id": "warm", "ids": corrupt}]), salt="grid").done.wait()
@@ -304,7 +304,7 @@ def hooked_grid(
             hook = blocks[layer].register_forward_hook(patch(layer))
             logits = model(torch.tensor([corrupt] * 32), logits_to_keep=1).logits[:, 0]
             hook.remove()
-            results |= {f"{layer}/{position}": logits[position].float() for position in range(32)}
+            results |= {f"p{layer}/{position}": logits[position].float() for position in range(32)}
     return results
 
 
