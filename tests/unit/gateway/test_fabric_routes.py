@@ -50,11 +50,13 @@ def test_models_show_their_versions_and_where_they_run(
 ) -> None:
     hub.catalog.add_model("fixed", "2", context_tokens=64, source="fixed-delay:")
     try:
-        newer, older = client.get("/v1/fabric/models").json()["data"]
+        versions = client.get("/v1/fabric/models").json()["data"]
+        newer, older = (version for version in versions if version["name"] == "fixed")
         assert (newer["id"], newer["digest"], newer["replicas"]) == ("fixed@2", None, [])
         assert older["id"] == "fixed@1"
         assert {replica["site"] for replica in older["replicas"]} == {"alpha", "beta"}
-        [listed] = client.get("/v1/models").json()["data"]
+        models = client.get("/v1/models").json()["data"]
+        [listed] = (model for model in models if model["id"] == "fixed")
         assert (listed["id"], listed["fabric"]["revision"]) == ("fixed", "2")
         assert client.get("/v1/models/fixed@1").json()["fabric"]["revision"] == "1"
     finally:
