@@ -49,6 +49,7 @@ def running(directory: Path, model: Path, **options: object) -> Iterator[Instanc
         update={
             "launch": spec.launch.model_copy(update={"source": str(model)}),
             "options": EngineOptions.model_validate(layout | options),
+            "grace_s": PATIENCE_S,
         }
     )
     with start_instance(spec, "fabric.instance") as instance:
@@ -128,9 +129,9 @@ def test_sigterm_drains_and_ends_all_ranks(tmp_path, long_dir) -> None:
                 one.send_signal(signal.SIGTERM)
             instance.process.send_signal(signal.SIGTERM)
 
-        events = asyncio.run(stream(instance, 1000, end_as_a_batch_system_does))
+        events = asyncio.run(stream(instance, 400, end_as_a_batch_system_does))
         assert isinstance(events[-1], Finished)
-        assert sum(isinstance(event, Token) for event in events) == 1000
+        assert sum(isinstance(event, Token) for event in events) == 400
         assert instance.process.wait(PATIENCE_S) == 0
         assert are_gone([*ranks, *agents])
 
