@@ -60,6 +60,7 @@ def _written(node: ops.Write, h: Tensor, args: dict[str, Tensor], gate: Tensor |
         kept = torch.where(torch.as_tensor(alpha == 1.0), torch.zeros_like(h), (1.0 - alpha) * h)
         return kept + torch.where(torch.as_tensor(alpha == 0.0), torch.zeros_like(h), alpha * x)
     if node.norm == "match":
+        x = x.expand_as(h)  # what is broadcast is given the length of h as a whole
         x = x * (_length(h) / _length(x).clamp_min(_TINY))
     y = h + alpha * x
     return y * (_length(h) / _length(y).clamp_min(_TINY)) if node.norm == "preserve" else y

@@ -63,7 +63,9 @@ class Weights:
     @cached_property
     def plain(self) -> PreTrainedModel:
         """The model with plain weights and modules that gradients go through; a second copy."""
-        return self._reload()
+        # Whoever needs it first may be in inference mode, whose tensors no gradient goes through.
+        with torch.inference_mode(False):
+            return self._reload()
 
     def owners(self, name: str) -> list[tuple[str, str]]:
         """Return the modules (and their parameters) that have the parameter."""
