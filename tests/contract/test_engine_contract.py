@@ -42,6 +42,7 @@ from fabric.messages import (
     VllmOptions,
 )
 from fabric.testing.engine import FixedDelayEngine
+from fabric.testing.hub import wait_until
 from fabric.testing.tiny_model import save_tiny_llama
 
 pytestmark = pytest.mark.timeout(300)
@@ -255,8 +256,12 @@ def test_a_deadline_that_passes_ends_the_task(any_engine: Asker) -> None:
 
 def test_an_idle_engine_says_so(any_engine: Asker) -> None:
     assert any_engine.ask(max_tokens=2).finished
-    load = any_engine.engine.load()
-    assert (load.num_running, load.num_waiting) == (0, 0)
+
+    def idle() -> bool:
+        load = any_engine.engine.load()
+        return (load.num_running, load.num_waiting) == (0, 0)
+
+    wait_until(idle)  # the load is told after the step that the answer came from
 
 
 # ---- engines with a model ------------------------------------------------------------------------

@@ -179,9 +179,13 @@ class Driver:
         return self.ask(prompt, temperature=0.0, max_tokens=max_tokens, **more)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def crew() -> Iterator[Crew]:
-    """Three ranks beside this process, for all models that are divided."""
+    """Three ranks beside this process, for all models that are divided.
+
+    It ends with the tests of the engine: torch's agent draws from the global ``random`` all the
+    while, which hypothesis takes for a strategy that cannot be repeated.
+    """
     crew = Crew(num_ranks=4, num_threads=1, timeout_s=240.0)
     crew.start()
     yield crew
