@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,12 @@ def test_without_a_working_compiler_torch_computes(compilations, monkeypatch, ca
     assert load() is None
     monkeypatch.setattr(native.shutil, "which", lambda name: "/bin/false")
     assert load() is None
+
+
+def test_loading_the_kernels_leaves_small_numbers_as_they_are() -> None:
+    code = (
+        "from fabric.engine.native import load_native; import sys;"
+        "assert load_native() is not None; print(sys.float_info.min / 4 > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"

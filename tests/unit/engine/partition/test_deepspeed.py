@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 PROMPT = list(range(40, 90))
