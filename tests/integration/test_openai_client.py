@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import httpx
@@ -290,15 +288,18 @@ def slow_engine() -> FixedDelayEngine:
 
 
 def test_tokens_arrive_one_by_one_and_not_in_bursts(tmp_path: Path) -> None:
+    token_s = 0.1
     with (
-        running_hub(tmp_path, sites=["alpha"], engine=slow_engine) as hub,
+        running_hub(
+            tmp_path, sites=["alpha"], engine=lambda: FixedDelayEngine(token_s=token_s)
+        ) as hub,
         get_client(hub) as client,
     ):
         stream = client.completions.create(model="fixed", prompt="x", max_tokens=20, stream=True)
         at = [time.monotonic() for chunk in stream if chunk.choices[0].text]
-    gaps = [later - earlier for earlier, later in pairwise(at)]
-    assert len(gaps) == 19
-    assert median(gaps) > 0.01
+    assert len(at) == 20
+    # A client that had to wait for its processor has missed some of the pauses, but not most.
+    assert at[-1] - at[0] > 0.5 * 19 * token_s
 
 
 @pytest.mark.parametrize("stream", [True, False])
