@@ -17,6 +17,9 @@ MAX_FAILURES = 3
 MARGIN_S = 10.0
 """A successor is wanted so much earlier than the forecast says."""
 
+LOAD_FACTOR = 2.0
+"""A load may take so many times longer than the usual one: others read the same file system."""
+
 UNKNOWN_WAIT_SHARE = 0.25
 """The part of its walltime that a job is taken to wait where nobody knows."""
 
@@ -137,7 +140,8 @@ def _successor_due(job: JobRecord, order: Order, now: datetime, outlook: Outlook
     if wait_s is None:
         wait_s = UNKNOWN_WAIT_SHARE * order.walltime_s
     # It must be ready before this one is told to drain.
-    early_s = wait_s + outlook.load_s + MARGIN_S + get_warning_s(order.walltime_s)
+    load_s = LOAD_FACTOR * outlook.load_s
+    early_s = wait_s + load_s + MARGIN_S + get_warning_s(order.walltime_s)
     early = timedelta(seconds=early_s)
     return now >= job.deadline_at - early
 

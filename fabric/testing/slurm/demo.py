@@ -28,11 +28,11 @@ from fabric.sdk import Fabric
 from fabric.testing.slurm.rig import running_slurm
 
 MACHINE = "local-slurm"
-WALLTIME = "00:02:00"
+WALLTIME = "00:04:00"
 NUM_STREAMS = 4
 MAX_TOKENS = 24
 QUESTION = "Name three planets."
-HAND_OVER_TIMEOUT_S = 240.0
+HAND_OVER_TIMEOUT_S = 400.0
 
 
 @dataclass(slots=True)

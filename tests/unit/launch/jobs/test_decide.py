@@ -8,6 +8,7 @@ import pytest
 
 from fabric.launch.jobs import JobRecord, Order
 from fabric.launch.jobs.decide import (
+    LOAD_FACTOR,
     MARGIN_S,
     HandOver,
     Leave,
@@ -71,7 +72,7 @@ def test_a_failure_ends_its_launch_as_one() -> None:
 
 def test_a_successor_is_submitted_in_time_to_be_ready_before_the_drain() -> None:
     kept = order(keep_until=NOW + timedelta(days=1))
-    due_s = WALLTIME_S - get_warning_s(WALLTIME_S) - 100.0 - 50.0 - MARGIN_S
+    due_s = WALLTIME_S - get_warning_s(WALLTIME_S) - 100.0 - LOAD_FACTOR * 50.0 - MARGIN_S
     assert decide(kept, [job("a", READY, age_s=due_s - 1)], NOW, OUTLOOK) == []
     assert decide(kept, [job("a", READY, age_s=due_s)], NOW, OUTLOOK) == [Submit(0, 1)]
 
@@ -85,7 +86,7 @@ def test_an_unknown_wait_counts_a_part_of_the_walltime() -> None:
     kept = order(keep_until=NOW + timedelta(days=1))
     unknown = Outlook(wait_s=None, load_s=50.0, idle_s={})
     assert decide(kept, [job("a", READY, age_s=WALLTIME_S / 2)], NOW, unknown) == []
-    late = job("a", READY, age_s=0.72 * WALLTIME_S)
+    late = job("a", READY, age_s=0.69 * WALLTIME_S)
     assert decide(kept, [late], NOW, unknown) == [Submit(0, 1)]
 
 
