@@ -189,17 +189,18 @@ def test_expired_payload_is_missing_and_its_bytes_go(configs, kind) -> None:
         reference = store.put("gone soon")
         kept = lasting.put("kept")
 
-        def expired() -> bool:
+        def expired(reference: Reference) -> bool:
             try:
                 store.resolve(reference)
             except PayloadMissing:
                 return True
             return False
 
-        wait_until(expired)
+        wait_until(lambda: expired(reference))
         store.sweep()
-        # A reader whose clock is slow finds nothing either.
+        # A reader whose clock is slow finds nothing either, once the store's own clock is as far.
         late = reference.model_copy(update={"expires_at": kept.expires_at})
+        wait_until(lambda: expired(late))
         with pytest.raises(PayloadMissing, match="evicted"):
             store.resolve(late)
         assert lasting.resolve(kept) == "kept"
