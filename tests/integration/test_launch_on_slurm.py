@@ -217,7 +217,8 @@ def test_a_job_hands_over_to_the_next_without_a_failed_request(user: User) -> No
         finally:
             stop.set()
         answers = [answer for one in asking for answer in one.result()]
-    assert after["jobs"][0]["detail"] == "its successor is ready"
+    # Where the machine is busy, the first may have been told by its own clock a little before.
+    assert after["jobs"][0]["detail"] in ("its successor is ready", "it was asked to leave")
     assert len(set(answers)) == 1
     assert len(answers) > 8
 

@@ -14,7 +14,7 @@ from fabric.messages import InstanceState
 MAX_FAILURES = 3
 """Jobs in a row that ended before they were ready, after which no more are submitted."""
 
-MARGIN_S = 10.0
+MARGIN_S = 20.0
 """A successor is wanted so much earlier than the forecast says."""
 
 LOAD_FACTOR = 2.0
