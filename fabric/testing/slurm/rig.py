@@ -132,6 +132,9 @@ class Slurm:
         for daemon in (*self._nodes.values(), self._controller, self._munged):
             if daemon is not None:
                 daemon.kill()
+        for process in self._ours():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         if self.accounting is not None:
             self.accounting.close()
 
@@ -191,6 +194,17 @@ class Slurm:
                 environ = process.environ()
                 is_ours = environ.get("SLURM_CONF") == str(self.config)
                 if is_ours and environ.get("SLURMD_NODENAME") == name:
+                    found.append(process)
+        return found
+
+    def _ours(self) -> list[psutil.Process]:
+        """Return what Slurm has started and no daemon's end has ended: keepers of job steps."""
+        found = []
+        for process in psutil.process_iter(["name"]):
+            with suppress(psutil.Error):
+                # Its title has overwritten its environment; it works where its daemon does.
+                is_keeper = process.info["name"] == "slurmstepd"
+                if is_keeper and Path(process.cwd()) == self.directory.resolve():
                     found.append(process)
         return found
 
