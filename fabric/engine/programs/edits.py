@@ -41,7 +41,7 @@ def changed(node: ops.Node, h: Tensor, args: dict[str, Tensor]) -> Tensor:
             return h + (moved if gate is None else gate * moved) * unit
         case ops.Skip():
             return _like(args["x"], h).expand_as(h)
-    raise NotImplementedError(f"{node.op} changes nothing")
+    raise TypeError(f"{node.op} changes nothing")
 
 
 def _written(node: ops.Write, h: Tensor, args: dict[str, Tensor], gate: Tensor | None) -> Tensor:

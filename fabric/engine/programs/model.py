@@ -239,7 +239,7 @@ class RunModel:
                 return self._module(name, x)
             case ops.WeightRead():
                 return self._read(node)
-        raise NotImplementedError(f"{node.op} asks nothing of the model")
+        raise TypeError(f"{node.op} asks nothing of the model")
 
     @property
     def _parts(self) -> Anatomy:

@@ -27,6 +27,7 @@ from fabric.engine.programs.cells import Cell, HeadsCell, TensorCell
 from fabric.engine.programs.execution import IDLE, Execution, StepPlan
 from fabric.engine.programs.model import RunModel, nested
 from fabric.engine.programs.points import Points, Tap
+from fabric.engine.programs.recompute import scores_of, visible_of, weighted_of
 from fabric.engine.programs.routing import Route
 from fabric.engine.programs.values import MAX_VALUE_BYTES
 from fabric.engine.programs.watch import given
@@ -361,8 +362,8 @@ class ProgramStep:
         if size > MAX_VALUE_BYTES:
             raise ProgramTooLarge(cap="attention scores, bytes", value=size, limit=MAX_VALUE_BYTES)
         k_SKD, v_SKD = self._keys(layer, run)
-        visible_nS = _visible(run.start, run.count, scoring.window)[:, None]
-        scores_nHS = _scores(q_nHD, k_SKD, scoring).masked_fill(~visible_nS, float("-inf"))
+        visible_nS = visible_of(run.start, run.count, scoring.window)[:, None]
+        scores_nHS = scores_of(q_nHD, k_SKD, scoring).masked_fill(~visible_nS, float("-inf"))
         changed = False
         for point in points:
             x_nHS = scores_nHS if point.endswith("scores") else torch.softmax(scores_nHS, -1)
@@ -375,7 +376,7 @@ class ProgramStep:
                 scores_nHS = x_nHS.masked_fill(~visible_nS, float("-inf"))
             else:
                 pattern_nHS = x_nHS
-        return _weighted(pattern_nHS, v_SKD) if changed else None
+        return weighted_of(pattern_nHS, v_SKD) if changed else None
 
     def _private(self) -> dict[nn.Module, list[RunStep]]:
         """Return the modules of which runs have weights of their own."""
@@ -482,27 +483,3 @@ def _cut(module: nn.Module, arg: object, rows: slice) -> object:
 
 def _parts_of(output: object) -> list[object]:
     return list(output) if isinstance(output, tuple) else [output]
-
-
-def _visible(start: int, count: int, window: int) -> Tensor:
-    """Return which of its keys each token of a run sees, [n, S]."""
-    at_n1 = torch.arange(start, start + count)[:, None]
-    keys_S = torch.arange(start + count)
-    visible_nS = keys_S <= at_n1
-    return visible_nS & (keys_S > at_n1 - window) if window else visible_nS
-
-
-def _scores(q_nHD: Tensor, k_SKD: Tensor, scoring: Scoring) -> Tensor:
-    num, num_heads, size = q_nHD.shape
-    q_KGnD = q_nHD.transpose(0, 1).reshape(k_SKD.shape[1], -1, num, size)
-    scores_KGnS = (q_KGnD @ k_SKD.permute(1, 2, 0)[:, None]).float() * scoring.scale
-    if scoring.cap:
-        scores_KGnS = torch.tanh(scores_KGnS / scoring.cap) * scoring.cap
-    return scores_KGnS.reshape(num_heads, num, -1).transpose(0, 1)
-
-
-def _weighted(pattern_nHS: Tensor, v_SKD: Tensor) -> Tensor:
-    num, num_heads, num_keys = pattern_nHS.shape
-    p_KGnS = pattern_nHS.to(v_SKD.dtype).transpose(0, 1).reshape(v_SKD.shape[1], -1, num, num_keys)
-    out_KGnD = p_KGnS @ v_SKD.transpose(0, 1)[:, None]
-    return out_KGnD.reshape(num_heads, num, -1).transpose(0, 1)

@@ -204,7 +204,7 @@ def _compute(node: ops.Node, data: Sequence[Tensor]) -> Tensor:
             return data[0].reshape(shape) if op == "reshape" else data[0].permute(shape)
         case ops.Cast(dtype=dtype):
             return data[0].to(DTYPES[dtype])
-    raise NotImplementedError(f"{node.op} is no pure computation")
+    raise TypeError(f"{node.op} is no pure computation")
 
 
 def _joined(data: Sequence[Tensor]) -> list[Tensor]:
