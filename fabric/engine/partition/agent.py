@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 CONNECT_S = 600.0
 """The longest that ranks wait for rank 0 and for each other at the start."""
 
+TELL_S = 3.0
+"""The longest that an agent tries to tell rank 0 of a loss: rank 0 may be what is lost."""
+
 POLL_S = 0.1
 PEER_LOST = 75
 """The exit code of a rank that ends because another one did."""
@@ -62,11 +65,15 @@ class Station:
         """Whether all ranks are on one machine."""
         return self.host == "127.0.0.1"
 
-    def connect(self) -> TCPStore:
-        """Return a connection of its own to rank 0's store."""
+    def connect(self, within_s: float = CONNECT_S) -> TCPStore:
+        """Return a connection of its own to rank 0's store.
+
+        Raises:
+            torch.distributed.DistNetworkError: Rank 0 has not answered ``within_s`` seconds.
+        """
         from torch.distributed import TCPStore
 
-        timeout = timedelta(seconds=CONNECT_S)
+        timeout = timedelta(seconds=within_s)
         return TCPStore(self.host, self.port, is_master=False, timeout=timeout)
 
     def arguments(self, local_rank: str | None = None) -> list[str]:
@@ -140,9 +147,19 @@ def main() -> int:
         causes = {local: code for local, code in ended.items() if code != PEER_LOST} or ended
         local, code = min(causes.items())
         lost = {"rank": station.rank + local, "exit_code": code}
-        station.connect().set(LOST, json.dumps(lost))
+        tell_rank_0(station, json.dumps(lost))
         return 1
     return 0
+
+
+def tell_rank_0(station: Station, lost: str) -> None:
+    """Say which rank was lost, as JSON, unless rank 0 is gone itself."""
+    from torch.distributed import DistError
+
+    try:
+        station.connect(TELL_S).set(LOST, lost)
+    except DistError as error:
+        print(f"rank 0 is gone, it is not told of {lost}: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

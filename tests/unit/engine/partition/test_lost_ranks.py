@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -170,3 +171,16 @@ def test_a_rank_of_another_node_joins_and_when_killed_ends_requests_and_instance
             assert agent.wait(PATIENCE_S) == 1
         finally:
             agent.kill()
+
+
+def test_an_agent_ends_though_rank_0_cannot_be_told(tmp_path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    code = f"""
+        from fabric.engine.partition.agent import parse_arguments, tell_rank_0
+        words = "--rendezvous {address} --num-ranks 2 --first-rank 1 --local-ranks 1".split()
+        tell_rank_0(parse_arguments(words), '{{"rank": 1, "exit_code": 75}}')
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    ended = subprocess.run(command, timeout=60, capture_output=True, text=True, check=True)
+    assert 'rank 0 is gone, it is not told of {"rank": 1' in ended.stderr
