@@ -29,6 +29,7 @@ from fabric.errors import (
     InsufficientBalance,
     NoReplica,
     NotFound,
+    Overloaded,
     StreamBroken,
     TooManyRequests,
     UnknownModel,
@@ -283,7 +284,7 @@ class Runner:
                 return
 
     def _is_worth_another(self, job: _Job, error: FabricError, tries: int) -> bool:
-        if isinstance(error, NoReplica | TooManyRequests):
+        if isinstance(error, NoReplica | Overloaded | TooManyRequests):
             return True
         if isinstance(error, InsufficientBalance):
             # What the batch's other lines hold, or held when a hub was killed, may come back.

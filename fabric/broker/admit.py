@@ -25,8 +25,10 @@ from fabric.errors import (
     LedgerError,
     NoReplica,
     NotFound,
+    Overloaded,
     RateMissing,
     RequestInvalid,
+    TierNotHeld,
     TooManyRequests,
     UnknownSite,
 )
@@ -150,11 +152,16 @@ class Admission:
             RateMissing: Nobody set a price for the model at a site where it may run.
             InsufficientBalance: No allocation covers the largest charge.
             NoReplica: None can serve it, and no wait could help.
+            Overloaded: It would have to wait for too long.
+            TierNotHeld: Its tier's promise cannot be held.
         """
         _require(identity, scope, bounds)
         try:
             facts = await self._recent(identity, request.model)
             return await self._admit(identity, request, facts, foresee, also, bounds)
+        except (Overloaded, TierNotHeld):
+            # Newer prices would not make it quicker, and who is refused must not cost much.
+            raise
         except FabricError:
             facts = await self._read(identity, request.model)
             return await self._admit(identity, request, facts, foresee, also, bounds)

@@ -9,12 +9,14 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import cast
 
 from fabric.auth import Identity, TicketRecord
 from fabric.broker.admit import Admission, FindAdapter
 from fabric.broker.conclude import Also, Conclusion, End
 from fabric.broker.desk import ProgramDesk
+from fabric.broker.line import Waiting
 from fabric.broker.metering import Metering
 from fabric.broker.observe import Observer, Silent
 from fabric.broker.programs import ProgramBounds
@@ -212,6 +214,8 @@ class Broker:
             RateMissing: The model has no price where it may run.
             InsufficientBalance: No allocation covers the largest charge.
             NoReplica: None can serve it, and no wait could help.
+            Overloaded: It is predicted to come too late for its tier or its deadline.
+            TierNotHeld: No replica holds what its tier promises.
         """
         started_at = time.monotonic()
         self._check_open(request)
@@ -221,12 +225,14 @@ class Broker:
         self._admitting.add(request.id)
         try:
             scope = "query" if bounds is None else "program:read"
+            foresee = partial(self._foresee, project=identity.project)
             ticket = await self._admission.admit(
-                identity, request, self._foresee, scope=scope, bounds=bounds
+                identity, request, foresee, scope=scope, bounds=bounds
             )
             self._check_open(request)
         except BaseException:
             self._admission.leave(identity.key_id)
+            self._state.line.forget(request.id)
             raise
         finally:
             self._admitting.discard(request.id)
@@ -278,8 +284,12 @@ class Broker:
             self._offload(self._admission.void, request.id)
             raise NoReplica(model=request.model, reasons={"hub": "it is shutting down"})
 
-    def _foresee(self, request: Request, context: Context) -> Placement | None:
-        return self._state.foresee(time.monotonic(), request, context)
+    def _foresee(self, request: Request, context: Context, *, project: str) -> Placement | None:
+        return self._state.foresee(time.monotonic(), request, context, project=project)
+
+    def waiting(self) -> list[Waiting]:
+        """Return what waits for a row at the hub."""
+        return self._state.line.waiting()
 
     # ---- raw calls ------------------------------------------------------------------------------
 

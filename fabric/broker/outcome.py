@@ -7,7 +7,7 @@ from hashlib import blake2b
 from fabric.broker.progress import Progress
 from fabric.broker.signals import Outcome
 from fabric.errors import DeadlineExceeded, FabricError, StreamBroken
-from fabric.messages import RunState, Usage
+from fabric.messages import RunCompleted, RunState, Usage
 
 BACKOFF_S = 0.2
 
@@ -31,6 +31,27 @@ def get_outcome(
         first_token_s=since_start_s(run),
         total_s=now - run.started_at,
         failure_code=failure_code,
+    )
+
+
+def get_completed(run: Progress, outcome: Outcome) -> RunCompleted:
+    """Return what a completed run tells its client."""
+    placement = run.placement
+    assert placement is not None
+    return RunCompleted(
+        run=run.ticket.request.id,
+        model=run.ticket.model,
+        digest=run.ticket.digest,
+        adapter=run.ticket.adapter,
+        site=placement.site,
+        instance=placement.instance,
+        attempts=run.attempt,
+        finish_reasons=tuple(reason for reason in run.finishes if reason is not None),
+        usage=outcome.usage,
+        charge_usu=outcome.charge_usu,
+        first_token_s=outcome.first_token_s,
+        total_s=outcome.total_s,
+        placement=placement,
     )
 
 

@@ -16,7 +16,7 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        TooManyRequests, Duplicate, FilesFull, FileInUse, BatchOver,
     │                        ArtifactsFull, LowRankInvalid, AdapterInvalid, AdaptersFull,
     │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
-    ├── PlacementError       NoReplica, DeadlineExceeded
+    ├── PlacementError       NoReplica, Overloaded, TierNotHeld, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
     │                        RequestCancelled, ProtocolViolation, HubUnreachable,
     │                        HubNotConnected, ServiceUnreachable, ServiceBusy, ServiceRefused,
@@ -172,12 +172,14 @@ from fabric.errors.routing import (
     FirstTokenTimeout,
     HubUnreachable,
     NoReplica,
+    Overloaded,
     PlacementError,
     ProtocolViolation,
     RequestCancelled,
     SessionLost,
     SessionRefused,
     StreamBroken,
+    TierNotHeld,
 )
 from fabric.errors.service import (
     CredentialsRefused,
@@ -263,6 +265,7 @@ __all__ = [
     "NotAMember",
     "NotFound",
     "NotRunning",
+    "Overloaded",
     "PackageMissing",
     "PayloadDamaged",
     "PayloadError",
@@ -311,6 +314,7 @@ __all__ = [
     "TicketInvalid",
     "TicketMissing",
     "TicketSpent",
+    "TierNotHeld",
     "TokenExpired",
     "TokenInvalid",
     "TooManyRequests",
