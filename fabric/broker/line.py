@@ -17,7 +17,7 @@ from fabric.broker.cost import times_s
 from fabric.broker.facts import Context, ReplicaSnapshot
 from fabric.broker.fair import FairQueue, Waiter
 from fabric.broker.policies import get_weights
-from fabric.broker.pool import Floats, Pool
+from fabric.broker.pool import Floats, Pool, Rows
 from fabric.broker.progress import Progress
 from fabric.broker.replicas import SMOOTHING, Fleet
 from fabric.broker.select import Decision
@@ -220,21 +220,20 @@ class Line:
         row_s, tier = self._row_s(request, chosen), tier_of(request)
         wait_s = self._wait_s(request, project, decision, row_s, context.remaining_s)
         times = times_s(request, chosen)
-        first_s = times.cold_s + times.first_s * (1.0 + times.share)
-        done_s = times.cold_s + (times.first_s + times.rest_s) * (1.0 + times.share)
-        limits = [("end", done_s, context.remaining_s)]
-        admit_s = PROMISES[tier].admit_s
+        work_s, admit_s = times.first_s + times.rest_s, PROMISES[tier].admit_s
+        limits = [("end", times.cold_s + work_s, times.share * work_s, context.remaining_s)]
         if admit_s is not None and not times.cold_s:  # what is promised holds for warm replicas
-            limits.insert(0, ("first token", first_s, admit_s))
+            limits.insert(0, ("first token", times.first_s, times.share * times.first_s, admit_s))
         if chosen.overhead_s or chosen.prefill_tokens_per_s or chosen.decode_tokens_per_s:
-            for what, alone_s, limit_s in limits:
+            for what, alone_s, shared_s, limit_s in limits:
                 if what == "first token" and alone_s > limit_s:
                     raise TierNotHeld(tier=tier, predicted_s=alone_s, limit_s=limit_s)
-                if alone_s <= limit_s < alone_s + wait_s:
-                    raise self._overloaded(context, tier, what, alone_s + wait_s, limit_s)
+                predicted_s = alone_s + shared_s + wait_s
+                if wait_s and alone_s <= limit_s < predicted_s:
+                    raise self._overloaded(context, tier, what, predicted_s, limit_s)
         queue = self._queues.get(digest, ())
         if wait_s and len(queue) + self._num_expected[digest] >= self._settings.max_waiting:
-            raise self._overloaded(context, tier, "end", done_s + wait_s, context.remaining_s)
+            raise self._overloaded(context, tier, "end", work_s + wait_s, context.remaining_s)
         self._expected[request.id] = digest, row_s
         self._num_expected[digest] += 1
 
@@ -268,26 +267,29 @@ class Line:
         """Return the seconds until a newcomer is expected to have its row."""
         digest, pool = decision.chosen.digest, decision.pool
         num_before = self._num_expected[digest]
-        room_N = np.maximum(0.0, self._room(request, pool))[_rows_of(pool, digest)]
-        num_free, num_rows = room_N.sum(), self._num_rows(request, pool, digest)
+        rows_K = _rows_of(pool, digest)
+        num_free = np.maximum(0.0, self._room(request, pool)[rows_K]).sum()
         if self._room_of(request, decision.chosen) > 0 and num_before < num_free:
             return 0.0
         before_s = num_before * row_s
         if (queue := self._queues.get(digest)) is not None:
             before_s += queue.before_s(self._waiter(request, project, row_s, left_s))
-        return float(max(0.0, before_s - num_free * row_s) + row_s) / num_rows
+        before_s = max(0.0, before_s - num_free * row_s)
+        return float(before_s + row_s) / self._num_rows(request, pool, rows_K)
 
     # ---- room -----------------------------------------------------------------------------------
 
     def _elsewhere(self, request: Request, decision: Decision) -> Decision | None:
         """Return the best replica that has room, if it costs less than the wait for the best."""
         pool, digest = decision.pool, decision.chosen.digest
-        ranking = copy(decision.ranking)
-        ranking.cost_N = np.where(self._room(request, pool) > 0, ranking.cost_N, np.inf)
+        ranking, room_N = copy(decision.ranking), self._room(request, pool)
+        ranking.cost_N = np.where(room_N > 0, ranking.cost_N, np.inf)
         row = ranking.best()
         if row is None:
             return None
-        wait_s = self._queues[digest].backlog_s / self._num_rows(request, pool, digest)
+        rows_K = _rows_of(pool, digest)
+        num_full = self._num_rows(request, pool, rows_K[room_N[rows_K] <= 0])
+        wait_s = self._queues[digest].backlog_s / num_full
         best_s = decision.ranking.cost_N[decision.row] + get_weights(request)["queue"] * wait_s
         if ranking.cost_N[row] > best_s:
             return None
@@ -321,8 +323,7 @@ class Line:
         }
         return shares.get(tier, 1.0)
 
-    def _num_rows(self, request: Request, pool: Pool, digest: str) -> float:
-        rows_K = _rows_of(pool, digest)
+    def _num_rows(self, request: Request, pool: Pool, rows_K: Rows) -> float:
         num_rows = pool.column("max_rows")[rows_K].sum()
         return max(1.0, float(num_rows) * self._part(tier_of(request)))
 
@@ -348,7 +349,7 @@ class Line:
         )
 
 
-def _rows_of(pool: Pool, digest: str) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+def _rows_of(pool: Pool, digest: str) -> Rows:
     """Return the rows of a version that take requests now; shape (K,)."""
     groups = pool.groups.get(digest, {}).values()
     rows_K = np.concatenate([np.array([], np.intp), *(pool.rows(group) for group in groups)])
