@@ -16,7 +16,6 @@ from fabric.auth import Identity, TicketRecord
 from fabric.broker.admit import Admission, FindAdapter
 from fabric.broker.conclude import Also, Conclusion, End
 from fabric.broker.desk import ProgramDesk
-from fabric.broker.line import Waiting
 from fabric.broker.metering import Metering
 from fabric.broker.observe import Observer, Silent
 from fabric.broker.programs import ProgramBounds
@@ -47,6 +46,7 @@ from fabric.broker.signals import (
     Void,
 )
 from fabric.broker.state import BrokerState
+from fabric.broker.tier_desk import TierDesk
 from fabric.catalog import Catalog
 from fabric.dispatch.protocol import Channel
 from fabric.errors import (
@@ -125,6 +125,7 @@ class Broker:
             self._settings, started_at=time.monotonic(), salt_key=secrets.token_bytes(32)
         )
         self.programs = ProgramDesk(self._state, self._admission)
+        self.tiers = TierDesk(self._state, self._admission)
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()
         self._runs: dict[str, Run] = {}
@@ -230,9 +231,9 @@ class Broker:
                 identity, request, foresee, scope=scope, bounds=bounds
             )
             self._check_open(request)
-        except BaseException:
+        except BaseException as error:
             self._admission.leave(identity.key_id)
-            self._state.line.forget(request.id)
+            self.tiers.refused(request, error)
             raise
         finally:
             self._admitting.discard(request.id)
@@ -286,10 +287,6 @@ class Broker:
 
     def _foresee(self, request: Request, context: Context, *, project: str) -> Placement | None:
         return self._state.foresee(time.monotonic(), request, context, project=project)
-
-    def waiting(self) -> list[Waiting]:
-        """Return what waits for a row at the hub."""
-        return self._state.line.waiting()
 
     # ---- raw calls ------------------------------------------------------------------------------
 
@@ -384,6 +381,7 @@ class Broker:
             self._conclusion.begin(instruction)
         outcome = instruction.outcome
         self._admission.leave(outcome.ticket.key_id)
+        self.tiers.ended(outcome)
         self._observer.run_ended(
             outcome.ticket.name,
             outcome.state,

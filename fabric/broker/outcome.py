@@ -31,6 +31,8 @@ def get_outcome(
         first_token_s=since_start_s(run),
         total_s=now - run.started_at,
         failure_code=failure_code,
+        first_s=_first_s(run),
+        token_s=_token_s(run),
     )
 
 
@@ -58,6 +60,20 @@ def get_completed(run: Progress, outcome: Outcome) -> RunCompleted:
 def since_start_s(run: Progress) -> float | None:
     """Return the seconds to the first token, if there was one."""
     return None if run.first_token_at is None else run.first_token_at - run.started_at
+
+
+def _first_s(run: Progress) -> float | None:
+    """Return the seconds to the first token, embedding or save."""
+    at = run.attempt_first_at if run.first_token_at is None else run.first_token_at
+    return None if at is None else at - run.started_at
+
+
+def _token_s(run: Progress) -> float | None:
+    """Return the mean seconds from token to token of a choice, if that says anything of us."""
+    num_steps = max(run.counts) - 1
+    if run.held_back or num_steps < 1 or run.first_token_at is None:
+        return None
+    return (run.last_token_at - run.first_token_at) / num_steps
 
 
 def too_late(run: Progress) -> DeadlineExceeded:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
 from fabric.broker.facts import NO_LIMIT, ReplicaSnapshot
@@ -23,6 +24,8 @@ CORRECTIONS = (0.25, 4.0)
 """Between these a replica's predictions are corrected."""
 DECAY_STEP_S = 1.0
 """How exactly the decay of failures is followed."""
+NUM_RATIOS = 64
+"""Latest answers whose observed over predicted seconds are kept."""
 FORGOTTEN = 0.01
 """So few recent failures are none."""
 
@@ -75,6 +78,7 @@ class Replica:
     load_s: float = 0.0
     caches_prefixes: bool = False
     max_in_flight: int = NO_LIMIT
+    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RATIOS))
     due_at: float = math.inf
 
     def ejected(self, now: float) -> bool:
@@ -124,6 +128,16 @@ class Replica:
             modes=hello.limits.modes,
             adapters=hello.limits.adapters,
             max_in_flight=self.max_in_flight,
+        )
+
+    def measured(self, now: float) -> ReplicaSnapshot:
+        """Return the same with the rates that were last observed, however long ago."""
+        return replace(
+            self.snapshot(now),
+            overhead_s=self.overhead_s,
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
+            decode_tokens_per_s=self.decode_tokens_per_s,
+            correction=self.correction,
         )
 
     def view(self) -> ReplicaView:
@@ -344,6 +358,7 @@ class Fleet:
         replica.decode_tokens_per_s = _mean(replica.decode_tokens_per_s, decode_tokens_per_s)
         low, high = CORRECTIONS
         if ratio:
+            replica.ratios.append(ratio)
             replica.correction = _mean(replica.correction, min(high, max(low, ratio)))
         replica.caches_prefixes |= cached_tokens > 0
         replica.observed_at = now
