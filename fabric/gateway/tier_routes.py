@@ -40,8 +40,7 @@ class EstimateBody(Wire):
 
     def to_request(self) -> Asked:
         """Return one of the requests."""
-        # Token 0, as often as is needed: only the length counts, and checking a million ids of one's
-        # own making would hold the hub up.
+        # Only the length counts, and checking a million ids of one's own would hold the hub up.
         prompt = TokensInput.model_construct(kind="tokens", ids=(0,) * self.prompt_tokens)
         return Asked(
             model=self.model,

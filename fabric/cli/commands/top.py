@@ -60,10 +60,7 @@ def top(once: bool, interval_s: float, fabric: Fabric, output: Output) -> None:
     Where nobody is at the terminal, and in JSON, it is shown once.
     """
     if output.is_json:
-        seen = _look(fabric)
-        output.json(
-            {"sites": seen.sites, "queue": seen.queue, "slo": seen.slo, "usage": seen.usage}
-        )
+        output.json(_look(fabric))
     elif once or not output.is_terminal:
         for section in _sections(_look(fabric)):
             output.table(section.columns, section.rows, title=section.title, empty=section.empty)
