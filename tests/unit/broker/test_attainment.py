@@ -105,8 +105,9 @@ def test_windows_forget_what_is_older() -> None:
 
 def test_a_day_of_requests_takes_no_more_than_a_days_steps() -> None:
     seen = Attainment()
+    ended = outcome()
     for number in range(30_000):
-        seen.ended(number * 10.0, outcome())
+        seen.ended(number * 10.0, ended)
     assert find(seen, 300_000.0, "interactive", "answered", "24h").num_requests <= 8_642
 
 
