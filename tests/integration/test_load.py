@@ -23,7 +23,7 @@ from fabric.testing.hub import RunningHub, running_hub, wait_until
 NUM_CLIENTS = 1_000
 NUM_MODEST = 20
 ROWS = 32
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 MAX_GROWTH_BYTES = 400 * 2**20
 
 
@@ -59,7 +59,7 @@ async def ask(client: httpx.AsyncClient, kind: str, key: str) -> Reply:
         "prompt": "one two",
         "max_tokens": 8,
         "stream": kind == "stream",
-        "fabric": {"tier": tier, "deadline_s": 100},
+        "fabric": {"tier": tier, "deadline_s": 600},
     }
     headers = {"authorization": f"Bearer {key}"}
     async with client.stream("POST", "/v1/completions", json=body, headers=headers) as reply:
@@ -88,6 +88,7 @@ async def ask_all(hub: RunningHub, kinds: Sequence[str], greedy: str, modest: st
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(500)
 def test_a_thousand_clients_are_answered_or_refused_and_nobody_hangs(tmp_path: Path) -> None:
     kinds = [
         ("interactive", "standard", "stream", "batch", "leaves")[number % 5]
