@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fabric.sdk import Fabric
     from fabric.sdk.tiers import Duration, Estimate, SiteEstimate
 
+_MOST = 10**12
 _SPANS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"))
 
 _EPILOG = """\b
@@ -40,8 +41,10 @@ class CountType(click.ParamType):
             number = Decimal(str(value).replace(",", ""))
         except InvalidOperation:
             number = Decimal("NaN")
-        if not number.is_finite() or number != number.to_integral_value() or number < 1:
-            self.fail(f"{value!r} is not a whole number from 1 on, such as 1e6", param, ctx)
+        # A NaN is compared with nothing, and the size is looked at before a power is written out.
+        in_range = number.is_finite() and 1 <= number <= _MOST
+        if not in_range or number != number.to_integral_value():
+            self.fail(f"{value!r} is not a whole number from 1 to 1e12, such as 1e6", param, ctx)
         return int(number)
 
 
