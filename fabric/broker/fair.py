@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 
+from fabric.broker.tiers import Tier
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiter:
@@ -35,7 +37,7 @@ class Waiter:
 
     item: str
     project: str
-    tier: str
+    tier: Tier
     lane: Hashable = None
     seconds: float
     due_at: float = 0.0

@@ -6,7 +6,7 @@ is free, and not by who came first. Batch work takes rows only where others leav
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
@@ -145,16 +145,13 @@ class Line:
 
     def waiting(self) -> list[Waiting]:
         """Return what waits, of whom and for what."""
-        numbers: Counter[tuple[str, str, str]] = Counter()
-        seconds: Counter[tuple[str, str, str]] = Counter()
+        seconds: defaultdict[tuple[str, str, Tier], list[float]] = defaultdict(list)
         for digest, queue in self._queues.items():
             for one in queue:
-                key = self._models[digest], one.project, one.tier
-                numbers[key] += 1
-                seconds[key] += one.seconds  # type: ignore[assignment]
+                seconds[self._models[digest], one.project, one.tier].append(one.seconds)
         return [
-            Waiting(model=m, project=p, tier=t, num_waiting=n, seconds=seconds[m, p, t])  # type: ignore[arg-type]
-            for (m, p, t), n in sorted(numbers.items())
+            Waiting(model=m, project=p, tier=t, num_waiting=len(all_s), seconds=sum(all_s))
+            for (m, p, t), all_s in sorted(seconds.items())
         ]
 
     # ---- turns ----------------------------------------------------------------------------------
@@ -185,7 +182,7 @@ class Line:
             self._programs.setdefault(run.instance, set()).add(run.ticket.request.id)
 
     def ended(self, run: Progress, usage: Usage, total_s: float) -> None:
-        """A run is over: its turn is charged what it took.
+        """A run is over: its turn is charged what it took, and nothing if no answer came of it.
 
         Args:
             run: The run.
@@ -194,7 +191,12 @@ class Line:
         """
         self.leave(run)
         turn = self._turns.pop(run.ticket.request.id, None)
-        if turn is None or usage.device_s <= 0:
+        if turn is None:
+            return
+        if not run.delivered and run.cancel_until is None:
+            self._queues[turn.digest].correct(turn.waiter, -turn.charged_s)
+            return
+        if usage.device_s <= 0:  # the instance does not say
             return
         measured_s = min(usage.device_s, total_s * run.ticket.request.sampling.n)
         self._queues[turn.digest].correct(turn.waiter, measured_s - turn.charged_s)

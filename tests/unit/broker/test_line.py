@@ -116,6 +116,18 @@ def test_those_who_are_said_to_take_long_and_do_not_are_charged_what_they_took()
     assert sum(run.startswith("long") for [run] in next_s) >= 1
 
 
+def test_what_a_site_lost_is_not_held_against_the_project() -> None:
+    rig = Rig("alpha", max_attempts=1)
+    for task in fill(rig, project="unlucky", sampling=Sampling(max_tokens=128, temperature=0.0)):
+        rig.lose(task)
+    tasks = [task for n in range(ROWS) if (task := rig.admit(f"other_{n}", project="other"))]
+    for number in range(4):
+        rig.admit(f"lucky_{number}", project="lucky")
+        rig.admit(f"unlucky_{number}", project="unlucky")
+    order = [run.partition("_")[0] for task in tasks for run in sent(end(rig, task))]
+    assert order.count("unlucky") == order.count("lucky") == 2
+
+
 def test_batch_work_leaves_rows_and_goes_by_its_deadline() -> None:
     rig = Rig("alpha")
     tasks = fill(rig, 3, tier="batch")

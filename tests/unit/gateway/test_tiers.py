@@ -65,7 +65,7 @@ def test_an_estimate_names_each_site_with_its_price_and_charges_nothing(
 ) -> None:
     lines = len(hub.ledger.statement("physics").lines)
     found = client.post("/v1/fabric/estimate", json=ESTIMATE | {"tier": "standard"}).json()
-    assert [site["site"] for site in found["sites"]] == ["alpha", "beta"]
+    assert {"alpha", "beta"} <= {site["site"] for site in found["sites"]}
     assert all(site["charge_usu"] == 1000 * (100 + 2 * 10) for site in found["sites"])
     duration = found["duration"]
     assert 0 < duration["p10_s"] <= duration["p50_s"] <= duration["p90_s"]
@@ -80,7 +80,7 @@ def test_an_estimate_names_each_site_with_its_price_and_charges_nothing(
     ("changes", "status", "param"),
     [
         ({"model": "unheard-of"}, 404, "model"),
-        ({"sites": ["gamma"]}, 404, "site"),
+        ({"sites": ["nowhere"]}, 404, "site"),
         ({"num_requests": 0}, 400, "num_requests"),
         ({"num_requests": 10**13}, 400, "num_requests"),
         ({"num_requests": 1.5}, 400, "num_requests"),
