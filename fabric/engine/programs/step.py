@@ -171,6 +171,8 @@ class ProgramStep:
                     else module.register_forward_hook(self._leaving(served))
                 )
                 stack.callback(handle.remove)
+            for module in self._layers_below():
+                stack.enter_context(_passed_by(module, as_tuple=module in self._points.tuples))
             if (last := self._last_layer()) is not None:
                 stack.callback(last.register_forward_pre_hook(_stop).remove)
             with suppress(Stopped):
@@ -418,6 +420,15 @@ class ProgramStep:
 
         return hook
 
+    def _layers_below(self) -> list[nn.Module]:
+        """Return the layers that nobody needs: all runs of the step enter above them."""
+        starts = [run.execution.run.start_at for run in self.runs]
+        anatomy = self._points.anatomy
+        if not self._alone or anatomy is None or any(start is None for start in starts):
+            return []
+        first = min(start.layer for start in starts if start is not None)
+        return [parts.layer for parts in anatomy.layers[:first]]
+
     def _last_layer(self) -> nn.Module | None:
         """Return the layer before which the step may end: no run of it goes further."""
         ends = [run.execution.run.stop_at for run in self.runs]
@@ -485,6 +496,21 @@ def _steady(program: RunProgram, points: Points | None) -> Steady | None:
 
 def _save(run: RunStep, point: str, tap: Tap, x: Tensor) -> None:
     run.execution.save(point, tap.view(_flat(x)[run.rows]).clone(), run.start)
+
+
+@contextmanager
+def _passed_by(layer: nn.Module, *, as_tuple: bool) -> Iterator[None]:
+    """Let a layer give what it is given."""
+
+    def forward(*args: object, **kwargs: object) -> object:
+        x = given(args, kwargs)
+        return (x,) if as_tuple else x
+
+    layer.__dict__["forward"] = forward  # before the class's, which hooks go around all the same
+    try:
+        yield
+    finally:
+        del layer.__dict__["forward"]
 
 
 def _stop(*_: object) -> None:
