@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 
 from fabric.engine.config import EngineConfig
+from fabric.engine.vllm.command import get_command
 from fabric.errors import ModelNotLoadable
 from fabric.messages import VllmOptions
 
@@ -103,22 +104,10 @@ class VllmServer:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         config = self._config
-        options = {
-            "model": self._path,
-            "served-model-name": self._name,
-            "host": "127.0.0.1",
-            "port": port,
-            "dtype": config.dtype,
-            "max-num-seqs": config.max_rows,
-            "max-num-batched-tokens": max(config.step_tokens, config.max_rows),
-            "kv-cache-memory-bytes": config.cache_bytes,
-            "max-model-len": config.context_tokens,
-        }
-        given = [f"--{option}={value}" for option, value in options.items() if value is not None]
+        command = get_command(self._options, config, path=self._path, name=self._name, port=port)
         threads = {"OMP_NUM_THREADS": str(config.num_threads)} if config.num_threads else {}
-        command = [*self._options.command, *given, "--enable-prompt-tokens-details"]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fabric.engine.vllm.guard", *command, *self._options.args],
+            [sys.executable, "-m", "fabric.engine.vllm.guard", *command],
             stdin=subprocess.PIPE,
             stdout=sys.stderr.fileno() if _has_descriptor() else subprocess.DEVNULL,
             # The key is not an argument, which everybody on the node could read.
