@@ -100,8 +100,8 @@ def _weigh(num_bytes: int, reads: float, storage: Storage, *, is_known: bool) ->
         return Staging(pays=faster, reason=f"{words}: every step reads {size}, {rates}")
     with_s, without_s = copy_s + reads * local_s, reads * shared_s
     words = (
-        f"{reads:.2g} reads of {size} take {without_s:.0f} s from the shared file system, and with"
-        f" a copy in {target} {with_s:.0f} s"
+        f"{reads:.2g} x {size} take {without_s:.0f} s from the shared file system,"
+        f" and {with_s:.0f} s with a copy in {target}"
     )
     pays = with_s < without_s
     return Staging(pays=pays, reason=f"{'copied' if pays else 'read from where they are'}: {words}")

@@ -75,7 +75,7 @@ def test_a_machine_without_a_scheduler_takes_no_launch(history: History) -> None
 
 def test_a_model_that_does_not_fit_is_refused_with_what_would(history: History) -> None:
     devices = {"devices": 4, "device": "NVIDIA A100", "device_memory_gb": 40}
-    machine = site(queues={"q": {"nodes": "n"}}, nodes={"n": devices})
+    machine = site(scheduler="pbspro", queues={"q": {"nodes": "n"}}, nodes={"n": devices})
     with pytest.raises(LaunchImpossible, match="node"):
         get_launch_plan(order(model="Llama-3.1-405B@1"), machine, history)
     plan = get_launch_plan(order(model="Llama-3-70B@1", nodes=2), machine, history)
@@ -99,7 +99,7 @@ def test_a_small_node_is_refused(history: History) -> None:
 
 def test_the_charge_is_the_machines_rule(history: History) -> None:
     charged = queue(units_per_node_hour=3.0, charge_factor=0.5)
-    machine = site(charge={"unit": "SU", "min_hours": 1.0}, **charged)
+    machine = site(scheduler="pbspro", charge={"unit": "SU", "min_hours": 1.0}, **charged)
     assert get_launch_plan(order(nodes=2), machine, history).charge == pytest.approx(3.0)
     longer = order(nodes=2, walltime="02:00:00")
     assert get_launch_plan(longer, machine, history).charge == pytest.approx(6.0)

@@ -28,14 +28,18 @@ FAST = Storage(
     ("changes", "pays", "words"),
     [
         # One read of 100 s is not bettered by a copy that takes as long.
-        ({"reads": 1.0}, False, "1 reads of 100 GB take 100 s .* 120 s"),
-        ({"reads": 2.0}, True, "2 reads of 100 GB take 200 s .* 140 s"),
+        ({"reads": 1.0}, False, "1 x 100 GB take 100 s .* 120 s"),
+        ({"reads": 2.0}, True, "2 x 100 GB take 200 s .* 140 s"),
         # Digests that nobody has taken are one more read of the shared file system.
         ({"reads": 2.0, "is_known": False}, False, "take 200 s .* 240 s"),
         ({"reads": 1.0, "is_there": True}, True, "an earlier job has left them"),
         ({"reads": math.inf, "is_known": False}, True, "every step reads 100 GB"),
         ({"reads": 2.0, "free_bytes": 100 * GB}, False, "too few for 100 GB"),
-        ({"reads": 2.0, "num_bytes": 600 * GB}, False, "500 GB in /local are too few"),
+        (
+            {"reads": 2.0, "num_bytes": 600 * GB, "free_bytes": None},
+            False,
+            "500 GB in /local are too few",
+        ),
         ({"reads": 2.0, "num_bytes": None}, False, "not known"),
         ({"reads": 2.0, "wish": "never"}, False, "as asked"),
         ({"reads": 1.0, "wish": "always"}, True, "as asked"),
