@@ -204,6 +204,8 @@ class Tenant:
     def _watch(self) -> int:
         """Wait for the instance; end it if another node is lost and it does not see that."""
         assert self._instance is not None
+        if self._told:
+            self._drain()  # while it was being started
         lost_at = time.monotonic()
         while self._instance.poll() is None:
             if not self._told and time.time() >= self._warn_at:
