@@ -16,7 +16,7 @@ from fabric.testing.slurm import Slurm, running_slurm
 from fabric.testing.slurm.user import User, states
 from fabric.testing.tiny_model import save_tiny_llama
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 MODEL = "tiny@1"
 REAL = "fabric.instance"

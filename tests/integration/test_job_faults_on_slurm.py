@@ -19,7 +19,7 @@ from fabric.testing.hub import RunningHub, running_hub
 from fabric.testing.slurm import Slurm, running_slurm
 from fabric.testing.slurm.user import MACHINE, User, states
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 WALLTIME = ("--walltime", "00:05:00")
 
@@ -109,7 +109,7 @@ def test_two_launches_at_once_both_come_up_beside_each_other(user: User) -> None
     shown = json.loads(user.run("instances", "--format", "json").stdout)
     assert {one["name"] for one in shown} == {launch["name"] for launch in launches}
     assert len((user.state / "launches" / "history.jsonl").read_text().splitlines()) == 2
-    assert {one.instance for one in user.fabric.instances()} == {
+    assert {one.instance for one in user.fabric.instances() if one.connected} == {
         launch["jobs"][0]["instance"] for launch in launches
     }
 
@@ -133,7 +133,7 @@ def test_a_canary_that_fails_keeps_the_instance_out_of_the_pool(user: User) -> N
     assert "its canary failed: " in re.sub(r"\s+", " ", done.stderr)
     (launch,) = json.loads(user.run("instances", "--all", "--format", "json").stdout)
     assert states(launch) == ["failed"]
-    assert user.fabric.instances() == ()
+    assert not [one for one in user.fabric.instances() if one.connected]
 
 
 def test_a_hub_that_nodes_cannot_reach_ends_the_launch_with_the_reason(

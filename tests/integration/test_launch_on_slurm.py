@@ -20,7 +20,7 @@ from fabric.testing.instance import MODULE
 from fabric.testing.slurm import Slurm, running_slurm
 from fabric.testing.slurm.user import MACHINE, User, states
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 MODEL = "brought@1"
 

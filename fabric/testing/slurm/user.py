@@ -19,7 +19,7 @@ from fabric.testing.hub import PROJECT, RunningHub
 from fabric.testing.instance import MODULE
 from fabric.testing.slurm.rig import Slurm
 
-PATIENCE_S = 150.0
+PATIENCE_S = 240.0
 MACHINE = "test-slurm"
 SYSTEM: dict[str, Any] = {
     "center": "Here",
@@ -90,7 +90,7 @@ class User:
         """Run ``fabric`` to its end."""
         return subprocess.run(
             [sys.executable, "-m", "fabric.cli", *args],
-            env=self.environ | environ,
+            env={**self.environ, **environ},
             capture_output=True,
             text=True,
             timeout=PATIENCE_S + 30,
@@ -112,8 +112,7 @@ class User:
         """Return what ``fabric instances`` says of a launch."""
         done = self.run("instances", name, "--format", "json")
         assert done.returncode == 0, done.stderr
-        (launch,) = json.loads(done.stdout)
-        return dict(launch)
+        return dict(json.loads(done.stdout)[0])
 
     def wait(self, name: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Return what is said of a launch once a condition holds."""
@@ -133,7 +132,7 @@ class User:
         self.fabric.close()
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or ()
-            if "fabric.cli.launching" in words and str(self.state) in words[-1]:
+            if "fabric.cli.launching" in words and str(self.state) in list(words)[-1]:
                 process.kill()
         for job in self.slurm.run("squeue", "-h", "-o", "%i").split():
             self.slurm.try_run("scancel", job)
