@@ -57,6 +57,7 @@ def test_dry_run_prints_the_plan_and_the_very_script(user: User) -> None:
     done = user.run(*args)
     assert done.returncode == 0, done.stderr
     assert "1 node-hour at most, a job" in done.stdout
+    assert "read from where they are: no disk of the nodes is known" in done.stdout
     assert "#SBATCH --time=30" in done.stdout
     assert "#SBATCH --signal=B:USR1@120" in done.stdout
     assert "#SBATCH --partition=debug" in done.stdout

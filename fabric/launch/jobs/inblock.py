@@ -92,7 +92,9 @@ class Tenant:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._drain())
         try:
-            self._hosts = get_hosts(load_job())
+            job = load_job()
+            alone = (job.node or socket.gethostname(),)
+            self._hosts = get_hosts(job) if len(self._ranks) > 1 else alone
             self._start(self._bring_weights())
             return self._watch()
         except Told:
