@@ -18,11 +18,12 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
     ├── PlacementError       NoReplica, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
-    │                        RequestCancelled, ProtocolViolation, HubUnreachable,
-    │                        HubNotConnected, ServiceUnreachable, ServiceBusy, ServiceRefused,
-    │                        TaskLost, TaskTimedOut, TaskFailed
+    │                        RequestCancelled, ProtocolViolation, HubOutOfReach,
+    │                        HubUnreachable, HubNotConnected, ServiceUnreachable, ServiceBusy,
+    │                        ServiceRefused, TaskLost, TaskTimedOut, TaskFailed
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
-    │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing
+    │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing,
+    │                        NodeFailed, WeightsMissing
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
     │                        BackendFailed, EngineStopped, RankLost, AdapterMemoryFull,
     │                        AdapterUnavailable
@@ -97,9 +98,11 @@ from fabric.errors.compute import (
     LaunchError,
     LaunchImpossible,
     ModelNotLoadable,
+    NodeFailed,
     RankLost,
     RowFailed,
     SchedulerFailed,
+    WeightsMissing,
 )
 from fabric.errors.config import (
     AlreadyRunning,
@@ -170,6 +173,7 @@ from fabric.errors.routing import (
     DeadlineExceeded,
     DispatchError,
     FirstTokenTimeout,
+    HubOutOfReach,
     HubUnreachable,
     NoReplica,
     PlacementError,
@@ -243,6 +247,7 @@ __all__ = [
     "FunctionDrifted",
     "HoldNotOpen",
     "HubNotConnected",
+    "HubOutOfReach",
     "HubUnreachable",
     "InsufficientBalance",
     "JobRefused",
@@ -260,6 +265,7 @@ __all__ = [
     "ManifestInvalid",
     "ModelNotLoadable",
     "NoReplica",
+    "NodeFailed",
     "NotAMember",
     "NotFound",
     "NotRunning",
@@ -324,4 +330,5 @@ __all__ = [
     "UnknownStore",
     "UnsupportedParameter",
     "VersionError",
+    "WeightsMissing",
 ]
