@@ -40,6 +40,7 @@ def test_member_of_one_group_acts_for_its_project(
         user="alice@example.edu",
         projects=("astro",),
         expires_at=clock.now + timedelta(hours=1),
+        groups=frozenset({campus.survey.id}),
     )
 
 
