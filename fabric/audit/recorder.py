@@ -22,6 +22,7 @@ from sqlalchemy import (
     or_,
     select,
 )
+from sqlalchemy.exc import InvalidRequestError
 
 from fabric.audit.log import append
 from fabric.sql import Database, metadata, utc_now
@@ -47,6 +48,7 @@ def recording(
         "before_execute": recorder.before_execute,
         "after_execute": recorder.after_execute,
         "savepoint": recorder.on_savepoint,
+        "release_savepoint": recorder.on_savepoint_kept,
         "rollback_savepoint": recorder.on_savepoint_undone,
         "rollback": recorder.on_undone,
         "commit": recorder.on_commit,
@@ -65,7 +67,8 @@ class _Recorder:
         self._clock = clock
         self._before: list[dict[str, object]] = []
         self._after: list[dict[str, object]] = []
-        self._marks: dict[str, tuple[int, int]] = {}
+        self._marks: list[tuple[int, int]] = []
+        """How much was noted when each open savepoint was set."""
         self._updated: list[ColumnElement[bool]] = []
 
     # ---- statements ------------------------------------------------------------------------------
@@ -106,32 +109,34 @@ class _Recorder:
         assert isinstance(table, Table)
         if isinstance(statement, Update):
             which, self._updated = self._updated, []
-        elif many:
-            keys = [column.name for column in table.primary_key]
-            if not all(key in row for row in many for key in keys):
-                self._after += (_told(table, row) for row in many)
-                return
-            which = [_is(table, row) for row in many]
         else:
-            given = {**statement.compile().params, **one}
-            keyed = zip(table.primary_key, result.inserted_primary_key or (), strict=False)
-            which = [_is(table, {**given, **{column.name: key for column, key in keyed}})]
+            given = list(many) or [{**statement.compile().params, **one}]
+            if len(given) == 1:
+                given[0] = {**given[0], **_made_key(table, result)}
+            if not all(column.name in row for row in given for column in table.primary_key):
+                # The database gave it a key that only the statement's own caller learns.
+                self._after += (_told(table, row) for row in given)
+                return
+            which = [_is(table, row) for row in given]
         if which:
             rows = connection.execute(select(table).where(or_(*which)))
             self._after += (_told(table, row._mapping) for row in rows)
 
     # ---- transactions ----------------------------------------------------------------------------
 
-    def on_savepoint(self, _connection: Connection, name: str) -> None:
-        self._marks[name] = len(self._before), len(self._after)
+    def on_savepoint(self, _connection: Connection, _name: object) -> None:
+        self._marks.append((len(self._before), len(self._after)))
 
-    def on_savepoint_undone(self, _connection: Connection, name: str, _context: object) -> None:
-        num_before, num_after = self._marks.pop(name)
+    def on_savepoint_kept(self, _connection: Connection, _name: str, _context: object) -> None:
+        self._marks.pop()
+
+    def on_savepoint_undone(self, _connection: Connection, _name: str, _context: object) -> None:
+        num_before, num_after = self._marks.pop()
         del self._before[num_before:]
         del self._after[num_after:]
 
     def on_undone(self, _connection: Connection) -> None:
-        self._before, self._after = [], []
+        self._before, self._after, self._marks = [], [], []
 
     def on_commit(self, connection: Connection) -> None:
         before, after = self._before, self._after
@@ -153,6 +158,16 @@ def _is_told(table: object) -> bool:
 
 def _select(connection: Connection, query: Any, given: Mapping[str, Any]) -> list[RowMapping]:
     return [row._mapping for row in connection.execute(query, given)]
+
+
+def _made_key(table: Table, result: CursorResult[Any]) -> dict[str, object]:
+    """Return the primary key of the one row that was inserted, if it can be asked for."""
+    try:
+        made = result.inserted_primary_key
+    except InvalidRequestError:
+        return {}
+    names = (column.name for column in table.primary_key)
+    return {name: key for name, key in zip(names, made or (), strict=False) if key is not None}
 
 
 def _is(table: Table, row: Mapping[str, Any] | RowMapping) -> ColumnElement[bool]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import getpass
 import os
+import pwd
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -79,9 +80,12 @@ def database_options(function: Command) -> Command:
 
 
 def _who() -> str:
-    """Return who runs the command, as the operating system knows them."""
-    user, before = getpass.getuser(), os.environ.get("SUDO_USER")
-    return f"cli:{f'{before} as {user}' if before else user}@{socket.gethostname()}"
+    """Return who runs the command, as the operating system knows them: no variable says it."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    with suppress(OSError):
+        if (login := os.getlogin()) != user:
+            user = f"{login} as {user}"
+    return f"cli:{user}@{socket.gethostname()}"
 
 
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
