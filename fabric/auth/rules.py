@@ -123,6 +123,10 @@ class Rulebook:
         """Return what a caller may do now. Raises as ``current`` does."""
         return (await self.current()).permits(caller)
 
+    def forget(self) -> None:
+        """Ask the database at the next question, because this process has just changed it."""
+        self._read_at_s = float("-inf")
+
     async def _read(self) -> Rules:
         # It counts from before the question: what came between may not be in the answer.
         began_at_s = self._monotonic()
