@@ -3,18 +3,20 @@
 Every error that crosses a room, a process or the wire is one of these::
 
     FabricError
+    ├── AuditBroken
     ├── ConfigError          SettingInvalid, PortInUse, AlreadyRunning, NotRunning,
     │                        PackageMissing, EndpointInvalid, SiteInvalid, FilesForeign
-    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotFound,
-    │                        TicketError (TicketMissing, TicketInvalid, TicketExpired,
-    │                        TicketForeign, TicketSpent), CredentialsRefused,
-    │                        TokenExpired, TokenInvalid, NotAMember, ProjectNotChosen,
+    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotGranted,
+    │                        NotFound, TicketError (TicketMissing, TicketInvalid, TicketExpired,
+    │                        TicketForeign, TicketSpent), CredentialsRefused, TokenExpired,
+    │                        TokenInvalid, NotAMember, ProjectNotChosen,
     │                        ProjectForeign, AuthUnavailable, LoginRequired, LoginFailed
     ├── AdmissionError       RequestInvalid (UnknownParameter, UnsupportedParameter,
     │                        ConstraintInvalid), BodyInvalid,
     │                        UnknownModel, UnknownSite, ContextExceeded, BodyTooLarge,
-    │                        TooManyRequests, Duplicate, FilesFull, FileInUse, BatchOver,
-    │                        ArtifactsFull, LowRankInvalid, AdapterInvalid, AdaptersFull,
+    │                        TooManyRequests (RateLimited), RequestOverLimit, Duplicate,
+    │                        FilesFull, FileInUse, BatchOver, ArtifactsFull, LowRankInvalid,
+    │                        AdapterInvalid, AdaptersFull,
     │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
     ├── PlacementError       NoReplica, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
@@ -66,6 +68,9 @@ from fabric.errors.admission import (
 )
 from fabric.errors.artifacts import (
     ArtifactsFull,
+)
+from fabric.errors.audit import (
+    AuditBroken,
 )
 from fabric.errors.auth import (
     AuthError,
@@ -122,6 +127,11 @@ from fabric.errors.data import (
     ManifestInvalid,
     ReplicationFailed,
     VersionError,
+)
+from fabric.errors.grants import (
+    NotGranted,
+    RateLimited,
+    RequestOverLimit,
 )
 from fabric.errors.ledger import (
     AllocationClosed,
@@ -215,6 +225,7 @@ __all__ = [
     "AlreadyRunning",
     "AlreadyStarted",
     "ArtifactsFull",
+    "AuditBroken",
     "AuthError",
     "AuthUnavailable",
     "BackendFailed",
@@ -268,6 +279,7 @@ __all__ = [
     "NodeFailed",
     "NotAMember",
     "NotFound",
+    "NotGranted",
     "NotRunning",
     "PackageMissing",
     "PayloadDamaged",
@@ -290,10 +302,12 @@ __all__ = [
     "ProjectNotChosen",
     "ProtocolViolation",
     "RankLost",
+    "RateLimited",
     "RateMissing",
     "ReplicationFailed",
     "RequestCancelled",
     "RequestInvalid",
+    "RequestOverLimit",
     "RowFailed",
     "SchedulerFailed",
     "ServiceBusy",
