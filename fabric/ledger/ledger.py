@@ -123,14 +123,18 @@ class Ledger:
             RequestInvalid: The amount is negative or over 1e15.
         """
         check_amount(amount_usu)
-        try:
+
+        def attempt() -> Hold:
             with self._database.transaction() as connection:
                 return holds.open_hold(
                     connection, hold_id, allocation, amount_usu, lease_s, self._clock()
                 )
-        except IntegrityError as error:
+
+        try:
+            return attempt()
+        except IntegrityError:
             # Only PostgreSQL lets another hub make the same hold between our look and our insert.
-            raise Duplicate(kind="hold", name=hold_id) from error
+            return attempt()
 
     def move_hold(self, hold_id: str, allocation: str, amount_usu: int) -> Hold:
         """Hold an amount in another allocation instead, for a run that goes on elsewhere.

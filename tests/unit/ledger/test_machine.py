@@ -2,11 +2,15 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -23,6 +27,7 @@ from fabric.errors import ChargeExceedsHold, Duplicate, HoldNotOpen, Insufficien
 from fabric.ledger import Ledger
 from fabric.ledger.tables import accounts
 from fabric.sql import Database
+from fabric.testing.postgres import Postgres
 
 LEASE_S = 60
 SITES = ("*", "alpha")
@@ -46,12 +51,12 @@ class ModelHold:
 
 class LedgerMachine(RuleBasedStateMachine):
     run_ids = Bundle("run_ids")
-    template: Path
+    new_url: Callable[[], AbstractContextManager[str]]
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
-        shutil.copy(self.template, self.folder / "fabric.db")
+        self.place = ExitStack()
+        self.url = self.place.enter_context(type(self).new_url())
         self.now = datetime(2026, 1, 1, tzinfo=UTC)
         self.granted_usu = dict.fromkeys(NAMES, 100)
         self.holds: dict[str, ModelHold] = {}
@@ -62,7 +67,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.grant(name, 100)
 
     def open(self) -> None:
-        self.database = Database(f"sqlite:///{self.folder / 'fabric.db'}").open()
+        self.database = Database(self.url).open()
         self.ledger = Ledger(self.database, clock=lambda: self.now)
         self.num_steps = 0
         for name in ("before_cursor_execute", "commit"):
@@ -204,11 +209,33 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.database.close()
-        shutil.rmtree(self.folder)
+        self.place.close()
 
 
-def test_ledger_keeps_its_promises_through_crashes(migrated_path: Path) -> None:
-    LedgerMachine.template = migrated_path
+@contextmanager
+def copied(template: Path) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(template, f"{folder}/fabric.db")
+        yield f"sqlite:///{folder}/fabric.db"
+
+
+@contextmanager
+def created(postgres: Postgres) -> Iterator[str]:
+    name = uuid4().hex
+    yield postgres.create(name, template="migrated")
+    postgres.drop(name)
+
+
+@pytest.mark.parametrize(("backend", "num_examples"), [("sqlite", 60), ("postgresql", 25)])
+def test_ledger_keeps_its_promises_through_crashes(
+    request: pytest.FixtureRequest, backend: str, num_examples: int
+) -> None:
+    class Machine(LedgerMachine):
+        if backend == "sqlite":
+            new_url = partial(copied, request.getfixturevalue("migrated_path"))
+        else:
+            new_url = partial(created, request.getfixturevalue("migrated_postgres"))
+
     run_state_machine_as_test(
-        LedgerMachine, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
+        Machine, settings=settings(max_examples=num_examples, stateful_step_count=25, deadline=None)
     )
