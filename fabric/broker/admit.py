@@ -364,13 +364,11 @@ class Admission:
                     rates[site.name] = self._ledger.rate(version.ref, site.name)
                 except RateMissing:
                     continue
-        now = utc_now()
-        allocations = self._ledger.allocations(project)
         return Facts(
             version=version,
             sites=tuple(site.name for site in sites),
             rates=rates,
-            allocations=tuple(one for one in allocations if one.is_open(now)),
+            allocations=tuple(self._ledger.payers(project, key_id)),
             read_at=time.monotonic(),
         )
 

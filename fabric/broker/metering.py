@@ -249,6 +249,8 @@ class Metering:
     def _write_lost(self) -> tuple[list[str], list[Outcome]]:
         with self._offload.database.transaction():
             released = self._ledger.release_expired()
+            if lapsed := self._ledger.expire():
+                logger.info("unused amounts lapsed", extra={"allocations": lapsed})
             found = (self._catalog.redemption(run) for run in released)
             lost = [one for one in found if one is not None and one.charge_usu is None]
             return released, [self._close(one, _lost(one)) for one in lost]

@@ -33,7 +33,8 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── VersionError         DigestMismatch, FunctionDrifted, ManifestInvalid, ReplicationFailed,
     │                        DiskTooSmall
     └── LedgerError          InsufficientBalance, UnknownAccount, AllocationClosed, HoldNotOpen,
-                             ChargeExceedsHold, RateMissing, LedgerInconsistent, StorageFull,
+                             ChargeExceedsHold, RefundExceedsCharge, RateMissing, UnknownUnit,
+                             MeasurementInsufficient, LedgerInconsistent, StorageFull,
                              StorageBusy
 
 An error class carries ``code`` (stable, for programs), ``http_status`` and ``retryable`` (may the
@@ -127,10 +128,13 @@ from fabric.errors.ledger import (
     InsufficientBalance,
     LedgerError,
     LedgerInconsistent,
+    MeasurementInsufficient,
     RateMissing,
+    RefundExceedsCharge,
     StorageBusy,
     StorageFull,
     UnknownAccount,
+    UnknownUnit,
 )
 from fabric.errors.login import (
     AuthUnavailable,
@@ -258,6 +262,7 @@ __all__ = [
     "LoginRequired",
     "LowRankInvalid",
     "ManifestInvalid",
+    "MeasurementInsufficient",
     "ModelNotLoadable",
     "NoReplica",
     "NotAMember",
@@ -285,6 +290,7 @@ __all__ = [
     "ProtocolViolation",
     "RankLost",
     "RateMissing",
+    "RefundExceedsCharge",
     "ReplicationFailed",
     "RequestCancelled",
     "RequestInvalid",
@@ -322,6 +328,7 @@ __all__ = [
     "UnknownShape",
     "UnknownSite",
     "UnknownStore",
+    "UnknownUnit",
     "UnsupportedParameter",
     "VersionError",
 ]

@@ -50,7 +50,7 @@ def child(url: str, operation: str, last_step: int) -> None:
     with Database(url) as database:
         event.listen(database.engine, "before_cursor_execute", step)
         event.listen(database.engine, "commit", step)
-        event.listen(database.engine, "checkin", step)
+        event.listen(database.engine, "reset", step)
         OPERATIONS[operation](Ledger(database, clock=lambda: NOW))
         os._exit(0)
 
