@@ -99,11 +99,14 @@ def exchange(
     if from_.project != to.project or from_.id == to.id:
         reason = f"it is not another allocation of the project {from_.project}"
         raise RequestInvalid(param="target", value=target, reason=reason)
+    deltas_usu = {from_.account_id: -amount_usu, to.account_id: amount_usu}
+    if key is not None and is_posted(connection, key, "exchange", deltas_usu):
+        return
     from_.check_open(at)
     to.check_open(at)
     post(
         connection,
-        {from_.account_id: -amount_usu, to.account_id: amount_usu},
+        deltas_usu,
         kind="exchange",
         at=at,
         allocation_id=to.id,

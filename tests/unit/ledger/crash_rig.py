@@ -21,12 +21,18 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LATER = datetime(2027, 1, 1, tzinfo=UTC)
 ALLOCATION = "allocation:astro:*"
 OTHER = "allocation:astro:alpha"
+SHARE = f"{ALLOCATION}/key"
 OPERATIONS = {
     "hold": lambda ledger: ledger.hold("new", allocation=ALLOCATION, amount_usu=100, lease_s=60),
     "settle": lambda ledger: ledger.settle("open", 70, site="alpha"),
     "move": lambda ledger: ledger.move_hold("open", OTHER, 50),
     "void": lambda ledger: ledger.void("open"),
     "release": lambda ledger: ledger.release_expired(LATER),
+    "grant": lambda ledger: ledger.grant(ALLOCATION, 100, key="k"),
+    "share": lambda ledger: ledger.grant(SHARE, 100, key="k"),
+    "refund": lambda ledger: ledger.refund("settled", 30, key="k"),
+    "exchange": lambda ledger: ledger.exchange(ALLOCATION, OTHER, 100, key="k"),
+    "expire": lambda ledger: ledger.expire(LATER),
 }
 
 

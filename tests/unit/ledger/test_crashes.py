@@ -12,26 +12,37 @@ from fabric.sql import Database, utc_now
 
 RIG = Path(__file__).parent / "crash_rig.py"
 ALLOCATION = "allocation:astro:*"
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
     ("operation", "after"),
     [
-        ("hold", [[800, 200], [500, 0], [2]]),
-        ("settle", [[930, 0], [500, 0], [3]]),
-        ("move", [[1000, 0], [450, 50], [2]]),
-        ("void", [[1000, 0], [500, 0], [2]]),
-        ("release", [[1000, 0], [500, 0], [2]]),
+        ("hold", [[700, 200], [100, 0], [460, 0], [5]]),
+        ("settle", [[830, 0], [100, 0], [460, 0], [6]]),
+        ("move", [[900, 0], [100, 0], [410, 50], [5]]),
+        ("void", [[900, 0], [100, 0], [460, 0], [5]]),
+        ("release", [[900, 0], [100, 0], [460, 0], [5]]),
+        ("grant", [[900, 100], [100, 0], [460, 0], [6]]),
+        ("share", [[700, 100], [200, 0], [460, 0], [7]]),
+        ("refund", [[800, 100], [100, 0], [490, 0], [6]]),
+        ("exchange", [[700, 100], [100, 0], [560, 0], [7]]),
+        ("expire", [[0, 100], [0, 0], [460, 0], [8]]),
     ],
 )
 def test_process_killed_at_any_step_leaves_all_or_nothing(
     database: Database, new_url: str, operation: str, after: list[list[int]]
 ) -> None:
-    ledger = Ledger(database, clock=lambda: datetime(2026, 1, 1, tzinfo=UTC))
-    for site, amount_usu in (("*", 1000), ("alpha", 500)):
-        ledger.grant(ledger.open_allocation("astro", site), amount_usu)
-    ledger.hold("open", allocation=ALLOCATION, amount_usu=100, lease_s=60)
-    before = [[900, 100], [500, 0], [2]]
+    ledger = Ledger(database, clock=lambda: NOW)
+    fabric_wide = ledger.open_allocation("astro", "*", ends_at=NOW + timedelta(days=1))
+    site = ledger.open_allocation("astro", "alpha")
+    share = ledger.open_share(fabric_wide, "key")
+    for name, amount_usu in ((fabric_wide, 1000), (site, 500), (share, 100)):
+        ledger.grant(name, amount_usu)
+    ledger.hold("open", allocation=fabric_wide, amount_usu=100, lease_s=60)
+    ledger.hold("settled", allocation=site, amount_usu=40, lease_s=60)
+    ledger.settle("settled", 40, site="alpha")
+    before = [[800, 100], [100, 0], [460, 0], [5]]
     ran = subprocess.run(
         [sys.executable, RIG, new_url, operation], capture_output=True, text=True, check=True
     )
