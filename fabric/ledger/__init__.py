@@ -1,7 +1,15 @@
 """Double-entry accounts in integer micro-SU: what is granted, held, charged and returned."""
 
 from fabric.ledger.ledger import Ledger
-from fabric.ledger.rates import TIERS, Rate, charge_usu, max_charge_usu
+from fabric.ledger.rates import (
+    PRICES,
+    TIERS,
+    Rate,
+    charge_usu,
+    kv_block_s_bound,
+    max_charge_usu,
+    price_usu,
+)
 from fabric.ledger.records import (
     AllocationBalance,
     Hold,
@@ -13,6 +21,7 @@ from fabric.ledger.records import (
 )
 
 __all__ = [
+    "PRICES",
     "TIERS",
     "AllocationBalance",
     "Hold",
@@ -24,5 +33,7 @@ __all__ = [
     "Statement",
     "StatementLine",
     "charge_usu",
+    "kv_block_s_bound",
     "max_charge_usu",
+    "price_usu",
 ]

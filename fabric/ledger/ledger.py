@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, NotRequired, ParamSpec, TypedDict, TypeVar, Unpack
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
@@ -19,6 +19,21 @@ from fabric.sql import Database, utc_now
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class Prices(TypedDict):
+    """The prices of a rate; see ``Rate``."""
+
+    prompt_usu: int | Decimal
+    cached_prompt_usu: int | Decimal
+    output_usu: int | Decimal
+    hook_in_usu: NotRequired[int | Decimal]
+    hook_out_usu: NotRequired[int | Decimal]
+    device_usu: NotRequired[int | Decimal]
+    kv_block_usu: NotRequired[int | Decimal]
+    adapter_usu: NotRequired[int | Decimal]
+    fine_tune_usu: NotRequired[int | Decimal]
+    stored_usu: NotRequired[int | Decimal]
 
 
 class Ledger:
@@ -314,26 +329,16 @@ class Ledger:
         model: str,
         site: str,
         *,
-        prompt_usu: int | Decimal,
-        cached_prompt_usu: int | Decimal,
-        output_usu: int | Decimal,
-        hook_in_usu: int | Decimal = 0,
-        hook_out_usu: int | Decimal = 0,
-        device_usu: int | Decimal = 0,
         effective_from: datetime | None = None,
+        **prices: Unpack[Prices],
     ) -> Rate:
-        """Set what tokens cost from a time on (now, by default), in micro-SU per token.
+        """Set prices from a time on (now, by default), in micro-SU.
 
         Args:
             model: A version (``name@revision``), a name, or ``*`` for every other.
             site: A site, or ``*`` for every other.
-            prompt_usu: For an uncached prompt token; at most six decimal places.
-            cached_prompt_usu: For a cached prompt token.
-            output_usu: For a generated token.
-            hook_in_usu: For a byte of a program's constants.
-            hook_out_usu: For a byte that a program saved.
-            device_usu: For a second that a program computed.
             effective_from: When it starts. Charges already made stay as they are.
+            **prices: See ``Rate``; at most six decimal places.
 
         Raises:
             Duplicate: There is a rate from this very time on.
@@ -343,12 +348,7 @@ class Ledger:
             model=model,
             site=site,
             effective_from=effective_from or self._clock(),
-            prompt_usu=Decimal(prompt_usu),
-            cached_prompt_usu=Decimal(cached_prompt_usu),
-            output_usu=Decimal(output_usu),
-            hook_in_usu=Decimal(hook_in_usu),
-            hook_out_usu=Decimal(hook_out_usu),
-            device_usu=Decimal(device_usu),
+            **{name: Decimal(price) for name, price in prices.items()},  # type: ignore[arg-type]
         )
         try:
             with self._database.transaction() as connection:
@@ -359,8 +359,23 @@ class Ledger:
             ) from error
         return rate
 
+    def delete_rate(self, model: str, site: str, effective_from: datetime) -> None:
+        """Take back a rate that is not in effect yet.
+
+        Raises:
+            RateMissing: There is none from that time on.
+            RequestInvalid: It is in effect.
+        """
+        with self._database.transaction() as connection:
+            rates.delete_rate(connection, model, site, effective_from, self._clock())
+
+    def rates(self) -> list[Rate]:
+        """Return every rate there is or was or will be, the newest of each model and site first."""
+        with self._database.read() as connection:
+            return rates.listed(connection)
+
     def rate(self, model: str, site: str, at: datetime | None = None) -> Rate:
-        """Return what tokens cost at a time (now, by default).
+        """Return the prices at a time (now, by default).
 
         The closest match counts: the model's version, then its name, then ``*``; within it the
         site, then ``*``; within that the newest.

@@ -31,6 +31,8 @@ def upgrade() -> None:
     for name in _PRICES:
         column = sa.Column(name, sa.BigInteger(), nullable=False, server_default="0")
         op.add_column("rates", column)
+    kept = sa.Column("kv_block_s", sa.Float(), nullable=False, server_default="0")
+    op.add_column("runs", kept)
     op.create_table(
         "units",
         sa.Column("name", sa.Text(), nullable=False),
@@ -42,6 +44,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("units")
+    op.drop_column("runs", "kv_block_s")
     for name in reversed(_PRICES):
         op.drop_column("rates", name)
     for name in ("key", "hold_id", "mends_id", "source_id"):
