@@ -10,6 +10,7 @@ from fabric.ledger.rates import (
     max_charge_usu,
     price_usu,
 )
+from fabric.ledger.reconcile import Billed, EndedJob, Overhead, Reconciliation, reconcile
 from fabric.ledger.records import (
     AllocationBalance,
     Hold,
@@ -19,21 +20,28 @@ from fabric.ledger.records import (
     Statement,
     StatementLine,
 )
+from fabric.ledger.units import Unit
 
 __all__ = [
     "PRICES",
     "TIERS",
     "AllocationBalance",
+    "Billed",
+    "EndedJob",
     "Hold",
     "HoldState",
     "Ledger",
+    "Overhead",
     "Rate",
+    "Reconciliation",
     "Refund",
     "Settlement",
     "Statement",
     "StatementLine",
+    "Unit",
     "charge_usu",
     "kv_block_s_bound",
     "max_charge_usu",
     "price_usu",
+    "reconcile",
 ]

@@ -11,10 +11,21 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from fabric.errors import Duplicate, UnknownAccount
-from fabric.ledger import allocations, audit, holds, rates, statement, transfers
+from fabric.ledger import (
+    allocations,
+    audit,
+    holds,
+    overhead,
+    rates,
+    statement,
+    transfers,
+    units,
+)
 from fabric.ledger.posting import check_amount
 from fabric.ledger.rates import Rate
+from fabric.ledger.reconcile import EndedJob, Reconciliation
 from fabric.ledger.records import AllocationBalance, Hold, Refund, Settlement, Statement
+from fabric.ledger.units import Unit
 from fabric.sql import Database, utc_now
 
 P = ParamSpec("P")
@@ -313,6 +324,16 @@ class Ledger:
                 connection, project, allocation=allocation, since=since, until=until, limit=limit
             )
 
+    def reconcile(self, site: str, jobs: Sequence[EndedJob]) -> Reconciliation:
+        """Post what a centre charged for jobs beyond what was billed in them; return what was
+        posted. A job that was told before is not posted again.
+
+        Args:
+            site: Where they ran.
+            jobs: Those that ended; all that ran at the time, or others get what was billed in them.
+        """
+        return self._twice(overhead.post_overheads, site, jobs, self._clock())
+
     def verify(self) -> None:
         """Recompute all balances from the entries.
 
@@ -322,7 +343,44 @@ class Ledger:
         with self._database.read() as connection:
             audit.verify(connection)
 
-    # Rates
+    # Units and rates
+
+    def set_unit(
+        self, unit: str, usu: int | Decimal, *, effective_from: datetime | None = None
+    ) -> Unit:
+        """Say what a unit of other books is worth from a time on (now, by default).
+
+        Args:
+            unit: One word, such as ``node-hour``.
+            usu: What one is worth, in micro-SU; at most six decimal places.
+            effective_from: When it starts. What was exchanged before stays as it is.
+
+        Raises:
+            Duplicate: Its worth from this very time on is known.
+            RequestInvalid: The name is not one word, or the worth not above 0 and at most 1e9.
+        """
+        made = Unit(name=unit, effective_from=effective_from or self._clock(), usu=Decimal(usu))
+        try:
+            with self._database.transaction() as connection:
+                units.insert_unit(connection, made)
+        except IntegrityError as error:
+            name = f"{unit} from {made.effective_from.isoformat()}"
+            raise Duplicate(kind="unit", name=name) from error
+        return made
+
+    def unit(self, unit: str, at: datetime | None = None) -> Unit:
+        """Return what a unit is worth at a time (now, by default).
+
+        Raises:
+            UnknownUnit: Nobody has said.
+        """
+        with self._database.read() as connection:
+            return units.find_unit(connection, unit, at or self._clock())
+
+    def units(self) -> list[Unit]:
+        """Return every worth of every unit, the newest of each first."""
+        with self._database.read() as connection:
+            return units.listed(connection)
 
     def set_rate(
         self,

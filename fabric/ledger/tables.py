@@ -116,3 +116,14 @@ units = Table(
     Column("effective_from", UtcTime, primary_key=True),
     Column("usu_per_million", BigInteger, nullable=False),
 )
+
+reconciled_jobs = Table(
+    "reconciled_jobs",
+    metadata,
+    Column("site", Text, primary_key=True),
+    Column("job", Text, primary_key=True),
+    Column("charge_usu", BigInteger, nullable=False),
+    Column("billed_usu", BigInteger, nullable=False),
+    Column("started_at", UtcTime, nullable=False),
+    Column("ended_at", UtcTime, nullable=False),
+)

@@ -40,9 +40,20 @@ def upgrade() -> None:
         sa.Column("usu_per_million", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("name", "effective_from", name="pk_units"),
     )
+    op.create_table(
+        "reconciled_jobs",
+        sa.Column("site", sa.Text(), nullable=False),
+        sa.Column("job", sa.Text(), nullable=False),
+        sa.Column("charge_usu", sa.BigInteger(), nullable=False),
+        sa.Column("billed_usu", sa.BigInteger(), nullable=False),
+        sa.Column("started_at", sa.BigInteger(), nullable=False),
+        sa.Column("ended_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("site", "job", name="pk_reconciled_jobs"),
+    )
 
 
 def downgrade() -> None:
+    op.drop_table("reconciled_jobs")
     op.drop_table("units")
     op.drop_column("runs", "kv_block_s")
     for name in reversed(_PRICES):
