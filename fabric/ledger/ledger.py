@@ -421,7 +421,7 @@ class Ledger:
         """Take back a rate that is not in effect yet.
 
         Raises:
-            RateMissing: There is none from that time on.
+            NotFound: There is none from that time on.
             RequestInvalid: It is in effect.
         """
         with self._database.transaction() as connection:

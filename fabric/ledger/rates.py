@@ -19,7 +19,7 @@ from typing import Final
 
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select
 
-from fabric.errors import RateMissing, RequestInvalid
+from fabric.errors import NotFound, RateMissing, RequestInvalid
 from fabric.ledger.tables import rates
 from fabric.messages import Usage
 
@@ -198,7 +198,7 @@ def delete_rate(
         )
     )
     if not deleted.rowcount:
-        raise RateMissing(model=model, site=site)
+        raise NotFound(kind="rate", name=f"{model} at {site} from {effective_from.isoformat()}")
 
 
 def listed(connection: Connection) -> list[Rate]:

@@ -44,17 +44,18 @@ def read_sacct(text: str, site: str, unit: Unit, *, tres: str = "node") -> Itera
             continue  # it has not ended, or never started
         counts = dict(part.partition("=")[::2] for part in allocated.split(",") if part)
         try:
-            num = Fraction(counts[tres])
-        except (KeyError, ValueError) as error:
-            reason = f"its AllocTRES tells no number of {tres!r}; choose another TRES"
+            num = int(counts[tres])
+            started_at, ended_at = (datetime.fromtimestamp(int(t), UTC) for t in (started, ended))
+        except (KeyError, ValueError, OverflowError, OSError) as error:
+            reason = f"its AllocTRES tells no number of {tres!r}, or its times are none"
             raise _unreadable(line, reason) from error
-        seconds = max(0, int(ended) - int(started))
+        hours = Fraction(max(0, int(ended) - int(started)), 3600)
         yield EndedJob(
             site=site,
             job=job,
-            charge_usu=unit.to_usu(num * seconds / 3600, up=True),
-            started_at=datetime.fromtimestamp(int(started), UTC),
-            ended_at=datetime.fromtimestamp(int(ended), UTC),
+            charge_usu=unit.to_usu(num * hours, up=True),
+            started_at=started_at,
+            ended_at=ended_at,
         )
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fabric.errors import Duplicate, RateMissing, RequestInvalid
+from fabric.errors import Duplicate, NotFound, RateMissing, RequestInvalid
 from fabric.ledger import (
     PRICES,
     TIERS,
@@ -169,7 +169,7 @@ def test_rate_can_be_taken_back_until_it_is_in_effect(ledger: Ledger, clock) -> 
     assert [one.prompt_usu for one in ledger.rates()] == [2, 1]
     ledger.delete_rate("*", "*", later)
     assert [one.prompt_usu for one in ledger.rates()] == [1]
-    with pytest.raises(RateMissing):
+    with pytest.raises(NotFound):
         ledger.delete_rate("*", "*", later)
     with pytest.raises(RequestInvalid, match="in effect"):
         ledger.delete_rate("*", "*", clock.now)
