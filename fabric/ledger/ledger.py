@@ -278,6 +278,21 @@ class Ledger:
         with self._database.transaction() as connection:
             return holds.release_expired(connection, now or self._clock())
 
+    def charge(
+        self, allocation: str, amount_usu: int, *, key: str, site: str, memo: str = ""
+    ) -> None:
+        """Charge what no run was held for, such as a day's storage.
+
+        Raises:
+            UnknownAccount: There is no such allocation.
+            AllocationClosed: The allocation is not open.
+            InsufficientBalance: Less is available.
+            Duplicate: The key is another entry's.
+            RequestInvalid: The amount is not positive, or over 1e15.
+        """
+        check_amount(amount_usu, least=1)
+        self._twice(transfers.charge, allocation, amount_usu, self._clock(), key, site, memo)
+
     def refund(
         self, run: str, amount_usu: int | None = None, *, key: str | None = None, memo: str = ""
     ) -> Refund:

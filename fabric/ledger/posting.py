@@ -144,7 +144,7 @@ def is_posted(connection: Connection, key: str, kind: str, deltas_usu: Mapping[i
     }
     asked = {account: delta for account, delta in deltas_usu.items() if delta}
     if (row.kind, written) != (kind, asked):
-        raise Duplicate(kind="entry", name=key)
+        raise Duplicate(kind="posting", name=key)
     return True
 
 

@@ -52,6 +52,15 @@ _REFUNDED = (
     .join(journal, journal.c.id == entries.c.journal_id)
     .where(journal.c.mends_id == bindparam("charge"), entries.c.amount_usu > 0)
 )
+_UNDER_KEY = (
+    select(entries.c.amount_usu)
+    .join(journal, journal.c.id == entries.c.journal_id)
+    .where(
+        journal.c.mends_id == bindparam("charge"),
+        journal.c.key == bindparam("key"),
+        entries.c.amount_usu > 0,
+    )
+)
 
 
 def grant(
@@ -116,6 +125,33 @@ def exchange(
     )
 
 
+def charge(
+    connection: Connection,
+    name: str,
+    amount_usu: int,
+    at: datetime,
+    key: str,
+    site: str,
+    memo: str,
+) -> None:
+    """Charge what no run was held for. See ``Ledger.charge``."""
+    row = find_allocation(connection, name)
+    deltas_usu = {row.account_id: -amount_usu, account_id(connection, f"income:{site}"): amount_usu}
+    if is_posted(connection, key, "charge", deltas_usu):
+        return
+    row.check_open(at)
+    post(
+        connection,
+        deltas_usu,
+        kind="charge",
+        at=at,
+        allocation_id=row.id,
+        key=key,
+        site=site,
+        memo=memo,
+    )
+
+
 def refund(
     connection: Connection,
     run: str,
@@ -129,8 +165,9 @@ def refund(
     if charge is None:
         raise HoldNotOpen(hold=run, state="not charged")
     refunded_usu = int(connection.execute(_REFUNDED, {"charge": charge.id}).scalar_one())
-    if amount_usu is None:
-        amount_usu = charge.charged_usu - refunded_usu
+    if amount_usu is None:  # all that was left, when this was first said
+        first_usu = connection.execute(_UNDER_KEY, {"charge": charge.id, "key": key}).scalar()
+        amount_usu = first_usu or charge.charged_usu - refunded_usu
     deltas_usu = {
         account_id(connection, f"income:{charge.site}"): -amount_usu,
         charge.account_id: amount_usu,

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import click
 
 from fabric.cli.admin.alloc_moves import exchange, refund, share, statement
+from fabric.cli.admin.alloc_rent import rent
 from fabric.cli.admin.allocations import find, period_option, report, site_option
 from fabric.cli.admin.amounts import amount_options, optional_amount
 from fabric.cli.admin.balance import balance
@@ -38,7 +39,7 @@ def alloc() -> None:
     """
 
 
-for command in (balance, share, exchange, refund, statement):
+for command in (balance, share, exchange, refund, rent, statement):
     alloc.add_command(command)
 
 

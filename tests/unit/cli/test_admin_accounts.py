@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from sqlalchemy import insert, update
 
 from fabric.catalog import Catalog, RunRecord
 from fabric.cli.main import fabric_admin
 from fabric.ledger import Ledger
 from fabric.ledger.sacct import COMMAND
 from fabric.messages import RunState, Usage
-from fabric.sql import Database
+from fabric.sql import Database, metadata, utc_now
 
 SACCT = "11|COMPLETED|1795297935|1795301535|billing=4,gres/gpu=4,node=1\n"
 
@@ -193,6 +194,26 @@ def run(number: int) -> RunRecord:
             prompt_tokens=prompt, output_tokens=output, device_s=prompt * 1e-3 + output * 0.02
         ),
     )
+
+
+def test_storage_is_charged_once_a_day(admin: Admin) -> None:
+    admin.ok("rate", "add", "*", "*", "--prompt", "1", "--output", "1", "--stored", "1000000")
+    assert admin.json("alloc", "rent") == []
+    with Database(admin.url) as database, database.transaction() as connection:
+        row = {"id": "file-1", "project": "astro", "filename": "f", "purpose": "batch"}
+        times = {"created_at": utc_now(), "expires_at": utc_now()}
+        connection.execute(insert(metadata.tables["files"]), row | times | {"num_bytes": 2**29})
+    (refused,) = admin.json("alloc", "rent")
+    assert "0 micro-SU available" in refused["state"]
+    admin.ok("alloc", "add", "astro", "--su", "5")
+    assert admin.json("alloc", "rent") == [
+        {"project": "astro", "gib": "0.500000", "su": "0.500000", "state": "charged"}
+    ]
+    admin.ok("alloc", "rent")
+    with Database(admin.url) as database, database.transaction() as connection:
+        connection.execute(update(metadata.tables["files"]).values(num_bytes=2**30))
+    assert admin.json("alloc", "rent")[0]["state"] == "charged today already"
+    assert available(admin) == {"allocation:astro:*": 4_500_000}
 
 
 def test_jobs_are_reconciled_once(admin: Admin, tmp_path: Path) -> None:

@@ -226,6 +226,14 @@ def test_what_was_not_charged_is_not_refunded(ledger: Ledger, allocation: str) -
     assert ledger.refund("run_1").refunded_usu == 0
 
 
+def test_refund_of_all_that_is_left_is_made_once(ledger: Ledger, allocation: str) -> None:
+    run(ledger, "run_1", allocation, 100)
+    ledger.refund("run_1", 30)
+    for _ in range(2):
+        assert ledger.refund("run_1", key="rest").refunded_usu == 100
+    assert has(ledger, allocation) == (1000, 0)
+
+
 # Exchanges
 
 
@@ -247,6 +255,24 @@ def test_exchange_moves_between_allocations_of_a_project(
     ledger.modify_allocation(site, ends_at=clock.advance(1))
     with pytest.raises(AllocationClosed):
         ledger.exchange(allocation, site, 1)
+
+
+# Charges without a hold
+
+
+def test_charge_without_a_hold_is_made_once_and_within_the_balance(
+    ledger: Ledger, allocation: str, clock
+) -> None:
+    for _ in range(2):
+        ledger.charge(allocation, 400, key="rent-1", site="hub", memo="1 GiB stored for a day")
+    assert has(ledger, allocation) == (600, 0)
+    assert lines(ledger, allocation)[-1] == ("charge", -400, 600)
+    with pytest.raises(InsufficientBalance):
+        ledger.charge(allocation, 601, key="rent-2", site="hub")
+    ledger.modify_allocation(allocation, ends_at=clock.advance(1))
+    with pytest.raises(AllocationClosed):
+        ledger.charge(allocation, 1, key="rent-3", site="hub")
+    ledger.charge(allocation, 400, key="rent-1", site="hub", memo="said again")
 
 
 # Keys
