@@ -198,6 +198,7 @@ class Progress:
             hook_bytes_out=min(self.saved_bytes, reported.hook_bytes_out),
             queue_s=reported.queue_s,
             device_s=reported.device_s,
+            kv_block_s=min(self.ticket.kv_block_s_bound, reported.kv_block_s),
         )
 
     @property

@@ -55,6 +55,7 @@ _ADMIN_TABLE = {
     "audit": (f"{_ADMIN}.audit", "What administrators changed."),
     "alloc": (f"{_ADMIN}.alloc", "What a project may spend at a site."),
     "rate": (f"{_ADMIN}.rate", "What tokens cost."),
+    "reconcile": (f"{_ADMIN}.reconcile", "Compare a centre's charges with what was billed."),
     "db": (f"{_ADMIN}.db", "The hub's database."),
 }
 

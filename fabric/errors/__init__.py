@@ -36,7 +36,8 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── VersionError         DigestMismatch, FunctionDrifted, ManifestInvalid, ReplicationFailed,
     │                        DiskTooSmall
     └── LedgerError          InsufficientBalance, UnknownAccount, AllocationClosed, HoldNotOpen,
-                             ChargeExceedsHold, RateMissing, LedgerInconsistent, StorageFull,
+                             ChargeExceedsHold, RefundExceedsCharge, RateMissing, UnknownUnit,
+                             MeasurementInsufficient, LedgerInconsistent, StorageFull,
                              StorageBusy
 
 An error class carries ``code`` (stable, for programs), ``http_status`` and ``retryable`` (may the
@@ -140,10 +141,13 @@ from fabric.errors.ledger import (
     InsufficientBalance,
     LedgerError,
     LedgerInconsistent,
+    MeasurementInsufficient,
     RateMissing,
+    RefundExceedsCharge,
     StorageBusy,
     StorageFull,
     UnknownAccount,
+    UnknownUnit,
 )
 from fabric.errors.login import (
     AuthUnavailable,
@@ -274,6 +278,7 @@ __all__ = [
     "LoginRequired",
     "LowRankInvalid",
     "ManifestInvalid",
+    "MeasurementInsufficient",
     "ModelNotLoadable",
     "NoReplica",
     "NodeFailed",
@@ -304,6 +309,7 @@ __all__ = [
     "RankLost",
     "RateLimited",
     "RateMissing",
+    "RefundExceedsCharge",
     "ReplicationFailed",
     "RequestCancelled",
     "RequestInvalid",
@@ -342,6 +348,7 @@ __all__ = [
     "UnknownShape",
     "UnknownSite",
     "UnknownStore",
+    "UnknownUnit",
     "UnsupportedParameter",
     "VersionError",
     "WeightsMissing",

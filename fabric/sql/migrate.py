@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, func, inspect, select, text
 
 from fabric.errors import SettingInvalid
 from fabric.sql.database import Database
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+
+_LOCK = 0x666162726963
+"""What processes that migrate one PostgreSQL database take in turn; any number would do."""
 
 
 def migrate(database: Database, revision: str = "head") -> None:
@@ -37,6 +40,8 @@ def migrate(database: Database, revision: str = "head") -> None:
     from alembic import command
 
     with database.transaction() as connection:
+        if connection.dialect.name == "postgresql":  # SQLite lets one writer in by itself
+            connection.execute(select(func.pg_advisory_xact_lock(_LOCK)))
         current = current_revision(connection)
         if current is not None and current not in revisions:
             raise SettingInvalid(

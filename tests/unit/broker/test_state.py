@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from decimal import Decimal
+
 import pytest
 
 from fabric.broker.signals import (
@@ -333,6 +336,20 @@ def test_inflated_usage_is_charged_as_what_arrived() -> None:
     rig.token(sent, 0, "stop")
     out = rig.finish(sent, 900, prompt_tokens=1_000_000, device_s=1e6)
     assert only(out, Settle).outcome.charge_usu == 5 * 1 + 1 * 10
+
+
+def test_a_cache_is_charged_for_no_longer_than_the_request_could_keep_it() -> None:
+    rig = Rig("alpha")
+    ticket = make_ticket(offers=[offer("alpha", max_charge_usu=10**9)])
+    prices = {site: replace(rate, kv_block_usu=Decimal(1)) for site, rate in ticket.rates.items()}
+    held = replace(ticket, rates=prices, held_usu=10**9)
+    rig.feed(Admitted(now=rig.now, started_at=rig.now, ticket=held))
+    [sent] = rig.all(SendTask)
+    rig.accept(sent)
+    rig.token(sent, 0, "stop")
+    outcome = only(rig.finish(sent, 1, kv_block_s=1e12), Settle).outcome
+    assert outcome.usage.kv_block_s == held.kv_block_s_bound < 1e6
+    assert outcome.charge_usu < 10**6
 
 
 def test_a_charge_never_exceeds_the_hold() -> None:
