@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,6 +35,44 @@ class Books:
     ledger: Ledger
 
 
+@contextmanager
+def open_books(
+    database_url: str | None,
+    *,
+    around: Callable[[Database], AbstractContextManager[None]] | None = None,
+) -> Iterator[Books]:
+    """Open the hub's database, brought to this release's schema.
+
+    Args:
+        database_url: Where it is; ``None`` for what the settings say.
+        around: Holds all that is done, the migration included.
+
+    Raises:
+        SettingInvalid: It cannot be opened, or is a newer release's.
+    """
+    from fabric.auth import Groups, Keys
+    from fabric.catalog import Catalog
+    from fabric.config import StateDir, load_settings
+    from fabric.ledger import Ledger
+    from fabric.sql import Database, migrate
+
+    settings = load_settings({"hub.database_url": database_url})
+    if settings.hub.database_url is None:
+        StateDir(settings.state_dir).create()
+    with (
+        Database(settings.get_database_url()) as database,
+        around(database) if around else nullcontext(),
+    ):
+        migrate(database)
+        yield Books(
+            database=database,
+            keys=Keys(database),
+            groups=Groups(database),
+            catalog=Catalog(database),
+            ledger=Ledger(database),
+        )
+
+
 def database_options(function: Command) -> Command:
     """Add ``--database`` to ``output_options``; the function gets ``books`` and ``output``."""
 
@@ -41,24 +80,7 @@ def database_options(function: Command) -> Command:
     @click.option("--database", "database_url", metavar="URL", help="The hub's database.")
     @functools.wraps(function)
     def wrapper(*args: Any, database_url: str | None, **kwargs: Any) -> Any:
-        from fabric.auth import Groups, Keys
-        from fabric.catalog import Catalog
-        from fabric.config import StateDir, load_settings
-        from fabric.ledger import Ledger
-        from fabric.sql import Database, migrate
-
-        settings = load_settings({"hub.database_url": database_url})
-        if settings.hub.database_url is None:
-            StateDir(settings.state_dir).create()
-        with Database(settings.get_database_url()) as database:
-            migrate(database)
-            books = Books(
-                database=database,
-                keys=Keys(database),
-                groups=Groups(database),
-                catalog=Catalog(database),
-                ledger=Ledger(database),
-            )
+        with open_books(database_url) as books:
             return function(*args, books=books, **kwargs)
 
     return wrapper  # type: ignore[return-value]

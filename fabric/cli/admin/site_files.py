@@ -38,6 +38,10 @@ def validate(files: tuple[str, ...], everything: bool, output: Output) -> None:
 
     Everything that is wrong is listed with its field and value; then the exit code is 3. To try an
     endpoint with Globus Compute's own programs, use `fabric-admin endpoint check`.
+
+    \b
+    Example:
+      fabric-admin site validate anvil.yaml
     """
     if everything == bool(files):
         raise click.UsageError("Give either FILEs and NAMEs or --all.")
@@ -66,7 +70,12 @@ def validate(files: tuple[str, ...], everything: bool, output: Output) -> None:
 @click.command("list-shipped")
 @output_options
 def list_shipped(output: Output) -> None:
-    """List the sites that are found by name, those that ship and your own."""
+    """List the sites that are found by name, those that ship and your own.
+
+    \b
+    Example:
+      fabric-admin site list-shipped --format json
+    """
     from fabric.config import get_site_files, inspect_site
 
     found = [(file, inspect_site(file.path)[0]) for file in get_site_files().values()]
