@@ -56,6 +56,7 @@ _ADMIN_TABLE = {
     "rate": (f"{_ADMIN}.rate", "What tokens cost."),
     "tier": (f"{_ADMIN}.tier", "What haste costs."),
     "db": (f"{_ADMIN}.db", "The hub's database."),
+    "doctor": (f"{_ADMIN}.doctor", "Look for what is wrong, and say what to do."),
     "completion": ("fabric.cli.completion", "Make a shell complete commands."),
 }
 

@@ -50,10 +50,7 @@ def open_books(
     Raises:
         SettingInvalid: It cannot be opened, or is a newer release's.
     """
-    from fabric.auth import Groups, Keys
-    from fabric.catalog import Catalog
     from fabric.config import StateDir, load_settings
-    from fabric.ledger import Ledger
     from fabric.sql import Database, migrate
 
     settings = load_settings({"hub.database_url": database_url})
@@ -64,13 +61,22 @@ def open_books(
         around(database) if around else nullcontext(),
     ):
         migrate(database)
-        yield Books(
-            database=database,
-            keys=Keys(database),
-            groups=Groups(database),
-            catalog=Catalog(database),
-            ledger=Ledger(database),
-        )
+        yield get_books(database)
+
+
+def get_books(database: Database) -> Books:
+    """Return the rooms over an open database of this release's schema."""
+    from fabric.auth import Groups, Keys
+    from fabric.catalog import Catalog
+    from fabric.ledger import Ledger
+
+    return Books(
+        database=database,
+        keys=Keys(database),
+        groups=Groups(database),
+        catalog=Catalog(database),
+        ledger=Ledger(database),
+    )
 
 
 def database_options(function: Command) -> Command:

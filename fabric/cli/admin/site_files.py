@@ -55,7 +55,7 @@ def validate(files: tuple[str, ...], everything: bool, output: Output) -> None:
             (path.stem, path) if (path := Path(file)).exists() else (file, find_site(file))
             for file in files
         ]
-    reports = [_inspect(name, path) for name, path in named]
+    reports = [inspect_file(name, path) for name, path in named]
     if output.is_json:
         output.json(reports)
     else:
@@ -96,7 +96,8 @@ def list_shipped(output: Output) -> None:
     )
 
 
-def _inspect(name: str, path: Path) -> FileReport:
+def inspect_file(name: str, path: Path) -> FileReport:
+    """Return everything that is wrong in a site's file, or in the endpoint that comes of it."""
     from fabric.config import inspect_site
 
     spec, problems = inspect_site(path)
