@@ -272,8 +272,9 @@ def _confined(request: Request, site: str) -> Request:
 
 
 def _bounded(usage: Usage, redeemed: RedemptionRecord) -> Usage:
-    """Return a reported usage cut to what was asked for."""
+    """Return a reported usage cut to what was asked for, and to the time since then."""
     prompt_tokens = min(usage.prompt_tokens, redeemed.prompt_tokens_bound)
+    age_s = max(0.0, (utc_now() - redeemed.created_at).total_seconds())
     return usage.model_copy(
         update={
             "prompt_tokens": prompt_tokens,
@@ -281,6 +282,8 @@ def _bounded(usage: Usage, redeemed: RedemptionRecord) -> Usage:
             "output_tokens": min(usage.output_tokens, redeemed.max_output_tokens),
             "hook_bytes_in": min(usage.hook_bytes_in, redeemed.max_hook_bytes_in),
             "hook_bytes_out": min(usage.hook_bytes_out, redeemed.max_hook_bytes_out),
+            "queue_s": min(usage.queue_s, age_s),
+            "device_s": min(usage.device_s, age_s),
         }
     )
 
