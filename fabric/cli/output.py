@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import click
 from pydantic import BaseModel
@@ -131,7 +133,7 @@ def to_json(data: object) -> Any:
             return {str(key): to_json(value) for key, value in data.items()}
         case datetime():
             return data.isoformat()
-        case Decimal():
+        case Decimal() | UUID() | Path():
             return str(data)
         case _ if is_dataclass(data) and not isinstance(data, type):
             return to_json(asdict(data))

@@ -39,7 +39,7 @@ def environ(globus: Globus, tmp_path: Path, free_port: int) -> Iterator[dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_page_runs_as_written(environ: dict[str, str], tmp_path: Path) -> None:
     outputs = []
     for text in BLOCK.findall(PAGE.read_text()):
