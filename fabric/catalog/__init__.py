@@ -11,6 +11,7 @@ from fabric.catalog.records import (
     SiteRecord,
     SiteState,
     UsageSum,
+    UserSum,
     Visibility,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "SiteRecord",
     "SiteState",
     "UsageSum",
+    "UserSum",
     "Visibility",
 ]

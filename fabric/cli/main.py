@@ -51,6 +51,7 @@ _ADMIN_TABLE = {
     "replica": (f"{_ADMIN}.replica", "Instances that serve, or may join."),
     "function": (f"{_ADMIN}.function", "Functions registered with Globus Compute."),
     "project": (f"{_ADMIN}.project", "Who is charged."),
+    "user": (f"{_ADMIN}.user", "Who asks, and how much."),
     "key": (f"{_ADMIN}.key", "API keys of a project."),
     "alloc": (f"{_ADMIN}.alloc", "What a project may spend at a site."),
     "rate": (f"{_ADMIN}.rate", "What tokens cost."),

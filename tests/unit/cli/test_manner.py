@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from fabric.catalog import Catalog
+from fabric.catalog import Catalog, RunRecord
 from fabric.cli.main import fabric_admin
+from fabric.messages import RunState, new_id
 from fabric.sql import Database
 
 NOUNS = (
-    *("hub", "site", "endpoint", "model", "replica", "function", "project", "key", "tier", "db"),
-    "completion",
+    *("hub", "site", "endpoint", "model", "replica", "function", "project", "user", "key", "tier"),
+    *("db", "completion"),
 )
 GROUP = "6c91e6eb-085c-11e6-a7a5-22000bf2d559"
 ENDPOINT = "4b116d3c-1703-4f8f-9f6f-39921e5864df"
@@ -239,6 +241,32 @@ def test_a_site_is_told_its_changed_file(admin: Admin, tmp_path: Path) -> None:
     refused = admin.run("site", "modify", "anvil", "--file", str(file))
     assert refused.exit_code == 3
     assert "'bridges'" in refused.stderr
+
+
+def test_users_are_those_who_asked_the_latest_first(admin: Admin) -> None:
+    made = datetime(2030, 1, 1, tzinfo=UTC)
+    asked = [("5b1e0c7a94d2", 0), ("globus:6c91e6eb-085c-11e6-a7a5-22000bf2d559", 1)]
+    with Database(admin.url) as database:
+        for key_id, hours in [*asked, asked[0]]:
+            run = RunRecord(
+                id=new_id("run"),
+                project="astro",
+                key_id=key_id,
+                model="gpt2@1",
+                state=RunState.COMPLETED,
+                charge_usu=1_500_000,
+                created_at=made + timedelta(hours=hours),
+            )
+            Catalog(database).record_run(run)
+    person, key = admin.json("user", "show", "--project", "astro")
+    assert (person["key_id"], person["num_runs"]) == (asked[1][0], 1)
+    assert (key["num_runs"], key["charge_usu"]) == (2, 3_000_000)
+    later = admin.json("user", "show", "--since", "2030-01-01T00:30:00")
+    assert [one["key_id"] for one in later] == [asked[1][0]]
+    table = admin.ok("user", "show").stdout
+    assert "3.000000" in table
+    assert max(map(len, table.splitlines())) <= 80
+    assert admin.run("user", "show", "--project", "nope").exit_code == 3
 
 
 def test_a_replica_that_was_ended_may_not_come_back(admin: Admin) -> None:
