@@ -46,5 +46,8 @@ def show(project: str | None, since: datetime | None, books: Books, output: Outp
             *("USER", "PROJECT", Column("RUNS", numeric=True), Column("SU", numeric=True)),
             "LAST (UTC)",
         ],
-        [(u.key_id, u.project, u.num_runs, su(u.charge_usu), f"{u.last_at:%Y-%m-%d}") for u in found],
+        [
+            (u.key_id, u.project, u.num_runs, su(u.charge_usu), f"{u.last_at:%Y-%m-%d}")
+            for u in found
+        ],
     )
