@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
+import psutil
 import uvloop
 from hub_overhead_litellm import Peer, running_litellm
 
@@ -67,6 +68,7 @@ class Rig:
     direct_url: str
     direct_token: str
     digest: str
+    hub_pid: int
     peer: Peer | None = None
 
 
@@ -136,6 +138,7 @@ def running_rig(delay_s: float) -> Iterator[Rig]:
                 direct_url=status.direct_url,
                 direct_token=spec.direct_token,
                 digest=replica["digest"],
+                hub_pid=hub.pid,
             )
         finally:
             if instance is not None:
@@ -291,13 +294,16 @@ async def run(
     ways = {"direct": direct_client, "hub": hub_client}
     if rig.peer is not None:
         ways |= {"upstream": upstream_client, "litellm": litellm_client}
+    servers = {"hub": rig.hub_pid} | ({"litellm": rig.peer.proxy_pid} if rig.peer else {})
     rows = []
     for num_clients in clients:
         for stream in (False, True):
             samples: dict[str, list[list[Sample]]] = {name: [] for name in ways}
+            cpu_s = dict.fromkeys(servers, 0.0)
             for turn in range(rounds):
                 order = list(ways) if turn % 2 else list(reversed(ways))
                 for name in order:
+                    before_s = cpu_s_of(servers.get(name))
                     part = await measure(
                         ways[name],
                         rig,
@@ -307,13 +313,27 @@ async def run(
                         think_s=think_s,
                     )
                     samples[name].append(part)
-            rows.append(summarize(num_clients, stream, samples))
+                    if name in servers:
+                        cpu_s[name] += cpu_s_of(servers[name]) - before_s
+            rows.append(summarize(num_clients, stream, samples, cpu_s))
             print_row(rows[-1])
     return rows
 
 
+def cpu_s_of(pid: int | None) -> float:
+    """Return the seconds of a core that a process and its children have taken."""
+    if pid is None:
+        return 0.0
+    process = psutil.Process(pid)
+    family = [process, *process.children(recursive=True)]
+    return sum(each.cpu_times().user + each.cpu_times().system for each in family)
+
+
 def summarize(
-    num_clients: int, stream: bool, samples: dict[str, list[list[Sample]]]
+    num_clients: int,
+    stream: bool,
+    samples: dict[str, list[list[Sample]]],
+    cpu_s: dict[str, float],
 ) -> dict[str, object]:
     """Return one row: percentiles of each way, their differences, and the spread over rounds."""
     hub = compare(samples["direct"], samples["hub"], stream)
@@ -327,6 +347,7 @@ def summarize(
         "ratio_p50": hub["with_ms"]["p50"] / hub["without_ms"]["p50"],
         "added_p50_ms_by_round": hub["added_p50_ms_by_round"],
         "added_p99_ms_by_round": hub["added_p99_ms_by_round"],
+        "cpu_ms_per_request": cpu_s["hub"] * 1e3 / count(samples["hub"], num_clients),
     }
     if "litellm" in samples:
         peer = compare(samples["upstream"], samples["litellm"], stream)
@@ -337,11 +358,21 @@ def summarize(
             )
         ]
         row |= {
-            "litellm": peer,
+            "litellm": peer
+            | {
+                "cpu_ms_per_request": cpu_s["litellm"]
+                * 1e3
+                / count(samples["litellm"], num_clients)
+            },
             "ratio_added_p99": hub["added_ms"]["p99"] / peer["added_ms"]["p99"],
             "ratio_added_p99_by_round": ratios,
         }
     return row
+
+
+def count(parts: list[list[Sample]], num_clients: int) -> int:
+    """Return the requests of all rounds, with the one by which each client begins."""
+    return sum(len(part) + num_clients for part in parts)
 
 
 def compare(without: list[list[Sample]], through: list[list[Sample]], stream: bool):
@@ -371,7 +402,7 @@ def print_row(row: dict[str, object]) -> None:
     print(
         f"{row['clients']:>7}  {row['measure']:<12}  {row['num_requests']:>8}"
         + "".join(f"  {added[name]:>7.2f}" for name in added)
-        + f"  {hub['p99']:>9.1f}  {row['ratio_p50']:>6.3f}",
+        + f"  {hub['p99']:>9.1f}  {row['ratio_p50']:>6.3f}  {row['cpu_ms_per_request']:>6.2f}",
         flush=True,
     )
     if "litellm" in row:
@@ -380,8 +411,8 @@ def print_row(row: dict[str, object]) -> None:
             " " * 9
             + f"{'litellm':<22}"
             + "".join(f"  {peer['added_ms'][name]:>7.2f}" for name in added)
-            + f"  {peer['with_ms']['p99']:>9.1f}   added p99, hub/litellm:"
-            f" {row['ratio_added_p99']:.3f}",
+            + f"  {peer['with_ms']['p99']:>9.1f}  {'':>6}  {peer['cpu_ms_per_request']:>6.2f}"
+            f"   added p99, hub/litellm: {row['ratio_added_p99']:.3f}",
             flush=True,
         )
 
@@ -398,7 +429,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
     print(f"upstream: {args.delay_ms:g} ms, {MAX_TOKENS} tokens; times in ms")
-    print("clients  measure       requests    +p50     +p95     +p99    hub p99  ratio p50")
+    print("clients  measure       requests    +p50     +p95     +p99    hub p99  ratio  CPU ms")
     load_before = os.getloadavg()
     with (
         running_rig(args.delay_ms / 1e3) as rig,

@@ -40,6 +40,7 @@ class Peer:
     upstream_url: str
     proxy_url: str
     api_key: str
+    proxy_pid: int
 
 
 @contextlib.contextmanager
@@ -76,6 +77,7 @@ def running_litellm(venv: Path, delay_s: float) -> Iterator[Peer]:
                 upstream_url=f"http://{HOST}:{upstream}",
                 proxy_url=f"http://{HOST}:{proxy}",
                 api_key="sk-bench",
+                proxy_pid=records[1].pid,
             )
         finally:
             processes.end(records, grace_s=5)
