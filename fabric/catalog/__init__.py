@@ -14,9 +14,11 @@ from fabric.catalog.records import (
     UserSum,
     Visibility,
 )
+from fabric.catalog.view import CatalogView, Viewer
 
 __all__ = [
     "Catalog",
+    "CatalogView",
     "FunctionRecord",
     "LaunchRecord",
     "ModelVersion",
@@ -27,5 +29,6 @@ __all__ = [
     "SiteState",
     "UsageSum",
     "UserSum",
+    "Viewer",
     "Visibility",
 ]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
+import pwd
+import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +19,8 @@ from fabric.cli.exits import Exit
 from fabric.cli.options import output_options
 
 if TYPE_CHECKING:
-    from fabric.auth import Groups, Keys
+    from fabric.audit import AuditLog
+    from fabric.auth import Grants, Groups, Keys
     from fabric.catalog import Catalog
     from fabric.ledger import Ledger
     from fabric.sql import Database
@@ -31,6 +35,8 @@ class Books:
     database: Database
     keys: Keys
     groups: Groups
+    grants: Grants
+    audit: AuditLog
     catalog: Catalog
     ledger: Ledger
 
@@ -43,6 +49,8 @@ def open_books(
 ) -> Iterator[Books]:
     """Open the hub's database, brought to this release's schema.
 
+    What the running command changes is in the audit log.
+
     Args:
         database_url: Where it is; ``None`` for what the settings say.
         around: Holds all that is done, the migration included.
@@ -50,6 +58,7 @@ def open_books(
     Raises:
         SettingInvalid: It cannot be opened, or is a newer release's.
     """
+    from fabric.audit import recording
     from fabric.config import StateDir, load_settings
     from fabric.sql import Database, migrate
 
@@ -61,12 +70,15 @@ def open_books(
         around(database) if around else nullcontext(),
     ):
         migrate(database)
-        yield get_books(database)
+        _, _, command = click.get_current_context().command_path.partition(" ")
+        with recording(database, who=_who(), what=command):
+            yield get_books(database)
 
 
 def get_books(database: Database) -> Books:
     """Return the rooms over an open database of this release's schema."""
-    from fabric.auth import Groups, Keys
+    from fabric.audit import AuditLog
+    from fabric.auth import Grants, Groups, Keys
     from fabric.catalog import Catalog
     from fabric.ledger import Ledger
 
@@ -74,13 +86,18 @@ def get_books(database: Database) -> Books:
         database=database,
         keys=Keys(database),
         groups=Groups(database),
+        grants=Grants(database),
+        audit=AuditLog(database),
         catalog=Catalog(database),
         ledger=Ledger(database),
     )
 
 
 def database_options(function: Command) -> Command:
-    """Add ``--database`` to ``output_options``; the function gets ``books`` and ``output``."""
+    """Add ``--database`` to ``output_options``; the function gets ``books`` and ``output``.
+
+    What it changes is in the audit log.
+    """
 
     @output_options
     @click.option("--database", "database_url", metavar="URL", help="The hub's database.")
@@ -90,6 +107,15 @@ def database_options(function: Command) -> Command:
             return function(*args, books=books, **kwargs)
 
     return wrapper  # type: ignore[return-value]
+
+
+def _who() -> str:
+    """Return who runs the command, as the operating system knows them: no variable says it."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    with suppress(OSError):
+        if (login := os.getlogin()) != user:
+            user = f"{login} as {user}"
+    return f"cli:{user}@{socket.gethostname()}"
 
 
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
