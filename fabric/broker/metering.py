@@ -270,10 +270,11 @@ def _confined(request: Request, site: str) -> Request:
 
 
 def _bounded(usage: Usage, redeemed: RedemptionRecord) -> Usage:
-    """Return a reported usage cut to what was asked for."""
+    """Return a reported usage cut to what was asked for, and to the time since then."""
     prompt_tokens = min(usage.prompt_tokens, redeemed.prompt_tokens_bound)
     row_tokens = redeemed.prompt_tokens_bound + redeemed.max_output_tokens
     life_s = (redeemed.due_at - redeemed.created_at).total_seconds()
+    age_s = max(0.0, (utc_now() - redeemed.created_at).total_seconds())
     return usage.model_copy(
         update={
             "prompt_tokens": prompt_tokens,
@@ -282,6 +283,8 @@ def _bounded(usage: Usage, redeemed: RedemptionRecord) -> Usage:
             "hook_bytes_in": min(usage.hook_bytes_in, redeemed.max_hook_bytes_in),
             "hook_bytes_out": min(usage.hook_bytes_out, redeemed.max_hook_bytes_out),
             "kv_block_s": min(usage.kv_block_s, kv_block_s_bound(1, row_tokens, life_s)),
+            "queue_s": min(usage.queue_s, age_s),
+            "device_s": min(usage.device_s, age_s),
         }
     )
 

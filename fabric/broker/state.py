@@ -41,9 +41,12 @@ from fabric.broker.signals import (
     Void,
 )
 from fabric.errors import (
+    AuthError,
+    ConfigError,
     DeadlineExceeded,
     FabricError,
     FirstTokenTimeout,
+    LedgerError,
     NoReplica,
     ProtocolViolation,
     RequestCancelled,
@@ -68,6 +71,12 @@ from fabric.messages import (
 )
 
 SILENCE_FACTOR = 4.0
+
+HUBS_OWN = (AuthError, ConfigError, LedgerError)
+"""What no instance has to say of a task: a client would take it for the hub's word."""
+
+MAX_FAILURE_CHARS = 2**16
+"""The longest error of an instance that is passed on."""
 
 Instructions = Iterator[Instruction]
 
@@ -356,6 +365,11 @@ class BrokerState:
         error = failed.failure.to_error()
         if run.cancel_until is not None:
             yield from self._end(run, now, RequestCancelled(), failed.usage)
+        elif isinstance(error, HUBS_OWN):
+            reason = f"the error {error.code}, which is the hub's own to tell"
+            yield from self._on_violation(run, now, reason)
+        elif len(failed.failure.model_dump_json()) > MAX_FAILURE_CHARS:
+            yield from self._on_violation(run, now, "an error that is too long")
         elif error.retryable or isinstance(error, RequestCancelled):
             yield from self._on_lost(run, now, error)
         else:
@@ -427,7 +441,7 @@ class BrokerState:
     def _complete(self, run: Progress, now: float, reported: Usage | None) -> Instructions:
         placement = run.placement
         assert placement is not None
-        usage = run.usage(reported)
+        usage = run.usage(reported, now)
         charge_usu = run.charge_usu(usage)
         completed = RunCompleted(
             run=run.ticket.request.id,
@@ -452,7 +466,7 @@ class BrokerState:
         self, run: Progress, now: float, error: FabricError | None, reported: Usage | None = None
     ) -> Instructions:
         assert error is not None
-        usage = run.usage(reported)
+        usage = run.usage(reported, now)
         charge_usu = run.charge_usu(usage)
         cancelled = isinstance(error, RequestCancelled)
         state = RunState.CANCELLED if cancelled else RunState.FAILED

@@ -241,7 +241,12 @@ def hub(
     port: int | None,
     output: Output,  # noqa: ARG001 - every command takes --format and -v
 ) -> None:
-    """Serve a hub in the foreground, until Ctrl-C or SIGTERM."""
+    """Serve a hub in the foreground, until Ctrl-C or SIGTERM.
+
+    \b
+    Example:
+      fabric-admin hub --host 127.0.0.1 --port 8642
+    """
     settings = load_settings(
         {
             "state_dir": state_dir,
