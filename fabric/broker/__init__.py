@@ -5,6 +5,7 @@
 
 from fabric.broker.attainment import Attained
 from fabric.broker.estimate import Duration, Estimate, SiteEstimate
+from fabric.broker.limits import Standing
 from fabric.broker.line import Waiting
 from fabric.broker.loop import Broker
 from fabric.broker.observe import Observer
@@ -25,6 +26,7 @@ __all__ = [
     "ReplicaView",
     "Run",
     "SiteEstimate",
+    "Standing",
     "Tier",
     "Waiting",
     "tier_of",

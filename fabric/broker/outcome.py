@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
+from fabric.broker.cost import times_s
 from fabric.broker.progress import Progress
+from fabric.broker.replicas import Fleet
+from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import Outcome
 from fabric.errors import DeadlineExceeded, FabricError, StreamBroken
 from fabric.messages import RunCompleted, RunState, Usage
 
 BACKOFF_S = 0.2
+SILENCE_FACTOR = 4.0
 
 
 def get_outcome(
@@ -98,6 +102,15 @@ def broken(run: Progress, instance: str, error: FabricError) -> StreamBroken:
             why="only a single choice can be continued elsewhere",
         )
     return StreamBroken(instance=instance, num_tokens=run.num_tokens, cause=error.code)
+
+
+def silent_until(run: Progress, now: float, fleet: Fleet, settings: BrokerSettings) -> float | None:
+    """Return when a run's replica is given up if it says nothing; a blind channel is not."""
+    replica = fleet.get(run.instance or "")
+    if replica is None or not replica.streams or run.predicted is None:
+        return None
+    expected_s = times_s(run.ticket.request, run.predicted).total_s
+    return now + max(settings.first_token_timeout_s, SILENCE_FACTOR * expected_s)
 
 
 def backoff_s(run: Progress) -> float:

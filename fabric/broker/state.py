@@ -10,9 +10,15 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 
 from fabric.broker.budget import RetryBudget
-from fabric.broker.cost import times_s
 from fabric.broker.line import Line
-from fabric.broker.outcome import backoff_s, broken, get_completed, get_outcome, too_late
+from fabric.broker.outcome import (
+    backoff_s,
+    broken,
+    get_completed,
+    get_outcome,
+    silent_until,
+    too_late,
+)
 from fabric.broker.pool import Replicas
 from fabric.broker.progress import Progress
 from fabric.broker.replicas import Fleet
@@ -42,9 +48,12 @@ from fabric.broker.signals import (
     Void,
 )
 from fabric.errors import (
+    AuthError,
+    ConfigError,
     DeadlineExceeded,
     FabricError,
     FirstTokenTimeout,
+    LedgerError,
     NoReplica,
     ProtocolViolation,
     RequestCancelled,
@@ -67,7 +76,11 @@ from fabric.messages import (
     Usage,
 )
 
-SILENCE_FACTOR = 4.0
+HUBS_OWN = (AuthError, ConfigError, LedgerError)
+"""What no instance has to say of a task: a client would take it for the hub's word."""
+
+MAX_FAILURE_CHARS = 2**16
+"""The longest error of an instance that is passed on."""
 
 Instructions = Iterator[Instruction]
 
@@ -104,12 +117,11 @@ class BrokerState:
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
-        handled = (
+        done = list(
             self._on_attempt_event(event)
             if isinstance(event, AttemptEvent)
             else self._others(event)
         )
-        done = list(handled)
         if self.line.has_freed:
             done += self._take_turns(event.now)
         return done
@@ -252,7 +264,7 @@ class BrokerState:
         run.sent_at, run.attempt_first_at = now, None
         run.num_before = run.num_tokens
         run.predicted = decision.chosen
-        run.silent_until = self._silent_until(run, now)
+        run.silent_until = silent_until(run, now, self.fleet, self._settings)
         self.fleet.assign(now, placement.instance, run.ticket.request.id)
         self.line.began(run)
         yield Emit(
@@ -283,13 +295,6 @@ class BrokerState:
         """Return what lets a project's requests share prefixes, and nobody else's with them."""
         return blake2b(project.encode(), key=self._salt_key, digest_size=16).hexdigest()
 
-    def _silent_until(self, run: Progress, now: float) -> float | None:
-        replica = self.fleet.get(run.instance or "")
-        if replica is None or not replica.streams or run.predicted is None:
-            return None
-        expected_s = times_s(run.ticket.request, run.predicted).total_s
-        return now + max(self._settings.first_token_timeout_s, SILENCE_FACTOR * expected_s)
-
     def _may_wait(self, now: float) -> bool:
         return now - self._started_at < self._settings.patience_s
 
@@ -306,6 +311,7 @@ class BrokerState:
             held_allocation=run.held_allocation,
             held_usu=run.held_usu,
             tried=frozenset(run.tried),
+            hidden=run.ticket.hidden,
         )
 
     # ---- attempts -------------------------------------------------------------------------------
@@ -380,6 +386,11 @@ class BrokerState:
         error = failed.failure.to_error()
         if run.cancel_until is not None:
             yield from self._end(run, now, RequestCancelled(), failed.usage)
+        elif isinstance(error, HUBS_OWN):
+            reason = f"the error {error.code}, which is the hub's own to tell"
+            yield from self._on_violation(run, now, reason)
+        elif len(failed.failure.model_dump_json()) > MAX_FAILURE_CHARS:
+            yield from self._on_violation(run, now, "an error that is too long")
         elif error.retryable or isinstance(error, RequestCancelled):
             yield from self._on_lost(run, now, error)
         else:
@@ -450,7 +461,7 @@ class BrokerState:
     # ---- the end --------------------------------------------------------------------------------
 
     def _complete(self, run: Progress, now: float, reported: Usage | None) -> Instructions:
-        usage = run.usage(reported)
+        usage = run.usage(reported, now)
         charge_usu = run.charge_usu(usage)
         outcome = get_outcome(run, now, RunState.COMPLETED, usage, charge_usu, None)
         yield from self._close(run, outcome)
@@ -460,7 +471,7 @@ class BrokerState:
         self, run: Progress, now: float, error: FabricError | None, reported: Usage | None = None
     ) -> Instructions:
         assert error is not None
-        usage = run.usage(reported)
+        usage = run.usage(reported, now)
         charge_usu = run.charge_usu(usage)
         cancelled = isinstance(error, RequestCancelled)
         state = RunState.CANCELLED if cancelled else RunState.FAILED

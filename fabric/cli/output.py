@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import click
 from pydantic import BaseModel
@@ -61,11 +63,38 @@ class Output:
         else:
             _print_plain(heads, cells)
 
+    def record(self, record: object) -> None:
+        """Print one record: as JSON, or a line for each field that says something."""
+        fields = to_json(record)
+        if self.is_json:
+            self.json(fields)
+            return
+        self.facts(
+            [
+                (name.replace("_", " "), shown(value))
+                for name, value in fields.items()
+                if value not in (None, "", {}, [])
+            ]
+        )
+
     def facts(self, facts: Sequence[tuple[str, object]]) -> None:
         """Print names and values."""
         width = max(len(name) for name, _ in facts)
         for name, value in facts:
             click.echo(click.style(name.ljust(width), fg="cyan") + f"  {value}")
+
+
+def shown(value: object) -> str:
+    """Return a value of a record as people read it, on one line."""
+    match value:
+        case None:
+            return ""
+        case list():
+            return " ".join(map(shown, value))
+        case dict():
+            return json.dumps(value, ensure_ascii=False)
+        case _:
+            return str(value)
 
 
 def note(text: str) -> None:
@@ -89,6 +118,11 @@ def short(identifier: str) -> str:
     return f"{kind}_{digits[:8]}" if len(digits) > 8 else identifier
 
 
+def short_digest(digest: str | None) -> str:
+    """Return enough of a digest such as ``sha256:5f70…`` to tell it from others."""
+    return "not reported yet" if digest is None else digest[:19]
+
+
 def to_json(data: object) -> Any:
     """Return data made of records, times and decimals as plain JSON."""
     match data:
@@ -102,7 +136,7 @@ def to_json(data: object) -> Any:
             return {str(key): to_json(value) for key, value in data.items()}
         case datetime():
             return data.isoformat()
-        case Decimal():
+        case Decimal() | UUID() | Path():
             return str(data)
         case _ if is_dataclass(data) and not isinstance(data, type):
             return to_json(asdict(data))

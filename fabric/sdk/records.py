@@ -128,11 +128,17 @@ class Allocation(Record):
     held_usu: int
     starts_at: str | None
     ends_at: str | None
+    period: str | None = None
+    holder: str | None = None
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatementLine(Record):
-    """One line of a statement: a grant is positive, a charge negative."""
+    """One line of a statement: a grant is positive, a charge negative.
+
+    A refund ``mends`` the charge that has this ``entry``.
+    """
 
     at: str
     kind: str
@@ -143,6 +149,8 @@ class StatementLine(Record):
     site: str | None
     model: str | None
     memo: str
+    entry: int | None = None
+    mends: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from fabric import __version__
 from fabric.errors import StorageBusy
 from fabric.messages import Placement
+from fabric.messages.session import PROTOCOL
 from fabric.testing.hub import RunningHub, wait_until
 
 GOOD = {"model": "fixed", "prompt": "one two", "max_tokens": 3}
@@ -130,9 +132,10 @@ def test_usage_since_a_time_leaves_out_what_was_before(client: httpx.Client) -> 
 
 def test_health_counts_ready_replicas(hub: RunningHub) -> None:
     reply = httpx.get(f"{hub.base_url}/healthz")
+    told = {"release": __version__, "protocol": PROTOCOL}
     assert (reply.status_code, reply.json()) == (
         200,
-        {"status": "ok", "replicas": 2, "database": "ok"},
+        {"status": "ok", "replicas": 2, "database": "ok", **told},
     )
 
 
