@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 
 from fabric.broker.budget import RetryBudget
-from fabric.broker.line import Line
+from fabric.broker.line import Line, keeping_promises
 from fabric.broker.outcome import (
     backoff_s,
     broken,
@@ -110,7 +110,7 @@ class BrokerState:
         self.runs: dict[str, Progress] = {}
         self._settings = settings
         self._started_at = started_at
-        self._decide = decide
+        self._decide = keeping_promises(decide)
         self._salt_key = salt_key
         self._budget = RetryBudget(settings)
         self.line = Line(settings, self.fleet)
@@ -144,7 +144,7 @@ class BrokerState:
             if self._may_wait(now) or may_come(request, replicas, context):
                 return None
             raise
-        self.line.foresee(request, project, context, decision)
+        self.line.foresee(now, request, project, context, decision)
         return decision.bare()
 
     def _others(self, event: StateEvent) -> Instructions:
