@@ -101,7 +101,8 @@ class Simulator:
             bandwidths_bytes_per_s=world.bandwidths_bytes_per_s,
         )
         # Others' ways to choose have no line at the hub.
-        self._settings = replace(self._settings, fair=policy == "fabric")
+        fair = self._settings.fair and policy == "fabric"
+        self._settings = replace(self._settings, fair=fair)
         self._env = simpy.Environment()
         self._state = BrokerState(
             self._settings, started_at=LONG_AGO, decide=BASELINES[policy](world)
