@@ -102,7 +102,7 @@ def test_two_nodes_answer_as_one_process_does_and_drain_together(
     assert (text, rest[-1].finish_reason) == (expected_answer(tiny_dir, 150), "length")
     after = user.wait(launch["name"], lambda shown: shown["ended_at"] is not None)
     assert states(after) == ["stopped"], after
-    assert after["jobs"][0]["detail"] == "it was asked to leave"
+    assert after["jobs"][0]["detail"] in ("it was asked to leave", "it left")
     assert are_gone(ranks)
 
 
