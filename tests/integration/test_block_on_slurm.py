@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,26 @@ def test_two_nodes_answer_as_one_process_does_and_drain_together(
     assert states(after) == ["stopped"], after
     assert after["jobs"][0]["detail"] in ("it was asked to leave", "it left")
     assert are_gone(ranks)
+
+
+def test_a_vllm_server_over_two_nodes_is_started_on_both(
+    hub: RunningHub, slurm: Slurm, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """Its protocol and command line are vLLM's; what computes is our own."""
+    server = {"command": [sys.executable, "-m", "fabric.testing.vllm_server"], "start_s": 200}
+    options = {"backend": "vllm", "vllm": server, "cache_bytes": 2**24}
+    site = {"name": "tiny", "source": str(tiny_dir), "context_tokens": CONTEXT_TOKENS}
+    user = User(hub, slurm, tmp_path, models=[site | {"options": options}])
+    try:
+        launch = user.launch(*TWO_NODES, model=MODEL, module=REAL)
+        ranks = on_node(slurm, "n2", "fabric.engine.partition")
+        assert len(ranks) > 1
+        answer = user.fabric.complete(PROMPT, model=MODEL, max_tokens=20, temperature=0)
+        assert answer.text == expected_answer(tiny_dir, 20)
+        user.run("stop", launch["name"])
+        assert are_gone(ranks)
+    finally:
+        user.end_all()
 
 
 def test_an_agent_that_is_killed_ends_the_instance_with_the_reason(
