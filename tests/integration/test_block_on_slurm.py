@@ -6,13 +6,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from fabric.testing.hub import RunningHub, running_hub
+from fabric.testing.hub import RunningHub, running_hub, wait_until
 from fabric.testing.slurm import Slurm, running_slurm
 from fabric.testing.slurm.user import User, states
 from fabric.testing.tiny_model import save_tiny_llama
@@ -23,6 +24,7 @@ MODEL = "tiny@1"
 REAL = "fabric.instance"
 TWO_NODES = ("--nodes", "2", "--dtype", "float32", "--max-rows", "4", "--wait")
 PROMPT = "a star"
+AGENT = "fabric.engine.partition.agent"
 CONTEXT_TOKENS = 4096
 
 
@@ -43,6 +45,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Iterator[RunningHub]:
     with running_hub(tmp_path_factory.mktemp("hub"), sites=()) as hub:
         hub.catalog.add_model("tiny", "1", source=str(tiny_dir), context_tokens=CONTEXT_TOKENS)
+        hub.catalog.add_model("quick", "1", source="fixed-delay:", context_tokens=2048)
         yield hub
 
 
@@ -127,12 +130,18 @@ def test_a_vllm_server_over_two_nodes_is_started_on_both(
         user.end_all()
 
 
+def launch_whatever_computes(user: User) -> dict[str, Any]:
+    """Launch on two nodes an engine that needs no ranks: what is on the other one is watched."""
+    launch = user.launch("--nodes", "2", "--wait", model="quick@1")
+    wait_until(lambda: bool(on_node(user.slurm, "n2", AGENT)), timeout_s=120)
+    return launch
+
+
 def test_an_agent_that_is_killed_ends_the_instance_with_the_reason(
     user: User, slurm: Slurm
 ) -> None:
-    launch = user.launch(*TWO_NODES, model=MODEL, module=REAL)
-    agents = on_node(slurm, "n2", "fabric.engine.partition.agent")
-    for agent in agents:
+    launch = launch_whatever_computes(user)
+    for agent in on_node(slurm, "n2", AGENT):
         agent.kill()
     after = user.wait(launch["name"], lambda shown: shown["ended_at"] is not None)
     assert states(after) == ["failed"]
@@ -141,7 +150,7 @@ def test_an_agent_that_is_killed_ends_the_instance_with_the_reason(
 
 
 def test_a_node_that_dies_ends_the_job_with_the_reason(user: User, slurm: Slurm) -> None:
-    launch = user.launch(*TWO_NODES, model=MODEL, module=REAL)
+    launch = launch_whatever_computes(user)
     try:
         slurm.kill_node("n2")
         after = user.wait(launch["name"], lambda shown: shown["ended_at"] is not None)
