@@ -22,8 +22,9 @@ class EngineConfig:
         max_rows: The most choices that run at once.
         step_tokens: The most tokens in one step: a decoding row takes one, prefill the rest. More
             means a faster prefill and longer pauses for the rows that decode meanwhile.
-        slowdown: How many times longer than decoding alone a step with prefill may take; prefill
-            takes what room that leaves, but always a little.
+        slowdown: How many times longer than decoding alone a step with prefill may take for one of
+            many rows; twice as long where as many rows wait as decode. Prefill takes what room that
+            leaves, but always a little.
         context_tokens: The longest row; ``None``: as long as the model allows.
         batch_invariant: Whether an answer's bits may depend on nothing but the request: not on the
             batch, the cached part of its prompt, or how its prompt was cut. Long prompts take
