@@ -46,6 +46,7 @@ class Ticket:
         prompt_tokens_bound: At least as many tokens as the prompt has.
         max_output_tokens: The most tokens of one choice, or of all runs of a program.
         bounds: What a program may take.
+        hidden: Sites and digests of which the caller is told nothing.
     """
 
     request: Request
@@ -62,6 +63,7 @@ class Ticket:
     max_output_tokens: int
     adapter: str | None = None
     bounds: ProgramBounds | None = None
+    hidden: frozenset[str] = frozenset()
 
     @property
     def program(self) -> str | None:
@@ -244,7 +246,11 @@ class Emit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a run ended, for its record. Times are seconds from when the request came in."""
+    """How a run ended, for its record. Times are seconds from when the request came in.
+
+    ``first_s`` is until the first thing it had to say, of whatever kind; ``token_s`` the mean time
+    from token to token, where the replica and not a slow client set the pace.
+    """
 
     ticket: Ticket | RedemptionRecord
     state: RunState
@@ -255,6 +261,8 @@ class Outcome:
     first_token_s: float | None
     total_s: float
     failure_code: str | None
+    first_s: float | None = None
+    token_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,14 @@ from fabric.catalog.records import (
     SiteRecord,
     SiteState,
     UsageSum,
+    UserSum,
     Visibility,
 )
+from fabric.catalog.view import CatalogView, Viewer
 
 __all__ = [
     "Catalog",
+    "CatalogView",
     "FunctionRecord",
     "LaunchRecord",
     "ModelVersion",
@@ -25,5 +28,7 @@ __all__ = [
     "SiteRecord",
     "SiteState",
     "UsageSum",
+    "UserSum",
+    "Viewer",
     "Visibility",
 ]

@@ -3,26 +3,29 @@
 Every error that crosses a room, a process or the wire is one of these::
 
     FabricError
+    ├── AuditBroken
     ├── ConfigError          SettingInvalid, PortInUse, AlreadyRunning, NotRunning,
     │                        PackageMissing, EndpointInvalid, SiteInvalid, FilesForeign
-    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotFound,
-    │                        TicketError (TicketMissing, TicketInvalid, TicketExpired,
-    │                        TicketForeign, TicketSpent), CredentialsRefused,
-    │                        TokenExpired, TokenInvalid, NotAMember, ProjectNotChosen,
+    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotGranted,
+    │                        NotFound, TicketError (TicketMissing, TicketInvalid, TicketExpired,
+    │                        TicketForeign, TicketSpent), CredentialsRefused, TokenExpired,
+    │                        TokenInvalid, NotAMember, ProjectNotChosen,
     │                        ProjectForeign, AuthUnavailable, LoginRequired, LoginFailed
     ├── AdmissionError       RequestInvalid (UnknownParameter, UnsupportedParameter,
     │                        ConstraintInvalid), BodyInvalid,
     │                        UnknownModel, UnknownSite, ContextExceeded, BodyTooLarge,
-    │                        TooManyRequests, Duplicate, FilesFull, FileInUse, BatchOver,
-    │                        ArtifactsFull, LowRankInvalid, AdapterInvalid, AdaptersFull,
+    │                        TooManyRequests (RateLimited), RequestOverLimit, Duplicate,
+    │                        FilesFull, FileInUse, BatchOver, ArtifactsFull, LowRankInvalid,
+    │                        AdapterInvalid, AdaptersFull,
     │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
-    ├── PlacementError       NoReplica, DeadlineExceeded
+    ├── PlacementError       NoReplica, Overloaded, TierNotHeld, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
-    │                        RequestCancelled, ProtocolViolation, HubUnreachable,
-    │                        HubNotConnected, ServiceUnreachable, ServiceBusy, ServiceRefused,
-    │                        TaskLost, TaskTimedOut, TaskFailed
+    │                        RequestCancelled, ProtocolViolation, HubOutOfReach,
+    │                        HubUnreachable, HubNotConnected, ServiceUnreachable, ServiceBusy,
+    │                        ServiceRefused, TaskLost, TaskTimedOut, TaskFailed
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
-    │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing
+    │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing,
+    │                        NodeFailed, WeightsMissing
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
     │                        BackendFailed, EngineStopped, RankLost, AdapterMemoryFull,
     │                        AdapterUnavailable
@@ -67,6 +70,9 @@ from fabric.errors.admission import (
 from fabric.errors.artifacts import (
     ArtifactsFull,
 )
+from fabric.errors.audit import (
+    AuditBroken,
+)
 from fabric.errors.auth import (
     AuthError,
     KeyExpired,
@@ -98,9 +104,11 @@ from fabric.errors.compute import (
     LaunchError,
     LaunchImpossible,
     ModelNotLoadable,
+    NodeFailed,
     RankLost,
     RowFailed,
     SchedulerFailed,
+    WeightsMissing,
 )
 from fabric.errors.config import (
     AlreadyRunning,
@@ -120,6 +128,11 @@ from fabric.errors.data import (
     ManifestInvalid,
     ReplicationFailed,
     VersionError,
+)
+from fabric.errors.grants import (
+    NotGranted,
+    RateLimited,
+    RequestOverLimit,
 )
 from fabric.errors.ledger import (
     AllocationClosed,
@@ -174,14 +187,17 @@ from fabric.errors.routing import (
     DeadlineExceeded,
     DispatchError,
     FirstTokenTimeout,
+    HubOutOfReach,
     HubUnreachable,
     NoReplica,
+    Overloaded,
     PlacementError,
     ProtocolViolation,
     RequestCancelled,
     SessionLost,
     SessionRefused,
     StreamBroken,
+    TierNotHeld,
 )
 from fabric.errors.service import (
     CredentialsRefused,
@@ -215,6 +231,7 @@ __all__ = [
     "AlreadyRunning",
     "AlreadyStarted",
     "ArtifactsFull",
+    "AuditBroken",
     "AuthError",
     "AuthUnavailable",
     "BackendFailed",
@@ -247,6 +264,7 @@ __all__ = [
     "FunctionDrifted",
     "HoldNotOpen",
     "HubNotConnected",
+    "HubOutOfReach",
     "HubUnreachable",
     "InsufficientBalance",
     "JobRefused",
@@ -265,9 +283,12 @@ __all__ = [
     "MeasurementInsufficient",
     "ModelNotLoadable",
     "NoReplica",
+    "NodeFailed",
     "NotAMember",
     "NotFound",
+    "NotGranted",
     "NotRunning",
+    "Overloaded",
     "PackageMissing",
     "PayloadDamaged",
     "PayloadError",
@@ -289,11 +310,13 @@ __all__ = [
     "ProjectNotChosen",
     "ProtocolViolation",
     "RankLost",
+    "RateLimited",
     "RateMissing",
     "RefundExceedsCharge",
     "ReplicationFailed",
     "RequestCancelled",
     "RequestInvalid",
+    "RequestOverLimit",
     "RowFailed",
     "SchedulerFailed",
     "ServiceBusy",
@@ -317,6 +340,7 @@ __all__ = [
     "TicketInvalid",
     "TicketMissing",
     "TicketSpent",
+    "TierNotHeld",
     "TokenExpired",
     "TokenInvalid",
     "TooManyRequests",
@@ -331,4 +355,5 @@ __all__ = [
     "UnknownUnit",
     "UnsupportedParameter",
     "VersionError",
+    "WeightsMissing",
 ]

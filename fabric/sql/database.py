@@ -21,7 +21,7 @@ BUSY_TIMEOUT_S = 10.0
 """How long a transaction waits for another process's before it gives up."""
 
 _SETTING = "hub.database_url"
-_FULL = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "53100"})
+_FULL = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE", "53100"})
 _BUSY = frozenset({"SQLITE_BUSY", "SQLITE_BUSY_SNAPSHOT", "55P03", "40001", "40P01"})
 
 

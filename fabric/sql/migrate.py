@@ -31,7 +31,7 @@ def migrate(database: Database, revision: str = "head") -> None:
         SettingInvalid: The database was migrated by a newer release.
         StorageFull: The disk is full; the schema is as before.
     """
-    revisions = sorted(path.stem for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))
+    revisions = _get_revisions()
     target = {"head": revisions[-1], "base": None}.get(revision, revision)
     with database.read() as connection:
         if current_revision(connection) == target:
@@ -55,6 +55,12 @@ def migrate(database: Database, revision: str = "head") -> None:
         move(alembic_config(connection), target or "base")
 
 
+def is_current(database: Database) -> bool:
+    """Return whether an open database has this release's schema."""
+    with database.read() as connection:
+        return current_revision(connection) == _get_revisions()[-1]
+
+
 def current_revision(connection: Connection) -> str | None:
     """Return the migration the database is at; ``None`` for one without tables."""
     if not inspect(connection).has_table("alembic_version"):
@@ -69,3 +75,7 @@ def alembic_config(connection: Connection) -> Config:
     config = Config(attributes={"connection": connection})
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     return config
+
+
+def _get_revisions() -> list[str]:
+    return sorted(path.stem for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))

@@ -25,6 +25,8 @@ from fabric.errors import (
     ContextExceeded,
     EngineStopped,
     FabricError,
+    InsufficientBalance,
+    KeyInvalid,
     RequestCancelled,
 )
 from fabric.messages import (
@@ -303,6 +305,7 @@ def test_a_client_that_leaves_pays_for_what_was_computed() -> None:
     [cancel] = rig.feed(ClientGone(now=rig.now, run_id="run_1"))
     assert isinstance(cancel, CancelAttempt)
     assert rig.token(sent, 1) == []
+    rig.now += 1.0
     out = rig.fail(sent, RequestCancelled(), prompt_tokens=3, output_tokens=2, device_s=0.5)
     assert only(out, Settle).outcome.usage == Usage(prompt_tokens=3, output_tokens=2, device_s=0.5)
     assert only(out, Settle).outcome.state is RunState.CANCELLED
@@ -334,8 +337,23 @@ def test_inflated_usage_is_charged_as_what_arrived() -> None:
     assert sent is not None
     rig.accept(sent, prompt_tokens=1_000_000)
     rig.token(sent, 0, "stop")
-    out = rig.finish(sent, 900, prompt_tokens=1_000_000, device_s=1e6)
+    rig.now += 1.0
+    out = rig.finish(sent, 900, prompt_tokens=1_000_000, device_s=1e6, queue_s=1e6)
     assert only(out, Settle).outcome.charge_usu == 5 * 1 + 1 * 10
+    assert only(out, Settle).outcome.usage.device_s == 1.0
+    assert only(out, Settle).outcome.usage.queue_s == 1.0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyInvalid(), InsufficientBalance(account="a", needed_usu=2, available_usu=1)],
+    ids=lambda error: error.code,
+)
+def test_an_instance_does_not_speak_for_the_hub(error: FabricError) -> None:
+    rig = Rig("alpha", "beta")
+    rig.fail(admit(rig), error)
+    rig.tick(1.0)
+    assert len(rig.all(SendTask)) == 2
 
 
 def test_a_cache_is_charged_for_no_longer_than_the_request_could_keep_it() -> None:

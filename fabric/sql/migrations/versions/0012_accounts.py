@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0012_accounts"
-down_revision = "0009_adapters"
+down_revision = "0011_access"
 branch_labels = None
 depends_on = None
 
