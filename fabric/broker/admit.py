@@ -200,7 +200,7 @@ class Admission:
             facts = await self._recent(permits, request.model)
             return await self._admit(identity, permits, request, facts, foresee, also, bounds)
         except (NotGranted, RateLimited, RequestOverLimit, Overloaded, TierNotHeld):
-            # Newer prices and balances would not help.
+            # Newer prices would not help, and who is refused must not cost much.
             raise
         except FabricError:
             facts = await self._read(permits, request.model)
