@@ -1,6 +1,6 @@
 """The line: runs that wait at the hub for a row, in fair order, and what that waiting will be.
 
-A replica gets no more attempts than it has rows, so that who goes next is decided here, when a row
+A replica gets few more attempts than it has rows, so that who goes next is decided here, when a row
 is free, and not by who came first. Batch work takes rows only where others leave enough of them.
 """
 
@@ -313,9 +313,8 @@ class Line:
     def _room(self, request: Request, pool: Pool) -> Floats:
         """Return the same for all replicas; shape (N,)."""
         tier, most_N = tier_of(request), pool.column("max_in_flight")
-        if tier == "batch":
-            most_N = np.maximum(1.0, np.floor(self._part(tier) * most_N))
-        room_N = most_N - pool.column("num_in_flight")
+        part = 1.0 if tier == "introspection" else self._part(tier)
+        room_N = np.maximum(1.0, np.floor(part * most_N)) - pool.column("num_in_flight")
         if tier == "introspection":
             for instance in self._programs:
                 if (row := pool.row(instance)) is not None:
@@ -327,11 +326,11 @@ class Line:
             "batch": self._settings.batch_share,
             "introspection": self._settings.introspection_share,
         }
-        return shares.get(tier, 1.0)
+        return shares.get(tier, 1.0 + self._settings.rows_ahead)
 
     def _num_rows(self, request: Request, pool: Pool, rows_K: Rows) -> float:
         num_rows = pool.column("max_rows")[rows_K].sum()
-        return max(1.0, float(num_rows) * self._part(tier_of(request)))
+        return max(1.0, float(num_rows) * min(1.0, self._part(tier_of(request))))
 
     def _row_s(self, request: Request, snapshot: ReplicaSnapshot | None) -> float:
         """Return the row-seconds a request is expected to take in a full batch."""

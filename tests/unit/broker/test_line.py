@@ -82,6 +82,12 @@ def test_a_replica_has_as_many_attempts_as_rows_and_the_next_goes_when_one_ends(
     assert sent(rig.tick(1.0)) == []
 
 
+def test_a_few_more_than_have_rows_are_on_their_way() -> None:
+    rig = Rig("alpha", rows_ahead=0.5)
+    assert all(rig.admit(f"run_{number}") for number in range(ROWS + 2))
+    assert rig.admit("waits") is None
+
+
 def test_a_project_that_asks_for_little_does_not_wait_behind_one_that_asks_for_much() -> None:
     rig = Rig("alpha")
     tasks = fill(rig, project="greedy")
@@ -242,7 +248,7 @@ def test_without_a_line_a_replica_gets_all_at_once() -> None:
 
 
 def test_a_channel_that_is_blind_to_free_rows_is_given_more_than_there_are() -> None:
-    rig = Rig()
+    rig = Rig(rows_ahead=0.0)
     rig.join("alpha", streams=False)
     assert all(rig.admit(f"run_{number}") for number in range(4 * ROWS))
     assert rig.admit("waits") is None

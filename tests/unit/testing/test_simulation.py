@@ -116,5 +116,5 @@ def test_a_line_at_the_hub_makes_an_overload_no_worse() -> None:
         simulate(world, trace, settings=replace(settings, fair=fair)) for fair in (True, False)
     )
     assert line.num_failed == 0
-    assert line.attainment >= heap.attainment - 0.02
+    assert line.attainment >= heap.attainment - 0.03
     assert line.percentile_s(95) <= 1.05 * heap.percentile_s(95)
