@@ -7,17 +7,18 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Protocol, TypedDict
 
 from fabric.auth import Identity, require
 from fabric.broker.programs import MARGIN, ProgramBounds
-from fabric.broker.select import MAX_SCARCITY, Context, Offer, expected_tokens
+from fabric.broker.select import MAX_SCARCITY, Closure, Context, Offer, expected_tokens
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import Ticket
-from fabric.catalog import Catalog, ModelVersion
+from fabric.catalog import Catalog, ModelVersion, SiteRules
 from fabric.errors import (
     ContextExceeded,
     FabricError,
@@ -43,6 +44,9 @@ Foresee = Callable[[Request, Context], Placement | None]
 Also = Callable[[Ticket], None]
 """Runs on the database's thread."""
 
+BURN_TTL_S = 600.0
+"""How old the rate at which a project spends may be."""
+
 STALE_FACTOR = 5
 """How many times their lifetime facts may serve while newer ones are being read."""
 
@@ -53,7 +57,9 @@ logger = logging.getLogger(__name__)
 class Facts:
     """What the database says about one project's use of one model, at one moment.
 
-    ``rates`` has the enabled sites that have a price; ``sites`` all there are.
+    ``rates`` has the enabled sites that have a price; ``sites`` all there are. ``closures`` are
+    their maintenance by the broker's clock, ``max_in_flight`` their limits where they have any, and
+    ``burns`` what each allocation is charged a day.
     """
 
     version: ModelVersion
@@ -61,6 +67,16 @@ class Facts:
     rates: Mapping[str, Rate]
     allocations: tuple[AllocationBalance, ...]
     read_at: float
+    read_on: datetime
+    max_in_flight: Mapping[str, int | None] = field(default_factory=dict)
+    closures: Mapping[str, tuple[Closure, ...]] = field(default_factory=dict)
+    burns: Mapping[str, float] = field(default_factory=dict)
+
+    def days_left(self, allocation: AllocationBalance | None) -> float | None:
+        """Return the days until an allocation ends, if it does."""
+        if allocation is None or allocation.ends_at is None:
+            return None
+        return (allocation.ends_at - self.read_on) / timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +118,7 @@ class Admission:
         self._find_adapter = find_adapter
         self._num_in_flight: Counter[str] = Counter()
         self._facts: dict[tuple[str, str, str], Facts] = {}
+        self._burns: dict[str, tuple[float, Mapping[str, float]]] = {}
         self._reading: dict[tuple[str, str, str], asyncio.Future[Facts]] = {}
 
     def enter(self, identity: Identity) -> None:
@@ -271,6 +288,7 @@ class Admission:
             offers=offers,
             remaining_s=request.deadline_s,
             settings=self._settings,
+            now=time.monotonic(),
         )
         return _Checked(
             context=context,
@@ -325,6 +343,10 @@ class Admission:
                 max_charge_usu=needed_usu,
                 expected_charge_usu=charge_usu(rate, tier, likely, device_s=likely_device_s),
                 scarcity=min(MAX_SCARCITY, total_usu / max(1, available_usu)),
+                burn_usu_per_day=None if payer is None else facts.burns.get(payer.name),
+                days_left=facts.days_left(payer),
+                max_in_flight=facts.max_in_flight.get(site),
+                closures=facts.closures.get(site, ()),
             )
         if not offers:
             raise RateMissing(model=facts.version.ref, site=allowed[0])
@@ -364,15 +386,29 @@ class Admission:
                     rates[site.name] = self._ledger.rate(version.ref, site.name)
                 except RateMissing:
                     continue
-        now = utc_now()
+        now, now_s = utc_now(), time.monotonic()
         allocations = self._ledger.allocations(project)
+        rules = {site.name: site.rules for site in sites}
         return Facts(
             version=version,
             sites=tuple(site.name for site in sites),
             rates=rates,
             allocations=tuple(one for one in allocations if one.is_open(now)),
-            read_at=time.monotonic(),
+            read_at=now_s,
+            read_on=now,
+            max_in_flight={site: one.max_in_flight for site, one in rules.items()},
+            closures={site: tuple(_closures(one, now, now_s)) for site, one in rules.items()},
+            burns=self._burn(project),
         )
+
+    def _burn(self, project: str) -> Mapping[str, float]:
+        """Return how fast the project's allocations are spent; read seldom, for it takes long."""
+        read_at, burns = self._burns.get(project, (-math.inf, {}))
+        now_s = time.monotonic()
+        if now_s - read_at >= BURN_TTL_S:
+            burns = self._ledger.burn(project)
+            self._burns[project] = now_s, burns
+        return burns
 
 
 class _Hooks(TypedDict, total=False):
@@ -386,6 +422,16 @@ class _Hooks(TypedDict, total=False):
 def _require(identity: Identity, scope: str, bounds: ProgramBounds | None) -> None:
     for one in sorted({scope} if bounds is None else {scope, *bounds.scopes}):
         require(identity, one)
+
+
+def _closures(rules: SiteRules, now: datetime, now_s: float) -> Iterator[Closure]:
+    for one in rules.maintenance:
+        if one.ends_at > now:
+            yield Closure(
+                begins_s=now_s + (one.starts_at - now).total_seconds(),
+                ends_s=now_s + (one.ends_at - now).total_seconds(),
+                until=one.ends_at.astimezone(UTC),
+            )
 
 
 def _heard(reading: asyncio.Future[Facts]) -> None:

@@ -125,15 +125,29 @@ def barred_site(request: Request, site: str, context: Context) -> str | None:
             f"the allocation {offer.allocation!r} has {available_usu} micro-SU available and up to"
             f" {offer.max_charge_usu} may be needed"
         )
+    if offer.closures and (closure := offer.closed_at(context.now)) is not None:
+        return f"{site} is in maintenance until {closure.until:%Y-%m-%d %H:%M} UTC"
     return None
 
 
-def data_s(request: Request, site: str, settings: BrokerSettings) -> float:
-    """Return the seconds to bring the request's data to a site."""
+def full_site(site: str, num_in_flight: int, context: Context) -> str | None:
+    """Return what keeps a site with so many requests from taking another now, if anything does."""
+    offer = context.offers.get(site)
+    if offer is None or offer.max_in_flight is None or num_in_flight < offer.max_in_flight:
+        return None
+    return f"{site} takes {offer.max_in_flight} requests at once and has as many"
+
+
+def data_s(request: Request, site: str, context: Context) -> float:
+    """Return the seconds to bring the request's data to a site, by what was observed of the pair,
+    else by what the settings say."""
     home = request.data_site
     if home is None or home == site:
         return 0.0
-    rate = settings.bandwidths_bytes_per_s.get((home, site), settings.bandwidth_bytes_per_s)
+    pair, settings = (home, site), context.settings
+    rate = context.bandwidths_bytes_per_s.get(pair)
+    if rate is None:
+        rate = settings.bandwidths_bytes_per_s.get(pair, settings.bandwidth_bytes_per_s)
     return settings.locality_penalty_s + request.data_bytes / rate
 
 
@@ -155,7 +169,7 @@ def cost_s(
     parts = {
         "queue": times.queue_s,
         "service": times.first_s + times.rest_s - saved_s,
-        "data": data_s(request, snapshot.site, context.settings),
+        "data": data_s(request, snapshot.site, context),
         "price": price_s(snapshot.site, context),
         "risk": FAILURE_S * snapshot.failures
         + (TRIED_S if snapshot.instance in context.tried else 0.0),
@@ -226,4 +240,7 @@ def _too_late(request: Request, snapshot: ReplicaSnapshot, context: Context) -> 
         )
     if snapshot.ends_in_s is not None and times.total_s > snapshot.ends_in_s:
         return f"its block ends in {snapshot.ends_in_s:.0f} s"
+    closes_in_s = context.offers[snapshot.site].closes_in_s(context.now)
+    if times.total_s > closes_in_s:
+        return f"maintenance of {snapshot.site} begins in {closes_in_s:.0f} s"
     return None

@@ -266,8 +266,9 @@ class Broker:
             FabricError: As ``submit`` does.
         """
         context = await self._admission.prospect(identity, request, bounds)
-        replicas = self._state.fleet.snapshots(time.monotonic())
-        return select(request, replicas, context, whole=True)
+        now = time.monotonic()
+        replicas = self._state.fleet.snapshots(now)
+        return select(request, replicas, self._state.informed(now, context), whole=True)
 
     def _is_known(self, run_id: str) -> bool:
         return run_id in self._runs or run_id in self._admitting or run_id in self._metering
@@ -305,8 +306,9 @@ class Broker:
             raise Duplicate(kind="run", name=request.id)
 
         def foresee(request: Request, context: Context) -> Placement:
-            snapshots = self._state.fleet.snapshots(time.monotonic())
-            return select(request, [one for one in snapshots if one.instance == instance], context)
+            now = time.monotonic()
+            here = [one for one in self._state.fleet.snapshots(now) if one.instance == instance]
+            return select(request, here, self._state.informed(now, context))
 
         await self._metering.redeem(
             ticket, request, instance=instance, foresee=foresee, bounds=bounds

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from fabric.broker.progress import Progress
 from fabric.broker.signals import Outcome
 from fabric.errors import DeadlineExceeded, FabricError, StreamBroken
-from fabric.messages import RunState, Usage
+from fabric.messages import RunCompleted, RunState, Usage
 
 BACKOFF_S = 0.2
 
@@ -25,12 +25,33 @@ def get_outcome(
         ticket=run.ticket,
         state=state,
         placement=run.placement,
-        attempts=run.attempt,
+        attempts=run.num_sent,
         usage=usage,
         charge_usu=charge_usu,
         first_token_s=since_start_s(run),
         total_s=now - run.started_at,
         failure_code=failure_code,
+    )
+
+
+def get_completed(run: Progress, now: float, usage: Usage, charge_usu: int) -> RunCompleted:
+    """Return the last event of a run that completed at ``now``."""
+    placement = run.placement
+    assert placement is not None
+    return RunCompleted(
+        run=run.ticket.request.id,
+        model=run.ticket.model,
+        digest=run.ticket.digest,
+        adapter=run.ticket.adapter,
+        site=placement.site,
+        instance=placement.instance,
+        attempts=run.num_sent,
+        finish_reasons=tuple(reason for reason in run.finishes if reason is not None),
+        usage=usage,
+        charge_usu=charge_usu,
+        first_token_s=since_start_s(run),
+        total_s=now - run.started_at,
+        placement=placement,
     )
 
 
@@ -41,7 +62,7 @@ def since_start_s(run: Progress) -> float | None:
 
 def too_late(run: Progress) -> DeadlineExceeded:
     """Return what a run ends with whose deadline is over."""
-    return DeadlineExceeded(deadline_s=run.ticket.request.deadline_s, attempts=run.attempt)
+    return DeadlineExceeded(deadline_s=run.ticket.request.deadline_s, attempts=run.num_sent)
 
 
 def broken(run: Progress, instance: str, error: FabricError) -> StreamBroken:

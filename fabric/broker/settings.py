@@ -23,6 +23,10 @@ class BrokerSettings:
         eject_after: Failures in a row that take a replica out; never more than half of those that
             serve one digest.
         eject_s: How long it stays out before one request tries it again.
+        hedge_quantile: Share of the attempts that have said something by when a second is sent
+            beside a silent one; 1 sends none.
+        hedge_min_s: How long every attempt may be silent before that.
+        hedge_samples: Attempts that must have been seen before any is taken for slow.
         lost_memory_s: How long a lost replica is expected back.
         lease_s: How long a hold outlives a hub that no longer renews it.
         sweep_s: How often holds whose lease ran out are released.
@@ -54,6 +58,9 @@ class BrokerSettings:
     cancel_grace_s: float = 2.0
     eject_after: int = 5
     eject_s: float = 10.0
+    hedge_quantile: float = 0.95
+    hedge_min_s: float = 1.0
+    hedge_samples: int = 100
     lost_memory_s: float = 60.0
     lease_s: float = 60.0
     sweep_s: float = 10.0

@@ -52,6 +52,7 @@ _ADMIN_TABLE = {
     "key": (f"{_ADMIN}.key", "API keys of a project."),
     "alloc": (f"{_ADMIN}.alloc", "What a project may spend at a site."),
     "rate": (f"{_ADMIN}.rate", "What tokens cost."),
+    "maintenance": (f"{_ADMIN}.maintenance", "Times in which a site takes no requests."),
     "db": (f"{_ADMIN}.db", "The hub's database."),
 }
 

@@ -65,15 +65,24 @@ def show(name: str | None, books: Books, output: Output) -> None:
 @click.argument("name")
 @click.option("--display", metavar="TEXT")
 @click.option("--state", type=click.Choice(["enabled", "disabled"]))
+@click.option(
+    "--max-in-flight",
+    type=click.IntRange(0, 10**6),
+    metavar="N",
+    help="Requests it works on at once; 0 is any number.",
+)
 @database_options
 def modify(
     name: str,
     display: str | None,
     state: Literal["enabled", "disabled"] | None,
+    max_in_flight: int | None,
     books: Books,
     output: Output,
 ) -> None:
     """Change a site; a disabled one gets no new requests."""
+    if max_in_flight is not None:
+        books.catalog.set_max_in_flight(name, max_in_flight or None)
     record = books.catalog.modify_site(name, display=display, state=state)
     output.json(record) if output.is_json else note(f"Changed the site {name}.")
 
