@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -152,6 +152,7 @@ class Fleet:
         self._settings = settings
         self._replicas: dict[str, Replica] = {}
         self._pool = Pool()
+        self._awaited: set[str] = set()
         self._due: list[tuple[float, str]] = []
 
     def __iter__(self) -> Iterator[Replica]:
@@ -264,6 +265,13 @@ class Fleet:
             if replica.trial == run_id:
                 replica.trial = None
             self._put(replica)
+            if replica.hello.site in self._awaited:
+                self._awaited.discard(replica.hello.site)
+                self.version += 1
+
+    def await_place(self, sites: Iterable[str]) -> None:
+        """Somebody waits until one of these sites has fewer requests in flight."""
+        self._awaited.update(sites)
 
     def succeeded(self, instance: str) -> None:
         """An attempt ended as it should."""

@@ -112,17 +112,18 @@ def select(
     return decide(request, replicas, context).placement(whole=whole)
 
 
+def full_sites(pool: Pool, context: Context) -> list[str]:
+    """Return the sites that have as many requests in flight as they may."""
+    sites = pool.groups.get(context.digest, {})
+    return [site for site in sites if full_site(site, pool.in_flight_of[site], context)]
+
+
 def may_come(request: Request, replicas: Replicas, context: Context) -> bool:
     """Return whether a replica is kept from the request only by what may pass."""
     pool = as_pool(replicas)
-    full = [
-        group
-        for site, group in pool.groups.get(context.digest, {}).items()
-        if full_site(site, pool.in_flight_of[site], context) is not None
-    ]
     kept_N = pool.column("blocked_s") > 0
-    for group in full:
-        kept_N[pool.rows(group)] = True
+    for site in full_sites(pool, context):
+        kept_N[pool.rows(pool.groups[context.digest][site])] = True
     kept = kept_N.nonzero()[0].tolist()
     return any(lasting(request, pool.at(row), context) is None for row in kept)
 

@@ -20,7 +20,7 @@ from fabric.broker.pool import Replicas
 from fabric.broker.progress import Progress
 from fabric.broker.races import Races
 from fabric.broker.replicas import Fleet
-from fabric.broker.select import Context, Decision, ReplicaSnapshot, decide, may_come
+from fabric.broker.select import Context, Decision, ReplicaSnapshot, decide, full_sites, may_come
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import (
     AbandonAttempt,
@@ -201,6 +201,7 @@ class BrokerState:
             decision = self._decide(request, replicas, context)
         except NoReplica as error:
             run.seen_version = self.fleet.version
+            self.fleet.await_place(full_sites(replicas, context))
             hopeless = not self._may_wait(now) and not may_come(request, replicas, context)
             if hopeless or out_of_patience:
                 yield from self._end(run, now, run.last_error if run.num_tokens else error)
