@@ -14,6 +14,7 @@ from functools import partial
 from typing import Protocol, TypedDict
 
 from fabric.auth import Identity, require
+from fabric.broker.lengths import Lengths
 from fabric.broker.programs import MARGIN, ProgramBounds
 from fabric.broker.select import MAX_SCARCITY, Closure, Context, Offer, expected_tokens
 from fabric.broker.settings import BrokerSettings
@@ -110,12 +111,14 @@ class Admission:
         offload: Offload,
         settings: BrokerSettings,
         find_adapter: FindAdapter | None = None,
+        lengths: Lengths | None = None,
     ) -> None:
         self._ledger = ledger
         self._catalog = catalog
         self._offload = offload
         self._settings = settings
         self._find_adapter = find_adapter
+        self._lengths = lengths
         self._num_in_flight: Counter[str] = Counter()
         self._facts: dict[tuple[str, str, str], Facts] = {}
         self._burns: dict[str, tuple[float, Mapping[str, float]]] = {}
@@ -317,7 +320,7 @@ class Admission:
             why = f"the request's data may not leave {request.data_site}"
             raise NoReplica(model=facts.version.ref, reasons=dict.fromkeys(asked, why))
         n, tier = request.sampling.n, request.tier
-        likely_prompt, likely_output = expected_tokens(request)
+        likely_prompt, likely_output = expected_tokens(request, self._lengths)
         likely = Usage(prompt_tokens=likely_prompt, output_tokens=n * likely_output)
         likely_device_s, most = 0.0, _Hooks()
         if bounds is not None:

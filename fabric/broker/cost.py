@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from fabric.broker.facts import Context, ReplicaSnapshot
+from fabric.broker.lengths import Lengths
 from fabric.broker.policies import get_weights
 from fabric.broker.pool import (
     MIN_TOKENS_PER_S,
@@ -35,15 +36,19 @@ TRIED_S = 30.0
 _WITHOUT = {"embed": "it does not embed", "program": "it runs no programs"}
 
 
-def expected_tokens(request: Request) -> tuple[int, int]:
-    """Return the likely number of prompt tokens and of output tokens of one choice."""
+def expected_tokens(request: Request, lengths: Lengths | None = None) -> tuple[int, int]:
+    """Return the likely number of prompt tokens and of output tokens of one choice, by what was
+    observed of answers if that is given."""
     if isinstance(request.input, ProgramInput):
         return _expected_of_program(request.input.program)
     prompt = request.prompt_tokens_bound()
     if not isinstance(request.input, TokensInput):
         prompt = prompt // BYTES_PER_TOKEN + 1
     wanted = request.sampling.max_tokens
-    return prompt, PRIOR_OUTPUT_TOKENS if wanted is None else min(wanted, PRIOR_OUTPUT_TOKENS)
+    likely = None if lengths is None else lengths.expected(wanted)
+    if likely is None:
+        likely = PRIOR_OUTPUT_TOKENS
+    return prompt, likely if wanted is None else min(wanted, likely)
 
 
 def _expected_of_program(program: Program) -> tuple[int, int]:
@@ -164,7 +169,7 @@ def cost_s(
 
     ``cold`` is told only of a replica that may have to be started, and weighs as ``queue`` does.
     """
-    times = times_s(request, snapshot)
+    times = times_s(request, snapshot, context.lengths)
     weights = get_weights(request)
     parts = {
         "queue": times.queue_s,
@@ -202,9 +207,15 @@ class Times:
         return self.cold_s + self.queue_s + self.first_s + self.rest_s
 
 
-def times_s(request: Request, snapshot: ReplicaSnapshot, output_tokens: int | None = None) -> Times:
+def times_s(
+    request: Request,
+    snapshot: ReplicaSnapshot,
+    lengths: Lengths | None = None,
+    *,
+    output_tokens: int | None = None,
+) -> Times:
     """Rows share the engine, so each busy one slows the others; beyond ``max_rows`` they wait."""
-    prompt_tokens, likely_tokens = expected_tokens(request)
+    prompt_tokens, likely_tokens = expected_tokens(request, lengths)
     if output_tokens is None:
         output_tokens = likely_tokens
     prefill_tokens_per_s = snapshot.prefill_tokens_per_s or PRIOR_PREFILL_TOKENS_PER_S
@@ -231,7 +242,7 @@ def saved_s(snapshot: ReplicaSnapshot, settings: BrokerSettings) -> float:
 
 def _too_late(request: Request, snapshot: ReplicaSnapshot, context: Context) -> str | None:
     """Refuse what is hopeless: the length of the output is a guess, the first token is not."""
-    times = times_s(request, snapshot)
+    times = times_s(request, snapshot, context.lengths)
     first_s = times.cold_s + times.wait_s + times.first_s
     if first_s > context.remaining_s:
         return (

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from fabric.broker.lengths import Lengths
 from fabric.broker.settings import BrokerSettings
 from fabric.messages import InstanceState, Mode
 
@@ -126,8 +127,8 @@ class Context:
     """What ``select`` must know besides the request and the replicas.
 
     ``held_usu`` is what the request already holds of ``held_allocation``; ``tried`` are instances
-    that failed it before. ``now`` is by the state's clock, and ``bandwidths_bytes_per_s`` are those
-    that were observed, by (from, to).
+    that failed it before. ``now`` is by the state's clock; ``bandwidths_bytes_per_s``, by
+    (from, to), and the ``lengths`` of answers are those that were observed.
     """
 
     model: str
@@ -140,3 +141,4 @@ class Context:
     tried: frozenset[str] = frozenset()
     now: float = 0.0
     bandwidths_bytes_per_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    lengths: Lengths | None = None

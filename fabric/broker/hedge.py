@@ -70,7 +70,7 @@ class Waits:
 
 def first_answer_s(request: Request, snapshot: ReplicaSnapshot, context: Context) -> float:
     """Return the seconds until a replica is expected to say something: data, queue and prompt."""
-    times = times_s(request, snapshot)
+    times = times_s(request, snapshot, context.lengths)
     own_s = times.first_s * (1.0 + times.share)
     return data_s(request, snapshot.site, context) + times.cold_s + times.wait_s + own_s
 

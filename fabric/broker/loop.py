@@ -15,6 +15,7 @@ from fabric.auth import Identity, TicketRecord
 from fabric.broker.admit import Admission, FindAdapter
 from fabric.broker.conclude import Also, Conclusion, End
 from fabric.broker.desk import ProgramDesk
+from fabric.broker.lengths import Lengths
 from fabric.broker.metering import Metering
 from fabric.broker.observe import Observer, Silent
 from fabric.broker.programs import ProgramBounds
@@ -102,12 +103,14 @@ class Broker:
         self._ledger = ledger
         self._offload = offload
         self._observer: Observer = observer or Silent()
+        lengths = Lengths()
         self._admission = Admission(
             ledger=ledger,
             catalog=catalog,
             offload=offload,
             settings=self._settings,
             find_adapter=find_adapter,
+            lengths=lengths,
         )
         self._conclusion = Conclusion(ledger=ledger, catalog=catalog, offload=offload)
         self._metering = Metering(
@@ -120,7 +123,10 @@ class Broker:
             observer=self._observer,
         )
         self._state = BrokerState(
-            self._settings, started_at=time.monotonic(), salt_key=secrets.token_bytes(32)
+            self._settings,
+            started_at=time.monotonic(),
+            salt_key=secrets.token_bytes(32),
+            lengths=lengths,
         )
         self.programs = ProgramDesk(self._state, self._admission)
         self._channels: dict[str, Channel] = {}

@@ -263,7 +263,7 @@ class Progress:
             return 0.0
         plain = replace(self.predicted, correction=1.0)
         num_tokens = self.num_tokens - self.num_before
-        predicted_s = times_s(self.ticket.request, plain, num_tokens).total_s
+        predicted_s = times_s(self.ticket.request, plain, output_tokens=num_tokens).total_s
         return (now - self.sent_at) / predicted_s if predicted_s > 0 else 0.0
 
 

@@ -82,7 +82,7 @@ class Ranking:
         for row in rows_K[self._pool.draw(rows_K, drawn).argsort()].tolist():
             snapshot = self._pool.at(row)
             moves = data_s(request, snapshot.site, context) > 0
-            late = times_s(request, snapshot).total_s > context.remaining_s / 2
+            late = times_s(request, snapshot, context.lengths).total_s > context.remaining_s / 2
             if not (moves or late or self._excluded(row)):
                 return int(row)
         return best
@@ -91,7 +91,7 @@ class Ranking:
         """Return the weighted cost of each row; shape (N,)."""
         pool, request, context = self._pool, self._request, self._context
         weights = get_weights(request)
-        prompt_tokens, output_tokens = expected_tokens(request)
+        prompt_tokens, output_tokens = expected_tokens(request, context.lengths)
         data_weight, price_weight = weights["data"], weights["price"]
         site_G = [math.inf] * pool.num_groups
         for site, group in pool.groups.get(context.digest, {}).items():
@@ -170,7 +170,7 @@ class Ranking:
     def _filter(self) -> None:
         """Exclude all that the rare filters exclude."""
         pool, request = self._pool, self._request
-        prompt_tokens, output_tokens = expected_tokens(request)
+        prompt_tokens, output_tokens = expected_tokens(request, self._context.lengths)
         first_N = pool.column("prefill_s") * prompt_tokens + pool.column("overhead_s")
         own_N = first_N + pool.column("decode_s") * output_tokens
         first_N += self._wait() * own_N + pool.column("cold_s")

@@ -14,6 +14,7 @@ from dataclasses import replace
 from fabric.broker.budget import RetryBudget
 from fabric.broker.cost import times_s
 from fabric.broker.hedge import first_answer_s, may_hedge, suits
+from fabric.broker.lengths import Lengths
 from fabric.broker.links import Links
 from fabric.broker.outcome import backoff_s, broken, get_completed, get_outcome, too_late
 from fabric.broker.pool import Replicas
@@ -87,6 +88,7 @@ class BrokerState:
         started_at: When the hub came up: for a while after it, replicas are still expected.
         decide: Where a request goes; simulations compare others with ours.
         salt_key: A secret, from which each project gets the salt of its cached prefixes.
+        lengths: Where the lengths of answers are noted; admission prices by them.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class BrokerState:
         started_at: float,
         decide: Decide = decide,
         salt_key: bytes = b"",
+        lengths: Lengths | None = None,
     ) -> None:
         self.fleet = Fleet(settings)
         self.runs: dict[str, Progress] = {}
@@ -106,6 +109,7 @@ class BrokerState:
         self._budget = RetryBudget(settings)
         self._races = Races(settings, self.fleet)
         self._links = Links()
+        self._lengths = lengths or Lengths()
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
@@ -129,7 +133,8 @@ class BrokerState:
 
     def informed(self, now: float, context: Context) -> Context:
         """Return what a choice rests on with the time and the bandwidths that were observed."""
-        return replace(context, now=now, bandwidths_bytes_per_s=self._links.bytes_per_s)
+        links, lengths = self._links.bytes_per_s, self._lengths
+        return replace(context, now=now, bandwidths_bytes_per_s=links, lengths=lengths)
 
     def _others(self, event: StateEvent) -> Instructions:
         now = event.now
@@ -264,7 +269,7 @@ class BrokerState:
         replica = self.fleet.get(chosen.instance)
         if replica is None or not replica.streams:
             return None
-        expected_s = times_s(run.ticket.request, chosen).total_s
+        expected_s = times_s(run.ticket.request, chosen, self._lengths).total_s
         return now + max(self._settings.first_token_timeout_s, SILENCE_FACTOR * expected_s)
 
     def _may_wait(self, now: float) -> bool:
@@ -285,6 +290,7 @@ class BrokerState:
             tried=frozenset(run.tried if run.instance is None else {*run.tried, run.instance}),
             now=now,
             bandwidths_bytes_per_s=self._links.bytes_per_s,
+            lengths=self._lengths,
         )
 
     # ---- second attempts ------------------------------------------------------------------------
@@ -365,6 +371,9 @@ class BrokerState:
             return
         instance = run.instance or ""
         self.fleet.succeeded(instance)
+        request = run.ticket.request
+        if request.mode == "query" and run.num_tokens:
+            self._lengths.observe(request.sampling.max_tokens, run.num_tokens / len(run.counts))
         if run.attempt_first_at is not None and not run.held_back and not is_program:
             self._races.waits.observe(run.attempt_first_at - run.sent_at, run.expected_s)
             if (moved := run.transfer()) is not None:

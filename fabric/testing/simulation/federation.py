@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from statistics import fmean
 
@@ -129,6 +130,7 @@ def _link(source: Machine, target: Machine, drawn: random.Random) -> float:
     return drawn.choice(BEHIND_PROXY_BYTES_PER_S if behind_proxy else DIRECT_BYTES_PER_S)
 
 
+@cache
 def _system(machine: Machine) -> System:
     system = load_site(shipped_sites()[machine.site]).system
     assert system is not None

@@ -11,6 +11,7 @@ from functools import cache
 
 import simpy
 
+from fabric.broker.lengths import Lengths
 from fabric.broker.select import Offer, expected_tokens
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import (
@@ -99,8 +100,12 @@ class Simulator:
             bandwidths_bytes_per_s=world.bandwidths_bytes_per_s,
         )
         self._env = simpy.Environment()
+        self._lengths = Lengths()
         self._state = BrokerState(
-            self._settings, started_at=LONG_AGO, decide=BASELINES[policy](world)
+            self._settings,
+            started_at=LONG_AGO,
+            decide=BASELINES[policy](world),
+            lengths=self._lengths,
         )
         self._rates = {site.name: site.rate() for site in world.sites}
         self._replicas: dict[str, _Replica] = {}
@@ -191,7 +196,7 @@ class Simulator:
     def _ticket(self, arrival: Arrival) -> Ticket:
         request = arrival.request
         bound, most = request.prompt_tokens_bound(), request.sampling.max_tokens or 0
-        prompt, output = expected_tokens(request)
+        prompt, output = expected_tokens(request, self._lengths)
         likely = Usage(prompt_tokens=prompt, output_tokens=output)
         offers = {
             site: Offer(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import fmean
 
 import pytest
 
-from fabric.testing.simulation import Arrival, make_federation, make_trace, simulate
+from fabric.testing.simulation import Arrival, SiteSketch, make_federation, make_trace, simulate
 from fabric.testing.simulation.federation import MACHINES, units_per_device_hour
 
 CHARGES = {
@@ -38,10 +39,10 @@ def test_a_tokens_price_is_the_device_time_it_takes() -> None:
     assert fmean(site.output_usu for site in sites.values()) == pytest.approx(40.0, abs=0.01)
 
 
-def _output_usu(site: object, su_per_device_hour: float) -> float:
+def _output_usu(site: SiteSketch, su_per_device_hour: float) -> float:
     """Return micro-SU a token, by hand: a full batch generates ``max_rows`` tokens at a time."""
-    step_s = (1.0 + site.slowdown) / site.decode_tokens_per_s  # type: ignore[attr-defined]
-    return su_per_device_hour / 3_600 * 1e6 * step_s / site.max_rows  # type: ignore[attr-defined]
+    step_s = (1.0 + site.slowdown) / site.decode_tokens_per_s
+    return su_per_device_hour / 3_600 * 1e6 * step_s / site.max_rows
 
 
 def test_rates_follow_the_data_sheets() -> None:
@@ -65,13 +66,13 @@ def test_the_trace_is_read_as_it_comes_and_every_request_ends() -> None:
     trace = make_trace(world, "bursty", num_requests=120)
     num_read = 0
 
-    def read() -> object:
+    def read() -> Iterator[Arrival]:
         nonlocal num_read
         for arrival in trace:
             num_read += 1
             yield arrival
 
-    report = simulate(world, read())  # type: ignore[arg-type]
+    report = simulate(world, read())
     assert num_read == len(report.ends) == 120
     assert report.num_failed == 0
 
