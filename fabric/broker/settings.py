@@ -38,7 +38,8 @@ class BrokerSettings:
         bandwidth_bytes_per_s: Rate at which data moves between sites.
         bandwidths_bytes_per_s: The same where it is known better, by (from, to).
         locality_penalty_s: Fixed price of running away from the data.
-        seconds_per_su: What a service unit is worth in seconds of waiting.
+        seconds_per_su: What a service unit is worth in seconds of waiting: at a site file's usual
+            price an output token's charge is then 12 ms, about the time that it takes.
         tie_s: Expected seconds that make no difference; the less busy replica gets the request.
         prefix_tokens: Tokens at the beginning of a prompt by which it finds replicas that may have
             computed them before; a shorter prompt looks for none.
@@ -71,7 +72,7 @@ class BrokerSettings:
     bandwidth_bytes_per_s: float = 100e6
     bandwidths_bytes_per_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
     locality_penalty_s: float = 1.0
-    seconds_per_su: float = 1_000.0
+    seconds_per_su: float = 300.0
     tie_s: float = 0.05
     prefix_tokens: int = 256
     prefix_replicas: int = 2

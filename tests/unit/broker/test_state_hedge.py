@@ -203,7 +203,7 @@ def test_second_attempts_leave_half_of_the_retry_budget() -> None:
 
 def test_a_replica_that_hangs_is_put_out_though_every_request_is_rescued() -> None:
     rig = make_rig("alpha", "beta", eject_after=3, eject_s=60.0)
-    offers = [offer("alpha"), offer("beta", expected_charge_usu=6_000)]
+    offers = [offer("alpha"), offer("beta", expected_charge_usu=20_000)]
     for number in range(6):
         sent = admit(rig, run_id=f"run_{number}", offers=offers)
         if sent.instance == "alpha-1":

@@ -1,0 +1,72 @@
+"""What replicas of a version usually do: for those of which nothing fresh is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+SMOOTHING = 0.2
+"""Weight of the newest observation in a running mean."""
+DRIFT = 0.2
+"""A change of a mean that others must hear of."""
+
+
+def mean(old: float, new: float) -> float:
+    """Return a running mean with one more observation; 0 is none."""
+    if not old or not new:
+        return new or old
+    return old + SMOOTHING * (new - old)
+
+
+@dataclass(slots=True)
+class Rates:
+    """Seconds to the first token of a short prompt, and tokens per second; 0 if unknown."""
+
+    overhead_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+
+    def add(self, new: Rates) -> None:
+        """Take one more observation into the means."""
+        self.overhead_s = mean(self.overhead_s, new.overhead_s)
+        self.prefill_tokens_per_s = mean(self.prefill_tokens_per_s, new.prefill_tokens_per_s)
+        self.decode_tokens_per_s = mean(self.decode_tokens_per_s, new.decode_tokens_per_s)
+
+    def values(self) -> tuple[float, float, float]:
+        """Return them in order."""
+        return self.overhead_s, self.prefill_tokens_per_s, self.decode_tokens_per_s
+
+
+@dataclass(slots=True)
+class _Told:
+    """Means as they are, and as others were told of them last."""
+
+    means: Rates = field(default_factory=Rates)
+    told: Rates = field(default_factory=Rates)
+
+    def add(self, new: Rates) -> bool:
+        """Return whether others must be told anew."""
+        self.means.add(new)
+        pairs = zip(self.means.values(), self.told.values(), strict=True)
+        if all(abs(now - before) <= DRIFT * before for now, before in pairs):
+            return False
+        self.told = replace(self.means)
+        return True
+
+
+class Usual:
+    """Running means of each version, at a site and over all; they are never forgotten."""
+
+    def __init__(self) -> None:
+        self._at: dict[tuple[str, str], _Told] = {}
+        self._anywhere: dict[str, _Told] = {}
+
+    def observe(self, digest: str, site: str, new: Rates) -> bool:
+        """Note what one attempt showed; return whether others should be told."""
+        here = self._at.setdefault((digest, site), _Told()).add(new)
+        anywhere = self._anywhere.setdefault(digest, _Told()).add(new)
+        return here or anywhere
+
+    def of(self, digest: str, site: str) -> Rates:
+        """Return what is usual at a site, else anywhere, else unknown."""
+        told = self._at.get((digest, site)) or self._anywhere.get(digest)
+        return told.told if told is not None else Rates()
