@@ -6,6 +6,7 @@ This is the formula in words and for one replica, as the table of a placement te
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -84,8 +85,17 @@ def prefix_key(request: Request, digest: str, num_tokens: int) -> bytes:
     return blake2b(f"{digest}/{begin}".encode(), digest_size=16).digest()
 
 
-def lasting(request: Request, snapshot: ReplicaSnapshot, context: Context) -> str | None:
-    """Return what keeps the replica from ever serving the request, if anything does."""
+def lasting(
+    request: Request,
+    snapshot: ReplicaSnapshot,
+    context: Context,
+    *,
+    ends_in_s: float | None = None,
+) -> str | None:
+    """Return what keeps the replica from ever serving the request, if anything does.
+
+    ``ends_in_s`` is until its block ends, where that is known better than by the snapshot.
+    """
     if snapshot.digest != context.digest:
         return "it serves another model version"
     if (barred := barred_site(request, snapshot.site, context)) is not None:
@@ -98,7 +108,9 @@ def lasting(request: Request, snapshot: ReplicaSnapshot, context: Context) -> st
         return f"{request.sampling.n} choices are asked for and it runs {snapshot.max_rows} rows"
     if (length := known_length(request)) is not None and length > snapshot.context_tokens:
         return f"its context is {snapshot.context_tokens} tokens and {length} are needed"
-    return _too_late(request, snapshot, context)
+    if ends_in_s is None:
+        ends_in_s = math.inf if snapshot.ends_in_s is None else snapshot.ends_in_s
+    return _too_late(request, snapshot, context, ends_in_s)
 
 
 def passing(snapshot: ReplicaSnapshot) -> str | None:
@@ -240,7 +252,9 @@ def saved_s(snapshot: ReplicaSnapshot, settings: BrokerSettings) -> float:
     return tokens * snapshot.correction / max(MIN_TOKENS_PER_S, rate)
 
 
-def _too_late(request: Request, snapshot: ReplicaSnapshot, context: Context) -> str | None:
+def _too_late(
+    request: Request, snapshot: ReplicaSnapshot, context: Context, ends_in_s: float
+) -> str | None:
     """Refuse what is hopeless: the length of the output is a guess, the first token is not."""
     times = times_s(request, snapshot, context.lengths)
     first_s = times.cold_s + times.wait_s + times.first_s
@@ -249,9 +263,10 @@ def _too_late(request: Request, snapshot: ReplicaSnapshot, context: Context) -> 
             f"its first token is expected in {first_s:.1f} s and the deadline is in"
             f" {context.remaining_s:.1f} s"
         )
-    if snapshot.ends_in_s is not None and times.total_s > snapshot.ends_in_s:
-        return f"its block ends in {snapshot.ends_in_s:.0f} s"
-    closes_in_s = context.offers[snapshot.site].closes_in_s(context.now)
-    if times.total_s > closes_in_s:
+    total_s = times.total_s
+    if total_s > ends_in_s:
+        return f"its block ends in {ends_in_s:.0f} s"
+    offer = context.offers[snapshot.site]
+    if offer.closures and total_s > (closes_in_s := offer.closes_in_s(context.now)):
         return f"maintenance of {snapshot.site} begins in {closes_in_s:.0f} s"
     return None

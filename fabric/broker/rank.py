@@ -93,13 +93,16 @@ class Ranking:
         weights = get_weights(request)
         prompt_tokens, output_tokens = expected_tokens(request, context.lengths)
         data_weight, price_weight = weights["data"], weights["price"]
+        home = request.data_site
         site_G = [math.inf] * pool.num_groups
         for site, group in pool.groups.get(context.digest, {}).items():
-            barred = barred_site(request, site, context)
-            if barred is None and full_site(site, pool.in_flight_of[site], context) is None:
-                moving_s = data_s(request, site, context)
-                paying_s = price_s(site, context)
-                site_G[group] = data_weight * moving_s + price_weight * paying_s
+            if barred_site(request, site, context) is not None:
+                continue
+            if full_site(site, pool.in_flight_of[site], context) is not None:
+                continue
+            site_G[group] = price_weight * price_s(site, context)
+            if home is not None and home != site:
+                site_G[group] += data_weight * data_s(request, site, context)
         own_N = pool.column("prefill_s") * prompt_tokens
         own_N += pool.column("overhead_s")
         own_N += pool.column("decode_s") * output_tokens
@@ -163,9 +166,11 @@ class Ranking:
         return int(rows_K[self._pool.draw(rows_K, _drawn(self._request.id)).argmin()])
 
     def _excluded(self, row: int) -> bool:
-        snapshot = self._pool.at(row)
-        barred = lasting(self._request, snapshot, self._context) or passing(snapshot)
-        return barred is not None  # a full site's rows are infinite already
+        pool, snapshot = self._pool, self._pool.snapshots[row]
+        ends_in_s = float(pool.column("ends_at")[row]) - pool.now
+        barred = lasting(self._request, snapshot, self._context, ends_in_s=ends_in_s)
+        # A full site's rows are infinite already.
+        return barred is not None or passing(snapshot) is not None
 
     def _filter(self) -> None:
         """Exclude all that the rare filters exclude."""
