@@ -340,14 +340,11 @@ class Fleet:
         self._advance(now)
         self._put(replica)
         digest, site = replica.hello.digest, replica.hello.site
-        if self._usual.observe(digest, site, seen):
-            self._tell_others(digest)
-
-    def _tell_others(self, digest: str) -> None:
-        """Note anew what is usual, where it stands for what is not known of a replica."""
-        for one in self:
-            if one.hello.digest == digest:
-                self._put(one)
+        groups = self._pool.groups[digest]
+        for changed in self._usual.observe(digest, site, seen, groups):
+            # What is usual there stands for what is not known of its replicas.
+            for row in self._pool.rows(groups[changed]).tolist():
+                self._put(self._replicas[self._pool.snapshots[row].instance])
 
     def _forget(self, instance: str) -> None:
         del self._replicas[instance]
