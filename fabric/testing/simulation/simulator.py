@@ -12,7 +12,7 @@ from functools import cache
 import simpy
 
 from fabric.broker.lengths import Lengths
-from fabric.broker.select import Offer, expected_tokens
+from fabric.broker.select import expected_tokens
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import (
     AbandonAttempt,
@@ -35,10 +35,10 @@ from fabric.broker.signals import (
 )
 from fabric.broker.state import BrokerState
 from fabric.errors import SessionLost
-from fabric.ledger import charge_usu, max_charge_usu
 from fabric.messages import Accepted, Finished, Hello, Limits, RunState, Task, Token, Usage
 from fabric.messages.events import FinishReason
 from fabric.testing.simulation.baselines import BASELINES
+from fabric.testing.simulation.prices import Prices
 from fabric.testing.simulation.report import End, Report
 from fabric.testing.simulation.traces import PREFIX_TOKENS, Arrival
 from fabric.testing.simulation.world import CONTEXT_TOKENS, DIGEST, SiteSketch, World
@@ -49,7 +49,6 @@ LONG_AGO = -1_000.0
 """When the hub came up, so that no replica is expected any more."""
 OVERHEAD_S = 0.03
 TICK_S = 0.5
-GRANT_USU = 10**15
 
 
 @dataclass(slots=True, kw_only=True)
@@ -108,6 +107,7 @@ class Simulator:
             lengths=self._lengths,
         )
         self._rates = {site.name: site.rate() for site in world.sites}
+        self._prices = Prices(self._rates)
         self._replicas: dict[str, _Replica] = {}
         self._where: dict[tuple[str, int], _Replica] = {}
         self._events: deque[StateEvent] = deque()
@@ -196,18 +196,8 @@ class Simulator:
     def _ticket(self, arrival: Arrival) -> Ticket:
         request = arrival.request
         bound, most = request.prompt_tokens_bound(), request.sampling.max_tokens or 0
-        prompt, output = expected_tokens(request, self._lengths)
-        likely = Usage(prompt_tokens=prompt, output_tokens=output)
-        offers = {
-            site: Offer(
-                site=site,
-                allocation=arrival.project,
-                available_usu=GRANT_USU,
-                max_charge_usu=max_charge_usu(rate, request.tier, bound, most),
-                expected_charge_usu=charge_usu(rate, request.tier, likely),
-            )
-            for site, rate in self._rates.items()
-        }
+        likely = expected_tokens(request, self._lengths)
+        offers = self._prices.offers(arrival.project, (bound, most), likely)
         return Ticket(
             request=request,
             project=arrival.project,

@@ -198,3 +198,20 @@ async def test_what_administrators_set_reaches_the_choice(
     hub.catalog.delete_maintenance("alpha", window.id)
     table = (await broker.explain(caller, ask())).candidates
     assert [one.excluded for one in table] == [None, None]
+
+
+async def test_a_balance_that_will_not_last_is_dear_in_the_hub(
+    hub: Any, caller: Identity, ask: Ask
+) -> None:
+    general = hub.grant()
+    hub.ledger.hold("run_0", allocation=general, amount_usu=900_000, lease_s=60.0)
+    hub.ledger.settle("run_0", 900_000, site="alpha", model="fixed@1")
+    prices = []
+    for ends_at in (None, datetime.now(UTC) + timedelta(days=10)):
+        hub.ledger.modify_allocation(general, ends_at=ends_at)
+        broker = await hub.broker()
+        broker.attach(hub.channel("alpha"))
+        (line,) = (await broker.explain(caller, ask())).candidates
+        prices.append(line.cost_s["price"])
+    # At 900,000 a day for ten days, 90 times what is left would be needed.
+    assert prices[1] / prices[0] == pytest.approx(90.0, rel=0.01)

@@ -7,8 +7,11 @@ from statistics import fmean
 
 import pytest
 
+from fabric.ledger import charge_usu, max_charge_usu
+from fabric.messages import Usage
 from fabric.testing.simulation import Arrival, SiteSketch, make_federation, make_trace, simulate
 from fabric.testing.simulation.federation import MACHINES, units_per_device_hour
+from fabric.testing.simulation.prices import Prices
 
 CHARGES = {
     # node-hours: devices that a job sees in a node
@@ -43,6 +46,17 @@ def _output_usu(site: SiteSketch, su_per_device_hour: float) -> float:
     """Return micro-SU a token, by hand: a full batch generates ``max_rows`` tokens at a time."""
     step_s = (1.0 + site.slowdown) / site.decode_tokens_per_s
     return su_per_device_hour / 3_600 * 1e6 * step_s / site.max_rows
+
+
+def test_offers_cost_what_the_ledger_charges() -> None:
+    rates = {site.name: site.rate() for site in make_federation().sites}
+    for prompt, output in ((1, 0), (0, 1), (700, 90), (123_456, 65_432)):
+        offers = Prices(rates).offers("astro", (2 * prompt, 3 * output), (prompt, output))
+        usage = Usage(prompt_tokens=prompt, output_tokens=output)
+        for site, rate in rates.items():
+            assert offers[site].expected_charge_usu == charge_usu(rate, "standard", usage)
+            most = max_charge_usu(rate, "standard", 2 * prompt, 3 * output)
+            assert offers[site].max_charge_usu == most
 
 
 def test_rates_follow_the_data_sheets() -> None:
