@@ -14,6 +14,7 @@ from fabric.messages import InstanceState, Mode
 MAX_SCARCITY = 1_000.0
 MIN_SCARCITY = 0.1
 """What is about to lapse unspent is cheap, and never free."""
+NO_LIMIT = 2**31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,7 @@ class ReplicaSnapshot:
         load_s: Seconds until the model is loaded after that.
         modes: What it may be asked for.
         adapters: Whether it serves adapters.
+        max_in_flight: How many attempts this hub sends there at most at once.
         caches_prefixes: Whether it has been seen to reuse the beginning of a prompt.
     """
 
@@ -66,6 +68,7 @@ class ReplicaSnapshot:
     caches_prefixes: bool = False
     modes: tuple[Mode, ...] = ("query",)
     adapters: bool = False
+    max_in_flight: int = NO_LIMIT
 
     @property
     def cold_s(self) -> float:
@@ -127,8 +130,9 @@ class Context:
     """What ``select`` must know besides the request and the replicas.
 
     ``held_usu`` is what the request already holds of ``held_allocation``; ``tried`` are instances
-    that failed it before. ``now`` is by the state's clock; ``bandwidths_bytes_per_s``, by
-    (from, to), and the ``lengths`` of answers are those that were observed.
+    that failed it before. ``hidden`` are sites and digests of which the caller is told nothing.
+    ``now`` is by the state's clock; ``bandwidths_bytes_per_s``, by (from, to), and the ``lengths``
+    of answers are those that were observed.
     """
 
     model: str
@@ -142,3 +146,8 @@ class Context:
     now: float = 0.0
     bandwidths_bytes_per_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
     lengths: Lengths | None = None
+    hidden: frozenset[str] = frozenset()
+
+    def tells(self, replica: ReplicaSnapshot) -> bool:
+        """Return whether the caller may know of a replica."""
+        return replica.site not in self.hidden and replica.digest not in self.hidden

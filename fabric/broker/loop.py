@@ -9,13 +9,15 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import cast
 
-from fabric.auth import Identity, TicketRecord
+from fabric.auth import Identity, Rulebook, TicketRecord
 from fabric.broker.admit import Admission, FindAdapter
 from fabric.broker.conclude import Also, Conclusion, End
 from fabric.broker.desk import ProgramDesk
 from fabric.broker.lengths import Lengths
+from fabric.broker.limits import Standing
 from fabric.broker.metering import Metering
 from fabric.broker.observe import Observer, Silent
 from fabric.broker.programs import ProgramBounds
@@ -46,6 +48,7 @@ from fabric.broker.signals import (
     Void,
 )
 from fabric.broker.state import BrokerState
+from fabric.broker.tier_desk import TierDesk
 from fabric.catalog import Catalog
 from fabric.dispatch.protocol import Channel
 from fabric.errors import (
@@ -87,6 +90,7 @@ class Broker:
         settings: Limits and weights.
         observer: Hears of every run.
         find_adapter: Finds the adapters that requests name; without it there are none.
+        rules: Grants and limits; by default it reads them for itself.
     """
 
     def __init__(
@@ -98,17 +102,20 @@ class Broker:
         settings: BrokerSettings | None = None,
         observer: Observer | None = None,
         find_adapter: FindAdapter | None = None,
+        rules: Rulebook | None = None,
     ) -> None:
         self._settings = settings or BrokerSettings()
         self._ledger = ledger
         self._offload = offload
         self._observer: Observer = observer or Silent()
         lengths = Lengths()
+        self.rules = rules or Rulebook(offload)
         self._admission = Admission(
             ledger=ledger,
             catalog=catalog,
             offload=offload,
             settings=self._settings,
+            rules=self.rules,
             find_adapter=find_adapter,
             lengths=lengths,
         )
@@ -129,6 +136,7 @@ class Broker:
             lengths=lengths,
         )
         self.programs = ProgramDesk(self._state, self._admission)
+        self.tiers = TierDesk(self._state, self._admission)
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()
         self._runs: dict[str, Run] = {}
@@ -209,30 +217,38 @@ class Broker:
             bounds: Of a program, what it may take.
 
         Raises:
-            TooManyRequests: The key has as many requests in flight as it may have.
+            TooManyRequests: As many requests are in flight as may be.
+            RateLimited: The requests or the tokens of a minute are used up.
+            RequestOverLimit: It may take more tokens than there are in a minute.
             Duplicate: A request of this id is running.
             PermissionDenied: The key may not query.
+            NotGranted: The caller may not use the model, or the sites, so.
             UnknownModel: The model is not in the catalog.
             UnknownSite: A site is not in the catalog.
             ContextExceeded: A token prompt and its output do not fit the context.
             RateMissing: The model has no price where it may run.
             InsufficientBalance: No allocation covers the largest charge.
             NoReplica: None can serve it, and no wait could help.
+            Overloaded: It is predicted to come too late for its tier or its deadline.
+            TierNotHeld: No replica holds what its tier promises.
         """
         started_at = time.monotonic()
+        await self.rules.current()
         self._check_open(request)
         if self._is_known(request.id):
             raise Duplicate(kind="run", name=request.id)
-        self._admission.enter(identity)
+        self._admission.enter(request.id, identity)
         self._admitting.add(request.id)
         try:
             scope = "query" if bounds is None else "program:read"
+            foresee = partial(self._foresee, project=identity.project)
             ticket = await self._admission.admit(
-                identity, request, self._foresee, scope=scope, bounds=bounds
+                identity, request, foresee, scope=scope, bounds=bounds
             )
             self._check_open(request)
-        except BaseException:
-            self._admission.leave(identity.key_id)
+        except BaseException as error:
+            self._admission.leave(request.id)
+            self.tiers.refused(request, error)
             raise
         finally:
             self._admitting.discard(request.id)
@@ -276,6 +292,10 @@ class Broker:
         replicas = self._state.fleet.snapshots(now)
         return select(request, replicas, self._state.informed(now, context), whole=True)
 
+    def standing(self, identity: Identity) -> list[Standing]:
+        """Return what is left of a caller's limits of requests and tokens."""
+        return self._admission.standing(identity)
+
     def _is_known(self, run_id: str) -> bool:
         return run_id in self._runs or run_id in self._admitting or run_id in self._metering
 
@@ -285,8 +305,8 @@ class Broker:
             self._offload(self._admission.void, request.id)
             raise NoReplica(model=request.model, reasons={"hub": "it is shutting down"})
 
-    def _foresee(self, request: Request, context: Context) -> Placement | None:
-        return self._state.foresee(time.monotonic(), request, context)
+    def _foresee(self, request: Request, context: Context, *, project: str) -> Placement | None:
+        return self._state.foresee(time.monotonic(), request, context, project=project)
 
     # ---- raw calls ------------------------------------------------------------------------------
 
@@ -306,6 +326,7 @@ class Broker:
             TicketSpent: The ticket's calls would cost more than they may.
             FabricError: As ``submit`` does.
         """
+        await self.rules.current()
         if self._closing:
             raise NoReplica(model=request.model, reasons={"hub": "it is shutting down"})
         if self._is_known(request.id):
@@ -381,7 +402,8 @@ class Broker:
         else:
             self._conclusion.begin(instruction)
         outcome = instruction.outcome
-        self._admission.leave(outcome.ticket.key_id)
+        self._admission.leave(instruction.run_id, outcome.usage)
+        self.tiers.ended(outcome)
         self._observer.run_ended(
             outcome.ticket.name,
             outcome.state,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from fabric.auth import TicketRecord
-from fabric.broker.admit import Admission, Foresee
+from fabric.broker.admit import NOTHING_USED, Admission, Foresee
 from fabric.broker.conclude import Conclusion
 from fabric.broker.observe import Observer
 from fabric.broker.programs import ProgramBounds
@@ -30,7 +30,7 @@ from fabric.errors import (
     SessionLost,
     TicketSpent,
 )
-from fabric.ledger import Ledger, charge_usu
+from fabric.ledger import Ledger, charge_usu, kv_block_s_bound
 from fabric.messages import Metered, Placement, Request, RunState, Usage
 from fabric.sql import utc_now
 from fabric.sql.offload import Offload
@@ -44,11 +44,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Live:
-    """A call whose books are open; ``key_id`` is counted as long as this hub knows it."""
+    """A call whose books are open."""
 
     instance: str
     due_s: float
-    key_id: str | None
 
 
 class Metering:
@@ -79,7 +78,7 @@ class Metering:
         now, now_s = utc_now(), time.monotonic()
         for one in await self._offload(self._catalog.open_redemptions):
             due_s = now_s + (one.due_at - now).total_seconds()
-            self._live[one.run] = _Live(instance=one.instance, due_s=due_s, key_id=None)
+            self._live[one.run] = _Live(instance=one.instance, due_s=due_s)
         await self.release()
 
     def __contains__(self, run_id: object) -> bool:
@@ -142,10 +141,8 @@ class Metering:
                 )
             )
 
-        self._admission.enter(identity)
-        self._live[request.id] = _Live(
-            instance=instance, due_s=time.monotonic() + due_s, key_id=identity.key_id
-        )
+        self._admission.enter(request.id, identity)
+        self._live[request.id] = _Live(instance=instance, due_s=time.monotonic() + due_s)
         try:
             admitted = await self._admission.admit(
                 identity,
@@ -180,7 +177,7 @@ class Metering:
         outcome = await self._offload(self._write, instance, metered)
         if outcome is None:
             return
-        self._forget(metered.task_id)
+        self._forget(metered.task_id, outcome.usage)
         self._observe(outcome)
 
     def held_for(self, instances: Collection[str]) -> list[str]:
@@ -203,10 +200,9 @@ class Metering:
         for run in released:
             self._forget(run)
 
-    def _forget(self, run: str) -> None:
-        live = self._live.pop(run, None)
-        if live is not None and live.key_id is not None:
-            self._admission.leave(live.key_id)
+    def _forget(self, run: str, usage: Usage = NOTHING_USED) -> None:
+        if self._live.pop(run, None) is not None:
+            self._admission.leave(run, usage)
 
     def _observe(self, outcome: Outcome) -> None:
         if outcome.first_token_s is not None:
@@ -249,6 +245,8 @@ class Metering:
     def _write_lost(self) -> tuple[list[str], list[Outcome]]:
         with self._offload.database.transaction():
             released = self._ledger.release_expired()
+            if lapsed := self._ledger.expire():
+                logger.info("unused amounts lapsed", extra={"allocations": lapsed})
             found = (self._catalog.redemption(run) for run in released)
             lost = [one for one in found if one is not None and one.charge_usu is None]
             return released, [self._close(one, _lost(one)) for one in lost]
@@ -272,8 +270,11 @@ def _confined(request: Request, site: str) -> Request:
 
 
 def _bounded(usage: Usage, redeemed: RedemptionRecord) -> Usage:
-    """Return a reported usage cut to what was asked for."""
+    """Return a reported usage cut to what was asked for, and to the time since then."""
     prompt_tokens = min(usage.prompt_tokens, redeemed.prompt_tokens_bound)
+    row_tokens = redeemed.prompt_tokens_bound + redeemed.max_output_tokens
+    life_s = (redeemed.due_at - redeemed.created_at).total_seconds()
+    age_s = max(0.0, (utc_now() - redeemed.created_at).total_seconds())
     return usage.model_copy(
         update={
             "prompt_tokens": prompt_tokens,
@@ -281,6 +282,9 @@ def _bounded(usage: Usage, redeemed: RedemptionRecord) -> Usage:
             "output_tokens": min(usage.output_tokens, redeemed.max_output_tokens),
             "hook_bytes_in": min(usage.hook_bytes_in, redeemed.max_hook_bytes_in),
             "hook_bytes_out": min(usage.hook_bytes_out, redeemed.max_hook_bytes_out),
+            "kv_block_s": min(usage.kv_block_s, kv_block_s_bound(1, row_tokens, life_s)),
+            "queue_s": min(usage.queue_s, age_s),
+            "device_s": min(usage.device_s, age_s),
         }
     )
 

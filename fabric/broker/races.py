@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from fabric.broker.hedge import Hedge, Waits, is_answer
 from fabric.broker.progress import Progress
@@ -14,13 +14,17 @@ from fabric.messages import Accepted, Failed, Placed, Task
 
 Instructions = Iterator[Instruction]
 
+Release = Callable[[str, str], None]
+"""Notes that an attempt of a run is over at an instance."""
+
 
 class Races:
     """Second attempts, from when they are sent until one of the two is left."""
 
-    def __init__(self, settings: BrokerSettings, fleet: Fleet) -> None:
+    def __init__(self, settings: BrokerSettings, fleet: Fleet, release: Release) -> None:
         self.waits = Waits(settings)
         self._fleet = fleet
+        self._release = release
 
     def start(
         self, run: Progress, now: float, decision: Decision, task: Task, silent_until: float | None
@@ -65,7 +69,7 @@ class Races:
         hedge, run_id = run.hedge, run.ticket.request.id
         assert hedge is not None
         if run.instance is not None:
-            self._fleet.release(run.instance, run_id)
+            self._release(run.instance, run_id)
             run.tried.add(run.instance)
         run.hedge = None
         run.attempt, run.instance, run.placement = hedge.attempt, hedge.instance, hedge.placement
@@ -80,7 +84,7 @@ class Races:
             return
         if its_fault:
             self._fleet.failed(now, run.hedge.instance)
-        self._fleet.release(run.hedge.instance, run.ticket.request.id)
+        self._release(run.hedge.instance, run.ticket.request.id)
         run.tried.add(run.hedge.instance)
         run.hedge = None
 
@@ -88,7 +92,7 @@ class Races:
         """Abandon the second attempt, if there is one."""
         if run.hedge is not None:
             run_id, hedge, run.hedge = run.ticket.request.id, run.hedge, None
-            self._fleet.release(hedge.instance, run_id)
+            self._release(hedge.instance, run_id)
             yield AbandonAttempt(run_id=run_id, attempt=hedge.attempt)
 
     def _missed(self, run: Progress, now: float) -> None:

@@ -13,11 +13,14 @@ from fabric.catalog.records import (
     SiteRules,
     SiteState,
     UsageSum,
+    UserSum,
     Visibility,
 )
+from fabric.catalog.view import CatalogView, Viewer
 
 __all__ = [
     "Catalog",
+    "CatalogView",
     "FunctionRecord",
     "LaunchRecord",
     "Maintenance",
@@ -29,5 +32,7 @@ __all__ = [
     "SiteRules",
     "SiteState",
     "UsageSum",
+    "UserSum",
+    "Viewer",
     "Visibility",
 ]

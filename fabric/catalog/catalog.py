@@ -18,8 +18,10 @@ from fabric.catalog.records import (
     SiteRules,
     SiteState,
     UsageSum,
+    UserSum,
     Visibility,
 )
+from fabric.catalog.view import CatalogView, Viewer
 from fabric.messages import InstanceState
 from fabric.sql import Database, utc_now
 
@@ -40,6 +42,10 @@ class Catalog:
     def __init__(self, database: Database, *, clock: Callable[[], datetime] = utc_now) -> None:
         self._database = database
         self._clock = clock
+
+    def seen_by(self, viewer: Viewer) -> CatalogView:
+        """Return the catalog as a caller sees it."""
+        return CatalogView(self, viewer)
 
     # Sites
 
@@ -359,6 +365,11 @@ class Catalog:
         """Return what the runs made in a period add up to, by model and site."""
         with self._database.read() as connection:
             return runs.usage(connection, project, since=since, until=until)
+
+    def users(self, project: str | None = None, *, since: datetime | None = None) -> list[UserSum]:
+        """Return who has asked, for any project or for one: the last to ask first."""
+        with self._database.read() as connection:
+            return runs.users(connection, project, since=since)
 
     # Raw calls
 

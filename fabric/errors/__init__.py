@@ -3,26 +3,29 @@
 Every error that crosses a room, a process or the wire is one of these::
 
     FabricError
+    ├── AuditBroken
     ├── ConfigError          SettingInvalid, PortInUse, AlreadyRunning, NotRunning,
     │                        PackageMissing, EndpointInvalid, SiteInvalid, FilesForeign
-    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotFound,
-    │                        TicketError (TicketMissing, TicketInvalid, TicketExpired,
-    │                        TicketForeign, TicketSpent), CredentialsRefused,
-    │                        TokenExpired, TokenInvalid, NotAMember, ProjectNotChosen,
+    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotGranted,
+    │                        NotFound, TicketError (TicketMissing, TicketInvalid, TicketExpired,
+    │                        TicketForeign, TicketSpent), CredentialsRefused, TokenExpired,
+    │                        TokenInvalid, NotAMember, ProjectNotChosen,
     │                        ProjectForeign, AuthUnavailable, LoginRequired, LoginFailed
     ├── AdmissionError       RequestInvalid (UnknownParameter, UnsupportedParameter,
     │                        ConstraintInvalid), BodyInvalid,
     │                        UnknownModel, UnknownSite, ContextExceeded, BodyTooLarge,
-    │                        TooManyRequests, Duplicate, FilesFull, FileInUse, BatchOver,
-    │                        ArtifactsFull, LowRankInvalid, AdapterInvalid, AdaptersFull,
+    │                        TooManyRequests (RateLimited), RequestOverLimit, Duplicate,
+    │                        FilesFull, FileInUse, BatchOver, ArtifactsFull, LowRankInvalid,
+    │                        AdapterInvalid, AdaptersFull,
     │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
-    ├── PlacementError       NoReplica, DeadlineExceeded
+    ├── PlacementError       NoReplica, Overloaded, TierNotHeld, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
-    │                        RequestCancelled, ProtocolViolation, HubUnreachable,
-    │                        HubNotConnected, ServiceUnreachable, ServiceBusy, ServiceRefused,
-    │                        TaskLost, TaskTimedOut, TaskFailed
+    │                        RequestCancelled, ProtocolViolation, HubOutOfReach,
+    │                        HubUnreachable, HubNotConnected, ServiceUnreachable, ServiceBusy,
+    │                        ServiceRefused, TaskLost, TaskTimedOut, TaskFailed
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
-    │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing
+    │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing,
+    │                        NodeFailed, WeightsMissing
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
     │                        BackendFailed, EngineStopped, RankLost, AdapterMemoryFull,
     │                        AdapterUnavailable
@@ -33,7 +36,8 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── VersionError         DigestMismatch, FunctionDrifted, ManifestInvalid, ReplicationFailed,
     │                        DiskTooSmall
     └── LedgerError          InsufficientBalance, UnknownAccount, AllocationClosed, HoldNotOpen,
-                             ChargeExceedsHold, RateMissing, LedgerInconsistent, StorageFull,
+                             ChargeExceedsHold, RefundExceedsCharge, RateMissing, UnknownUnit,
+                             MeasurementInsufficient, LedgerInconsistent, StorageFull,
                              StorageBusy
 
 An error class carries ``code`` (stable, for programs), ``http_status`` and ``retryable`` (may the
@@ -66,6 +70,9 @@ from fabric.errors.admission import (
 from fabric.errors.artifacts import (
     ArtifactsFull,
 )
+from fabric.errors.audit import (
+    AuditBroken,
+)
 from fabric.errors.auth import (
     AuthError,
     KeyExpired,
@@ -97,9 +104,11 @@ from fabric.errors.compute import (
     LaunchError,
     LaunchImpossible,
     ModelNotLoadable,
+    NodeFailed,
     RankLost,
     RowFailed,
     SchedulerFailed,
+    WeightsMissing,
 )
 from fabric.errors.config import (
     AlreadyRunning,
@@ -120,6 +129,11 @@ from fabric.errors.data import (
     ReplicationFailed,
     VersionError,
 )
+from fabric.errors.grants import (
+    NotGranted,
+    RateLimited,
+    RequestOverLimit,
+)
 from fabric.errors.ledger import (
     AllocationClosed,
     ChargeExceedsHold,
@@ -127,10 +141,13 @@ from fabric.errors.ledger import (
     InsufficientBalance,
     LedgerError,
     LedgerInconsistent,
+    MeasurementInsufficient,
     RateMissing,
+    RefundExceedsCharge,
     StorageBusy,
     StorageFull,
     UnknownAccount,
+    UnknownUnit,
 )
 from fabric.errors.login import (
     AuthUnavailable,
@@ -170,14 +187,17 @@ from fabric.errors.routing import (
     DeadlineExceeded,
     DispatchError,
     FirstTokenTimeout,
+    HubOutOfReach,
     HubUnreachable,
     NoReplica,
+    Overloaded,
     PlacementError,
     ProtocolViolation,
     RequestCancelled,
     SessionLost,
     SessionRefused,
     StreamBroken,
+    TierNotHeld,
 )
 from fabric.errors.service import (
     CredentialsRefused,
@@ -211,6 +231,7 @@ __all__ = [
     "AlreadyRunning",
     "AlreadyStarted",
     "ArtifactsFull",
+    "AuditBroken",
     "AuthError",
     "AuthUnavailable",
     "BackendFailed",
@@ -243,6 +264,7 @@ __all__ = [
     "FunctionDrifted",
     "HoldNotOpen",
     "HubNotConnected",
+    "HubOutOfReach",
     "HubUnreachable",
     "InsufficientBalance",
     "JobRefused",
@@ -258,11 +280,15 @@ __all__ = [
     "LoginRequired",
     "LowRankInvalid",
     "ManifestInvalid",
+    "MeasurementInsufficient",
     "ModelNotLoadable",
     "NoReplica",
+    "NodeFailed",
     "NotAMember",
     "NotFound",
+    "NotGranted",
     "NotRunning",
+    "Overloaded",
     "PackageMissing",
     "PayloadDamaged",
     "PayloadError",
@@ -284,10 +310,13 @@ __all__ = [
     "ProjectNotChosen",
     "ProtocolViolation",
     "RankLost",
+    "RateLimited",
     "RateMissing",
+    "RefundExceedsCharge",
     "ReplicationFailed",
     "RequestCancelled",
     "RequestInvalid",
+    "RequestOverLimit",
     "RowFailed",
     "SchedulerFailed",
     "ServiceBusy",
@@ -311,6 +340,7 @@ __all__ = [
     "TicketInvalid",
     "TicketMissing",
     "TicketSpent",
+    "TierNotHeld",
     "TokenExpired",
     "TokenInvalid",
     "TooManyRequests",
@@ -322,6 +352,8 @@ __all__ = [
     "UnknownShape",
     "UnknownSite",
     "UnknownStore",
+    "UnknownUnit",
     "UnsupportedParameter",
     "VersionError",
+    "WeightsMissing",
 ]

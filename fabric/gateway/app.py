@@ -32,13 +32,16 @@ from fabric.gateway import (
     refusals,
     session_route,
     ticket_routes,
+    tier_routes,
 )
 from fabric.gateway.access import undeclared
 from fabric.gateway.bodies import BodyLimit
 from fabric.gateway.hub import GatewaySettings, Hub
 from fabric.gateway.metrics import Metrics
 from fabric.gateway.outreach import Outreach
+from fabric.gateway.rate_headers import RateHeaders
 from fabric.gateway.request_ids import RequestIds
+from fabric.gateway.tier_metrics import Tiers
 from fabric.ledger import Ledger
 from fabric.sql import Offload
 
@@ -57,6 +60,7 @@ ROUTERS = (
     artifact_routes.router,
     artifact_routes.instances,
     ticket_routes.router,
+    tier_routes.router,
     launch_routes.router,
     own_instances.router,
     compute_routes.router,
@@ -105,6 +109,7 @@ def create_app(
         routes=[route for router in ROUTERS for route in router.routes],
         middleware=[
             Middleware(RequestIds),
+            Middleware(RateHeaders),
             Middleware(
                 BodyLimit,
                 limit_bytes=settings.body_limit_bytes,
@@ -128,7 +133,7 @@ def create_app(
         broker=broker,
         catalog=catalog,
         keys=keys,
-        authenticator=authenticator or Authenticator(keys, offload),
+        authenticator=authenticator or Authenticator(keys, offload, rules=broker.rules),
         ledger=ledger,
         offload=offload,
         metrics=metrics,
@@ -139,4 +144,5 @@ def create_app(
     app.state.batches = batches
     app.state.adapters = adapters
     metrics.watch_replicas(broker.replicas)
+    metrics.registry.register(Tiers(broker.tiers.attained, broker.tiers.waiting))
     return app

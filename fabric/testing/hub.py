@@ -20,7 +20,7 @@ from websockets.asyncio.client import ClientConnection
 
 from fabric.adapters import Adapters
 from fabric.artifacts import Artifacts, ArtifactSettings
-from fabric.auth import Authenticator, GlobusTokens, Keys
+from fabric.auth import Authenticator, GlobusTokens, Grants, Keys, Rulebook
 from fabric.batches import Batches, BatchSettings
 from fabric.broker import Broker, BrokerSettings
 from fabric.catalog import Catalog
@@ -71,6 +71,7 @@ class RunningHub:
     base_url: str
     api_key: str
     keys: Keys
+    grants: Grants
     catalog: Catalog
     ledger: Ledger
     broker: Broker
@@ -142,6 +143,7 @@ class HubOptions(TypedDict, total=False):
         batches: The settings of batches.
         artifacts: The settings of artifacts.
         tokens: Makes what takes Globus logins, over the hub's database; none by default.
+        database_url: Its database; a SQLite file in the directory by default.
     """
 
     sites: Sequence[str]
@@ -152,6 +154,7 @@ class HubOptions(TypedDict, total=False):
     batches: BatchSettings
     artifacts: ArtifactSettings
     tokens: Callable[[Database], GlobusTokens]
+    database_url: str
 
 
 @asynccontextmanager
@@ -164,13 +167,16 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
     """
     sites = options.get("sites", ("alpha", "beta"))
     get_engine = options.get("engine", FixedDelayEngine)
-    with Database(f"sqlite:///{directory / 'hub.sqlite'}") as database:
+    url = options.get("database_url", f"sqlite:///{directory / 'hub.sqlite'}")
+    with Database(url) as database:
         migrate(database)
         keys, catalog, ledger = Keys(database), Catalog(database), Ledger(database)
         api_key = _seed(keys, catalog, ledger, sites, options.get("grant_usu", 10**12))
         offload, metrics = Offload(database), Metrics()
         get_tokens = options.get("tokens")
-        authenticator = Authenticator(keys, offload, get_tokens(database) if get_tokens else None)
+        rules = Rulebook(offload)
+        tokens = get_tokens(database) if get_tokens else None
+        authenticator = Authenticator(keys, offload, tokens, rules=rules)
         adapters = Adapters(database, directory / "adapters")
         adapters.prepare()
         broker = Broker(
@@ -180,6 +186,7 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
             settings=options.get("broker", BrokerSettings()),
             observer=metrics,
             find_adapter=adapters.find,
+            rules=rules,
         )
         batches = Batches(
             database=database,
@@ -216,6 +223,7 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
                 base_url=base_url,
                 api_key=api_key,
                 keys=keys,
+                grants=Grants(database),
                 catalog=catalog,
                 ledger=ledger,
                 broker=broker,

@@ -53,8 +53,8 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
         explained, limited, planned = told
         assert "TOTAL S" in explained
         assert "alpha: data is there" in explained
-        assert limited.startswith("Changed the site alpha")
-        assert planned.count("2038-01-11 08:00") == 3
+        assert "site alpha was changed" in limited
+        assert planned.count("2038-01-11 08:00") >= 3
         assert "new disks" in planned
         rules = hub.catalog.get_site("alpha").rules
         assert (rules.max_in_flight, rules.maintenance) == (64, ())

@@ -134,12 +134,10 @@ def test_what_a_full_site_leaves_waiting_goes_when_a_place_is_free() -> None:
         out = rig.feed(Admitted(now=rig.now, started_at=rig.now, ticket=ticket))
         assert not [one for one in out if isinstance(one, SendTask)]
     rig.token(first, 0, "stop")
-    rig.finish(first, 1)
-    second = only(rig.tick(0.1), SendTask)
+    second = only([*rig.finish(first, 1), *rig.tick(0.1)], SendTask)
     assert second.run_id == "run_2"
     rig.token(second, 0, "stop")
-    rig.finish(second, 1)
-    assert only(rig.tick(0.1), SendTask).run_id == "run_3"
+    assert only([*rig.finish(second, 1), *rig.tick(0.1)], SendTask).run_id == "run_3"
 
 
 def test_a_link_is_a_running_mean_of_what_was_moved() -> None:
