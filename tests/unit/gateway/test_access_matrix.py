@@ -405,10 +405,9 @@ def test_no_key_opens_a_session(world: World) -> None:
 
 LOOKUPS = re.compile(r"hub\.catalog\.(resolve|models|sites|get_site)\b")
 BEHIND_A_CHECK = {
-    # The hub's health says no name; the other two come after the check of the same model, or look
-    # for what belongs to the caller.
+    # The hub's health says no name; the others come after the check of the same model, or look for
+    # what belongs to the caller.
     "operations.py": 1,
-    "launch_routes.py": 1,
     "own_instances.py": 3,
 }
 
