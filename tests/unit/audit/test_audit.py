@@ -108,6 +108,21 @@ def test_every_room_is_heard(database: Database, log: AuditLog, act: Act) -> Non
     assert len(log.entries()) == 1, "what is not recorded is in the log"
 
 
+def test_money_is_told_from_the_journal_on(database: Database, log: AuditLog) -> None:
+    Keys(database).add_project("astro")
+    ledger = Ledger(database)
+    with recording(database, who="me", what="alloc"):
+        ledger.grant(ledger.open_allocation("astro", "*"), 5, memo="for a year")
+    granted, opened = log.entries()
+    assert {"allocations", "accounts"} <= set(tables(opened.after))
+    assert {"journal", "entries", "accounts"} == set(tables(granted.after))
+    assert set(tables(granted.before)) == {"accounts"}
+    assert "for a year" in {row.get("memo") for row in granted.after}
+    with database.read() as connection:
+        known = {name for (name,) in connection.execute(text("SELECT name FROM accounts"))}
+    assert {row["name"] for row in opened.after if row["table"] == "accounts"} <= known
+
+
 def test_reading_writes_nothing(recorded: Database, log: AuditLog) -> None:
     Keys(recorded).projects()
     Catalog(recorded).sites()
