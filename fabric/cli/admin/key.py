@@ -114,7 +114,7 @@ def modify(
 @yes_option
 @database_options
 def delete(key_id: str, yes: bool, books: Books, output: Output) -> None:
-    """Revoke a key for good; running hubs notice within a minute."""
+    """Revoke a key for good; running hubs notice within a second."""
     record = books.keys.key(key_id)
     confirm(f"Revoke the key {key_id} ({record.label or 'no label'})?", yes=yes)
     record = books.keys.revoke(key_id)

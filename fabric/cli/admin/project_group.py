@@ -70,7 +70,7 @@ def show(project: str | None, books: Books, output: Output) -> None:
 @yes_option
 @database_options
 def delete(project: str, group_id: str, yes: bool, books: Books, output: Output) -> None:
-    """End what the group's members may do in PROJECT; running hubs notice within a minute."""
+    """End what the group's members may do in PROJECT; running hubs notice within a second."""
     confirm(f"Take the project {project} from the members of {group_id}?", yes=yes)
     record = books.groups.delete(group_id, project)
     output.json(record) if output.is_json else note(f"Removed the group {group_id} of {project}.")
