@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from fabric.cli import launching
 from fabric.cli.output import Column
-from fabric.config import StateDir, find_site, load_settings, load_site
+from fabric.config import SiteSpec, StateDir, find_site, load_settings, load_site
 from fabric.errors import BlockFailed, LaunchImpossible, UnknownModel
 from fabric.launch.jobs import (
     JobRecord,
@@ -83,6 +83,7 @@ def prepare(
         SettingInvalid: There is no such site file.
     """
     site = load_site(find_site(order.machine))
+    order = _as_at_site(order, site)
     where = root()
     plan = get_launch_plan(order, site, History(history_path(where)))
     if not keep:
@@ -102,11 +103,20 @@ def prepare(
     return plan, folder
 
 
+def _as_at_site(order: Order, site: SiteSpec) -> Order:
+    """Return an order with the options of the machine's file where it says nothing itself."""
+    for model in site.models:
+        if order.model == f"{model.name}@{model.revision}":
+            asked = {name: getattr(order.options, name) for name in order.options.model_fields_set}
+            return order.model_copy(update={"options": model.options.model_copy(update=asked)})
+    return order
+
+
 def render(plan: LaunchPlan) -> str:
     """Return the batch script of a launch's first job, with names in capitals for its own."""
     folder = root() / "LAUNCH"
     command = get_command(
-        plan.order,
+        plan,
         folder / "jobs" / "INSTANCE.spec.json",
         folder / "jobs" / "INSTANCE.log",
         "fabric.instance",

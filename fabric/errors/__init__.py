@@ -18,13 +18,14 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        FilesFull, FileInUse, BatchOver, ArtifactsFull, LowRankInvalid,
     │                        AdapterInvalid, AdaptersFull,
     │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
-    ├── PlacementError       NoReplica, DeadlineExceeded
+    ├── PlacementError       NoReplica, Overloaded, TierNotHeld, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
-    │                        RequestCancelled, ProtocolViolation, HubUnreachable,
-    │                        HubNotConnected, ServiceUnreachable, ServiceBusy, ServiceRefused,
-    │                        TaskLost, TaskTimedOut, TaskFailed
+    │                        RequestCancelled, ProtocolViolation, HubOutOfReach,
+    │                        HubUnreachable, HubNotConnected, ServiceUnreachable, ServiceBusy,
+    │                        ServiceRefused, TaskLost, TaskTimedOut, TaskFailed
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
-    │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing
+    │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing,
+    │                        NodeFailed, WeightsMissing
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
     │                        BackendFailed, EngineStopped, RankLost, AdapterMemoryFull,
     │                        AdapterUnavailable
@@ -35,7 +36,8 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── VersionError         DigestMismatch, FunctionDrifted, ManifestInvalid, ReplicationFailed,
     │                        DiskTooSmall
     └── LedgerError          InsufficientBalance, UnknownAccount, AllocationClosed, HoldNotOpen,
-                             ChargeExceedsHold, RateMissing, LedgerInconsistent, StorageFull,
+                             ChargeExceedsHold, RefundExceedsCharge, RateMissing, UnknownUnit,
+                             MeasurementInsufficient, LedgerInconsistent, StorageFull,
                              StorageBusy
 
 An error class carries ``code`` (stable, for programs), ``http_status`` and ``retryable`` (may the
@@ -102,9 +104,11 @@ from fabric.errors.compute import (
     LaunchError,
     LaunchImpossible,
     ModelNotLoadable,
+    NodeFailed,
     RankLost,
     RowFailed,
     SchedulerFailed,
+    WeightsMissing,
 )
 from fabric.errors.config import (
     AlreadyRunning,
@@ -137,10 +141,13 @@ from fabric.errors.ledger import (
     InsufficientBalance,
     LedgerError,
     LedgerInconsistent,
+    MeasurementInsufficient,
     RateMissing,
+    RefundExceedsCharge,
     StorageBusy,
     StorageFull,
     UnknownAccount,
+    UnknownUnit,
 )
 from fabric.errors.login import (
     AuthUnavailable,
@@ -180,14 +187,17 @@ from fabric.errors.routing import (
     DeadlineExceeded,
     DispatchError,
     FirstTokenTimeout,
+    HubOutOfReach,
     HubUnreachable,
     NoReplica,
+    Overloaded,
     PlacementError,
     ProtocolViolation,
     RequestCancelled,
     SessionLost,
     SessionRefused,
     StreamBroken,
+    TierNotHeld,
 )
 from fabric.errors.service import (
     CredentialsRefused,
@@ -254,6 +264,7 @@ __all__ = [
     "FunctionDrifted",
     "HoldNotOpen",
     "HubNotConnected",
+    "HubOutOfReach",
     "HubUnreachable",
     "InsufficientBalance",
     "JobRefused",
@@ -269,12 +280,15 @@ __all__ = [
     "LoginRequired",
     "LowRankInvalid",
     "ManifestInvalid",
+    "MeasurementInsufficient",
     "ModelNotLoadable",
     "NoReplica",
+    "NodeFailed",
     "NotAMember",
     "NotFound",
     "NotGranted",
     "NotRunning",
+    "Overloaded",
     "PackageMissing",
     "PayloadDamaged",
     "PayloadError",
@@ -298,6 +312,7 @@ __all__ = [
     "RankLost",
     "RateLimited",
     "RateMissing",
+    "RefundExceedsCharge",
     "ReplicationFailed",
     "RequestCancelled",
     "RequestInvalid",
@@ -325,6 +340,7 @@ __all__ = [
     "TicketInvalid",
     "TicketMissing",
     "TicketSpent",
+    "TierNotHeld",
     "TokenExpired",
     "TokenInvalid",
     "TooManyRequests",
@@ -336,6 +352,8 @@ __all__ = [
     "UnknownShape",
     "UnknownSite",
     "UnknownStore",
+    "UnknownUnit",
     "UnsupportedParameter",
     "VersionError",
+    "WeightsMissing",
 ]

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from fabric.sql import Database, migrate
+from fabric.testing.postgres import Postgres
+
+MIGRATED = "migrated"
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +25,11 @@ def database(migrated_path: Path, tmp_path: Path) -> Iterator[Database]:
     shutil.copy(migrated_path, tmp_path / "fabric.db")
     with Database(f"sqlite:///{tmp_path / 'fabric.db'}") as database:
         yield database
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres: Postgres) -> Postgres:
+    """A PostgreSQL with a migrated database, ``MIGRATED``, to make copies of."""
+    with Database(postgres.create(MIGRATED)) as database:
+        migrate(database)
+    return postgres

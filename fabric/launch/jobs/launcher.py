@@ -246,7 +246,8 @@ class Launcher:
             return {}  # the job's own end follows, and says how
         is_new = state is InstanceState.READY and job.ready_at is None
         if is_new and job.instance not in self._joined:
-            return {"state": InstanceState.LOADING, "detail": "joining the pool"}
+            detail = status.detail or "joining the pool"
+            return {"state": InstanceState.LOADING, "detail": detail}
         changes: dict[str, object] = {"state": state}
         if state is not job.state or state is InstanceState.LOADING:
             changes["detail"] = status.detail
@@ -264,6 +265,8 @@ class Launcher:
         word = state.word or "it is not known to the scheduler any more"
         if said is InstanceState.FAILED and status is not None:
             final, detail = InstanceState.FAILED, status.detail.rstrip(".")
+        elif state.word == "NODE_FAIL":
+            final, detail = InstanceState.FAILED, "its job ended: a node of it was lost"
         elif asked:
             final, detail = InstanceState.STOPPED, job.detail or "it left"
         elif state.word == "TIMEOUT" or (over and job.ready_at is not None):
@@ -306,7 +309,7 @@ class Launcher:
         self._cancel_what_lingers()
 
     def _submit(self, replica: int, generation: int) -> None:
-        order = self._record.order
+        order, plan = self._record.order, self._get_plan()
         reply = self._hub.add_instance(
             order.model, order.machine, sharing=order.sharing, lifetime_s=LIFETIME_S
         )
@@ -318,11 +321,12 @@ class Launcher:
             session_url=self._record.hub_url.rstrip("/").replace("http", "ws", 1)
             + launch.session_path,
             direct_token=secrets.token_urlsafe(32),
-            options=order.options,
+            options=plan.division.options,
+            join_s=order.join_s,
             status_path=str(status_path),
         )
         command = get_command(
-            order,
+            plan,
             self._folder.write_spec(spec),
             self._folder.instance_log(launch.instance),
             self._record.module,

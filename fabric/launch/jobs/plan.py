@@ -10,11 +10,13 @@ from fabric.config import SiteSpec
 from fabric.config.system import Queue, System
 from fabric.errors import LaunchImpossible, PlanError, RequestInvalid, SchedulerFailed
 from fabric.launch.forecast import WaitForecast
+from fabric.launch.jobs.division import Division, get_division
 from fabric.launch.jobs.history import History
 from fabric.launch.jobs.limits import check_limits, choose_queue
 from fabric.launch.jobs.memory import Fit, get_fit
 from fabric.launch.jobs.order import Order
 from fabric.launch.jobs.queue import Scheduler
+from fabric.launch.jobs.staging import Staging, choose_staging, count_reads
 from fabric.launch.jobs.submit import ParslSubmitter, get_warning_s
 from fabric.launch.waits import estimate_wait
 from fabric.planning import find_shape
@@ -33,6 +35,8 @@ class LaunchPlan:
         scheduler: What takes its jobs.
         queue: Where they go; ``None`` leaves it to the scheduler.
         fit: How the model fits the nodes.
+        division: How it is divided among their processes.
+        staging: Whether its weights are copied to the nodes' own disks.
         wait: How long a job should wait.
         load_s: How long an instance should take from its job's start until it is ready.
         charge: What the machine charges for one job at its longest, in its own unit; ``None``
@@ -45,6 +49,8 @@ class LaunchPlan:
     scheduler: Scheduler
     queue: str | None
     fit: Fit
+    division: Division
+    staging: Staging
     wait: WaitForecast
     load_s: float
     charge: float | None
@@ -78,7 +84,17 @@ def get_launch_plan(
     if name is not None and queue is not None:
         check_limits(order, name, queue)
     kind = system.nodes.get(queue.nodes) if queue is not None and queue.nodes else None
+    if scheduler == "local" and order.nodes > 1:
+        reason = "its jobs are processes of one machine"
+        raise LaunchImpossible(param="nodes", value=order.nodes, reason=reason)
     fit = get_fit(order, _find_shape(order, source), kind)
+    division = get_division(order, fit.plan)
+    staging = choose_staging(
+        num_bytes=fit.weight_bytes,
+        reads=count_reads(division.options, division.ranks),
+        storage=system.storage,
+        wish=order.staging,
+    )
     wait = history.forecast_wait(
         order.machine,
         name or "",
@@ -92,6 +108,8 @@ def get_launch_plan(
         scheduler=scheduler,
         queue=name,
         fit=fit,
+        division=division,
+        staging=staging,
         wait=wait,
         load_s=history.predict_load_s(order.machine, order.model, fit.weight_bytes),
         charge=_charge(order, system, queue),
@@ -99,12 +117,14 @@ def get_launch_plan(
     )
 
 
-def get_command(order: Order, spec: Path, log: Path, module: str) -> list[str]:
-    """Return what a job of an order runs on its first node."""
+def get_command(plan: LaunchPlan, spec: Path, log: Path, module: str) -> list[str]:
+    """Return what a job of a plan runs on its first node."""
+    order, ranks = plan.order, plan.division.ranks
     return [
         *(sys.executable, "-m", "fabric.launch.jobs.inblock", str(spec), str(log)),
         *("--walltime-s", str(order.walltime_s)),
         *("--warning-s", str(get_warning_s(order.walltime_s))),
+        *(("--ranks", *map(str, ranks)) if len(ranks) > 1 else ()),
         *(("--module", module) if module != "fabric.instance" else ()),
     ]
 

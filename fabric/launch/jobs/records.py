@@ -123,6 +123,11 @@ class LaunchFolder:
         return self.path / "scripts"
 
     @property
+    def manifests(self) -> Path:
+        """Where the digests of weights are kept, for all launches."""
+        return self.path.parent / "manifests"
+
+    @property
     def log_path(self) -> Path:
         """Where the process that watches the launch writes."""
         return self.path / "launcher.log"
@@ -193,11 +198,15 @@ class LaunchFolder:
             return not ours
 
     def _write(self, name: str, text: str) -> None:
-        path = self.path / name
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(temporary).replace(path)
+        write_whole(self.path / name, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all, for its owner alone."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    Path(temporary).replace(path)
 
 
 def _read(path: Path, model: type[_Record]) -> _Record | None:

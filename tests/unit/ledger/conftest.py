@@ -1,5 +1,8 @@
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -24,6 +27,24 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The address of a migrated database of the test's own, on each kind of server."""
+    if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("migrated_path"), tmp_path / "fabric.db")
+        yield f"sqlite:///{tmp_path / 'fabric.db'}"
+        return
+    postgres, name = request.getfixturevalue("migrated_postgres"), uuid4().hex
+    yield postgres.create(name, template="migrated")
+    postgres.drop(name)
+
+
+@pytest.fixture
+def database(new_url: str) -> Iterator[Database]:
+    with Database(new_url) as database:
+        yield database
 
 
 @pytest.fixture
