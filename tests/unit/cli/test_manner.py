@@ -25,7 +25,7 @@ from fabric.sql import Database
 
 NOUNS = (
     *("hub", "site", "endpoint", "model", "replica", "function", "project", "user", "key", "tier"),
-    *("db", "completion"),
+    *("grant", "limit", "audit", "db", "completion"),
 )
 GROUP = "6c91e6eb-085c-11e6-a7a5-22000bf2d559"
 ENDPOINT = "4b116d3c-1703-4f8f-9f6f-39921e5864df"
@@ -139,6 +139,9 @@ CHANGES = (
     "key modify {key} --max-concurrent 3",
     "key delete {key} -y",
     "replica delete {instance} -y",
+    "grant add project:astro --model gpt2",
+    "grant close site anvil",
+    "limit add project:astro --requests 60",
 )
 
 
