@@ -210,6 +210,20 @@ MATRIX: dict[tuple[str, str], list[Call]] = {
         private(body(model=..., program=PROGRAM)),
         Call(about="list", sent=body(**COMPLETION)),
     ],
+    ("POST", f"{F}/estimate"): [
+        private(body(model=..., num_requests=10, prompt_tokens=8, output_tokens=8)),
+        private(
+            lambda name: {
+                "json": {
+                    **{"model": MODEL, "num_requests": 10, "prompt_tokens": 8, "output_tokens": 8},
+                    "sites": [name],
+                }
+            },
+            thing=vault,
+        ),
+    ],
+    ("GET", f"{F}/queue"): [LIST],
+    ("GET", f"{F}/slo"): [LIST],
     ("GET", f"{F}/usage"): [LIST],
     ("GET", f"{F}/runs"): [LIST],
     ("GET", f"{F}/runs/{{run}}"): [mine(World.run)],
