@@ -27,10 +27,12 @@ from fabric.errors import (
     NoReplica,
     NotFound,
     NotGranted,
+    Overloaded,
     RateLimited,
     RateMissing,
     RequestInvalid,
     RequestOverLimit,
+    TierNotHeld,
     UnknownModel,
     UnknownSite,
 )
@@ -189,14 +191,16 @@ class Admission:
             RateMissing: Nobody set a price for the model at a site where it may run.
             InsufficientBalance: No allocation covers the largest charge.
             NoReplica: None can serve it, and no wait could help.
+            Overloaded: It would have to wait for too long.
+            TierNotHeld: Its tier's promise cannot be held.
         """
         _require(identity, scope, bounds)
         permits = await self._rules.permits(identity)
         try:
             facts = await self._recent(permits, request.model)
             return await self._admit(identity, permits, request, facts, foresee, also, bounds)
-        except (NotGranted, RateLimited, RequestOverLimit):
-            # Newer prices and balances would not help.
+        except (NotGranted, RateLimited, RequestOverLimit, Overloaded, TierNotHeld):
+            # Newer prices would not help, and who is refused must not cost much.
             raise
         except FabricError:
             facts = await self._read(permits, request.model)

@@ -19,10 +19,10 @@ class Progress:
 
     ``instance`` is set while, and only while, an attempt is live there; ``moving_to`` while the
     hold is being moved for a placement; ``waiting_since`` is when the run last began to wait for a
-    replica; ``served_site`` is the last that delivered something; ``held_back`` means that a slow
-    client, not the replica, set the pace; ``predicted`` is the replica as it was at ``sent_at``;
-    ``saved`` are the runs of a program that have returned all they save. The choices of a program
-    are its runs.
+    replica; ``in_line`` means that it has not had its turn yet; ``served_site`` is the last that
+    delivered something; ``held_back`` means that a slow client, not the replica, set the pace;
+    ``predicted`` is the replica as it was at ``sent_at``; ``saved`` are the runs of a program that
+    have returned all they save. The choices of a program are its runs.
     """
 
     ticket: Ticket
@@ -56,6 +56,7 @@ class Progress:
     saved_bytes: int = 0
     has_saves: bool = False
     held_back: bool = False
+    in_line: bool = False
     token_ids: list[int] = field(default_factory=list)
     num_before: int = 0
     counts: list[int] = field(init=False)

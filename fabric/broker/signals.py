@@ -246,7 +246,11 @@ class Emit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a run ended, for its record. Times are seconds from when the request came in."""
+    """How a run ended, for its record. Times are seconds from when the request came in.
+
+    ``first_s`` is until the first thing it had to say, of whatever kind; ``token_s`` the mean time
+    from token to token, where the replica and not a slow client set the pace.
+    """
 
     ticket: Ticket | RedemptionRecord
     state: RunState
@@ -257,6 +261,8 @@ class Outcome:
     first_token_s: float | None
     total_s: float
     failure_code: str | None
+    first_s: float | None = None
+    token_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -154,6 +154,7 @@ def get_broker_settings(hub: HubSettings) -> BrokerSettings:
         lease_s=hub.lease_s,
         first_token_timeout_s=hub.first_token_timeout_s,
         patience_s=hub.patience_s,
+        project_weights=hub.project_weights,
     )
 
 

@@ -28,6 +28,8 @@ _USER_TABLE = {
     "models": (f"{_COMMANDS}.models", "List the models."),
     "sites": (f"{_COMMANDS}.sites", "List the sites and their replicas."),
     "explain": (f"{_COMMANDS}.explain", "Show where a request would run, and why."),
+    "top": (f"{_COMMANDS}.top", "Watch sites, replicas, queues and spend."),
+    "estimate": (f"{_COMMANDS}.estimate", "Show what many requests would take and cost."),
     "plan": (f"{_COMMANDS}.plan", "Show what a model needs of devices, and how fast it could be."),
     "launch": (f"{_COMMANDS}.launch", "Bring an allocation: start a model in jobs of your own."),
     "instances": (f"{_COMMANDS}.instances", "List your launches and their jobs."),

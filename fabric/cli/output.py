@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import click
 from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +156,19 @@ def _print_plain(heads: Sequence[Column], cells: Sequence[Sequence[str]]) -> Non
 
 
 def _print_rich(heads: Sequence[Column], cells: Sequence[Sequence[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
+
+    Console().print(get_rich_table(heads, cells))
+
+
+def get_rich_table(columns: Sequence[str | Column], rows: Sequence[Sequence[object]]) -> Table:
+    """Return a table as it is drawn on a terminal; it has at least one row."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
+    heads = [Column(column) if isinstance(column, str) else column for column in columns]
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     table = Table(box=SIMPLE_HEAD, header_style="bold cyan", padding=(0, 1, 0, 0))
     for index, head in enumerate(heads):
         table.add_column(
@@ -168,7 +179,7 @@ def _print_rich(heads: Sequence[Column], cells: Sequence[Sequence[str]]) -> None
         )
     for line in cells:
         table.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in line))
-    Console().print(table)
+    return table
 
 
 STATE_STYLES = {

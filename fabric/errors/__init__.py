@@ -18,7 +18,7 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        FilesFull, FileInUse, BatchOver, ArtifactsFull, LowRankInvalid,
     │                        AdapterInvalid, AdaptersFull,
     │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
-    ├── PlacementError       NoReplica, DeadlineExceeded
+    ├── PlacementError       NoReplica, Overloaded, TierNotHeld, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
     │                        RequestCancelled, ProtocolViolation, HubOutOfReach,
     │                        HubUnreachable, HubNotConnected, ServiceUnreachable, ServiceBusy,
@@ -190,12 +190,14 @@ from fabric.errors.routing import (
     HubOutOfReach,
     HubUnreachable,
     NoReplica,
+    Overloaded,
     PlacementError,
     ProtocolViolation,
     RequestCancelled,
     SessionLost,
     SessionRefused,
     StreamBroken,
+    TierNotHeld,
 )
 from fabric.errors.service import (
     CredentialsRefused,
@@ -286,6 +288,7 @@ __all__ = [
     "NotFound",
     "NotGranted",
     "NotRunning",
+    "Overloaded",
     "PackageMissing",
     "PayloadDamaged",
     "PayloadError",
@@ -337,6 +340,7 @@ __all__ = [
     "TicketInvalid",
     "TicketMissing",
     "TicketSpent",
+    "TierNotHeld",
     "TokenExpired",
     "TokenInvalid",
     "TooManyRequests",

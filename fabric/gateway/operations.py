@@ -10,6 +10,7 @@ from starlette.responses import Response
 from fabric import __version__
 from fabric.errors import FabricError
 from fabric.gateway.access import LocalOrNeeds, Public
+from fabric.gateway.bodies import with_parts
 from fabric.gateway.hub import hub_of
 from fabric.messages import InstanceState
 from fabric.messages.session import PROTOCOL
@@ -43,4 +44,4 @@ async def read_metrics(request: Request) -> Response:
 @router.get("/openapi.json", dependencies=[Depends(Public())], include_in_schema=False)
 async def read_schema(request: Request) -> Response:
     """Return the OpenAPI schema of these routes."""
-    return JSONResponse(request.app.openapi())
+    return JSONResponse(with_parts(request.app.openapi()))

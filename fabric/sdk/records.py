@@ -29,7 +29,8 @@ def _as_is(value: Any) -> Any:
     return value
 
 
-def _each(cls: type[Record]) -> Callable[[Any], Any]:
+def each(cls: type[Record]) -> Callable[[Any], Any]:
+    """Return what reads a list of records."""
     return lambda items: tuple(cls.from_reply(item) for item in items)
 
 
@@ -77,7 +78,7 @@ class Replica(Record):
 class Model(Record):
     """One version of a model; ``digest`` is of its tensors, once an instance has reported it."""
 
-    nested = {"replicas": _each(Replica)}
+    nested = {"replicas": each(Replica)}
 
     id: str
     name: str
@@ -92,7 +93,7 @@ class Model(Record):
 class Site(Record):
     """A place where models run; ``detail`` is what it last said of a launch in progress."""
 
-    nested = {"replicas": _each(Replica)}
+    nested = {"replicas": each(Replica)}
 
     name: str
     display: str
@@ -159,7 +160,7 @@ class Statement(Record):
     ``complete`` is false where older lines were left out by the limit.
     """
 
-    nested = {"allocations": _each(Allocation), "lines": _each(StatementLine)}
+    nested = {"allocations": each(Allocation), "lines": each(StatementLine)}
 
     project: str
     allocations: tuple[Allocation, ...]

@@ -266,7 +266,7 @@ class Launcher:
         if said is InstanceState.FAILED and status is not None:
             final, detail = InstanceState.FAILED, status.detail.rstrip(".")
         elif state.word == "NODE_FAIL":
-            final, detail = InstanceState.FAILED, "its job ended: a node of it was lost"
+            final, detail = InstanceState.FAILED, "its job ended: NODE_FAIL, a node of it was lost"
         elif asked:
             final, detail = InstanceState.STOPPED, job.detail or "it left"
         elif state.word == "TIMEOUT" or (over and job.ready_at is not None):
@@ -274,7 +274,7 @@ class Launcher:
         elif over:
             final = InstanceState.FAILED
             detail = "its walltime was over before it was ready; ask for more"
-        elif said is InstanceState.STOPPED and job.ready_at is not None:
+        elif said is InstanceState.STOPPED and job.ready_at is not None and state.word != "FAILED":
             final, detail = InstanceState.STOPPED, "it was asked to leave"
         else:
             reason = f" ({state.reason})" if state.reason else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -213,6 +215,14 @@ def test_the_schema_describes_the_bodies(hub: RunningHub) -> None:
     schema = httpx.get(f"{hub.base_url}/openapi.json").json()
     body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]
     assert "messages" in body["content"]["application/json"]["schema"]["properties"]
+
+
+def test_all_that_the_schema_refers_to_is_in_it(hub: RunningHub) -> None:
+    text = httpx.get(f"{hub.base_url}/openapi.json").text
+    named = set(re.findall(r'"\$ref": ?"([^"]+)"', text))
+    parts = json.loads(text)["components"]["schemas"]
+    assert len(named) > 30
+    assert {one.removeprefix("#/components/schemas/") for one in named} <= parts.keys()
 
 
 def test_whoami_tells_how_long_a_key_lasts_and_whose_it_is(hub: RunningHub) -> None:
