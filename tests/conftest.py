@@ -20,6 +20,11 @@ gc.disable()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--database postgresql`` runs on PostgreSQL what otherwise runs on SQLite."""
+    parser.addoption("--database", choices=("sqlite", "postgresql"), default="sqlite")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark all that waits for Globus Compute: ``make test`` runs it beside the rest."""
     for item in items:

@@ -11,6 +11,7 @@ from fabric.cli.admin.alloc_rent import rent
 from fabric.cli.admin.allocations import find, period_option, report, site_option
 from fabric.cli.admin.amounts import amount_options, optional_amount
 from fabric.cli.admin.balance import balance
+from fabric.cli.admin.change import undoable_options
 from fabric.cli.admin.database import (
     UTC_TIME,
     Books,
@@ -50,7 +51,7 @@ for command in (balance, share, exchange, refund, rent, statement):
 @times[0]
 @times[1]
 @click.option("--memo", default="", metavar="TEXT", help="Why; the statement shows it.")
-@database_options
+@undoable_options
 @amount_options
 def add(
     project: str,
@@ -119,7 +120,7 @@ def show(project: str | None, books: Books, output: Output) -> None:
 @times[0]
 @times[1]
 @click.option("--memo", default="", metavar="TEXT", help="Why; the statement shows it.")
-@database_options
+@undoable_options
 @optional_amount
 def modify(
     project: str,
@@ -156,7 +157,7 @@ def modify(
 @site_option
 @period_option
 @yes_option
-@database_options
+@undoable_options
 def delete(
     project: str, site: str, period: str | None, yes: bool, books: Books, output: Output
 ) -> None:

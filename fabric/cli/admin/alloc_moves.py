@@ -9,6 +9,7 @@ import click
 
 from fabric.cli.admin.allocations import find, period_option, report, site_option
 from fabric.cli.admin.amounts import amount_options, optional_amount
+from fabric.cli.admin.change import undoable_options
 from fabric.cli.admin.database import UTC_TIME, Books, database_options
 from fabric.cli.money import su
 from fabric.cli.output import Column, Output, note, short
@@ -29,7 +30,7 @@ memo_option = click.option("--memo", default="", metavar="TEXT", help="Why; stat
 @period_option
 @key_option
 @memo_option
-@database_options
+@undoable_options
 @amount_options
 def share(
     project: str,
@@ -73,7 +74,7 @@ def share(
 @click.option("--to-period", metavar="NAME", help="Of which period.")
 @key_option
 @memo_option
-@database_options
+@undoable_options
 @amount_options
 def exchange(
     project: str,
@@ -103,7 +104,7 @@ def exchange(
 @click.argument("run")
 @key_option
 @memo_option
-@database_options
+@undoable_options
 @optional_amount
 def refund(
     run: str,

@@ -8,7 +8,8 @@ from decimal import Decimal
 
 import click
 
-from fabric.cli.admin.database import Books, database_options
+from fabric.cli.admin.change import undoable_options
+from fabric.cli.admin.database import Books
 from fabric.cli.money import su
 from fabric.cli.output import Column, Output
 from fabric.errors import Duplicate, InsufficientBalance, LedgerError
@@ -19,7 +20,7 @@ STORING = ("adapters", "artifacts", "files")
 
 
 @click.command()
-@database_options
+@undoable_options
 def rent(books: Books, output: Output) -> None:
     """Charge projects for today's storage: adapters, artifacts, files of batches.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from fabric.cli.admin.database import confirm, open_books
+from fabric.cli.admin.database import DRY_RUN, confirm, open_books
 from fabric.cli.options import Command, output_options
 from fabric.cli.output import Output, note, shown, to_json
 from fabric.errors import Duplicate
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fabric.sql import Database
 
 Record = TypeVar("Record")
+
+UNCHANGED = "Nothing was changed: this was a dry run."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ class Change:
         for field, each in changes.items():
             note(f"  {field}: {shown(each['from']) or 'none'} -> {shown(each['to']) or 'none'}")
         if self.is_dry_run:
-            note("Nothing was changed: this was a dry run.")
+            note(UNCHANGED)
 
 
 def differences(before: object, after: object) -> dict[str, dict[str, Any]]:
@@ -111,6 +113,25 @@ def change_options(function: Command) -> Command:
         change = Change(output=output, is_dry_run=dry_run)
         with open_books(database_url, around=undone if dry_run else None) as books:
             return function(*args, books=books, change=change, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def undoable_options(function: Command) -> Command:
+    """Add what ``database_options`` does and ``--dry-run``; the function gets ``books`` and
+    ``output``, and tells what it did in its own words."""
+
+    @output_options
+    @click.option("--database", "database_url", metavar="URL", help="The hub's database.")
+    @click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")
+    @functools.wraps(function)
+    def wrapper(*args: Any, database_url: str | None, dry_run: bool, **kwargs: Any) -> None:
+        if dry_run:
+            click.get_current_context().meta[DRY_RUN] = True
+        with open_books(database_url, around=undone if dry_run else None) as books:
+            function(*args, books=books, **kwargs)
+        if dry_run:
+            note(UNCHANGED)
 
     return wrapper  # type: ignore[return-value]
 

@@ -118,14 +118,18 @@ def _who() -> str:
     return f"cli:{user}@{socket.gethostname()}"
 
 
+DRY_RUN = "fabric.cli.dry_run"
+"""Set in the context's ``meta`` while what a command does will be undone."""
+
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 
 
 def confirm(question: str, *, yes: bool) -> None:
     """Ask before something is lost; end the command unless the answer is yes.
 
-    Where nobody can answer, ``--yes`` is needed.
+    Where nobody can answer, ``--yes`` is needed. A dry run loses nothing and asks nothing.
     """
+    yes = yes or DRY_RUN in click.get_current_context().meta
     if not yes and not (sys.stdin.isatty() and click.confirm(question, err=True)):
         click.echo("Nothing was changed; -y does it without asking.", err=True)
         click.get_current_context().exit(Exit.REFUSED)

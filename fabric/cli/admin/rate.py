@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from fabric.cli.admin.change import undoable_options
 from fabric.cli.admin.database import (
     UTC_TIME,
     Books,
@@ -82,7 +83,7 @@ rate.add_command(unit)
 @click.argument("site")
 @_price_options
 @click.option("--from", "effective_from", type=UTC_TIME, help="From when on (UTC); now.")
-@database_options
+@undoable_options
 def add(
     model: str,
     site: str,
@@ -110,7 +111,7 @@ def add(
 @click.argument("site")
 @_price_options
 @click.option("--from", "effective_from", type=UTC_TIME, help="From when on (UTC); now.")
-@database_options
+@undoable_options
 def modify(
     model: str,
     site: str,
@@ -146,7 +147,7 @@ def modify(
 @click.argument("site")
 @click.option("--from", "effective_from", type=UTC_TIME, required=True, help="Which one (UTC).")
 @yes_option
-@database_options
+@undoable_options
 def delete(
     model: str, site: str, effective_from: datetime, yes: bool, books: Books, output: Output
 ) -> None:

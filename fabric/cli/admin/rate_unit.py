@@ -6,6 +6,7 @@ from datetime import datetime
 
 import click
 
+from fabric.cli.admin.change import undoable_options
 from fabric.cli.admin.database import UTC_TIME, Books, database_options, day
 from fabric.cli.money import SU, su
 from fabric.cli.output import Column, Output, note
@@ -25,7 +26,7 @@ def unit() -> None:
 @click.argument("name")
 @click.option("--su", "usu", type=SU, required=True, help="What one is worth, such as 1.5.")
 @click.option("--from", "effective_from", type=UTC_TIME, help="From when on (UTC); now.")
-@database_options
+@undoable_options
 def add(name: str, usu: int, effective_from: datetime | None, books: Books, output: Output) -> None:
     """Say what one NAME is worth from a time on.
 

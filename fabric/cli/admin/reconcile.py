@@ -6,7 +6,8 @@ from typing import IO
 
 import click
 
-from fabric.cli.admin.database import Books, database_options
+from fabric.cli.admin.change import undoable_options
+from fabric.cli.admin.database import Books
 from fabric.cli.money import su
 from fabric.cli.output import Column, Output, note
 
@@ -16,7 +17,7 @@ from fabric.cli.output import Column, Output, note
 @click.argument("sacct", type=click.File())
 @click.option("--unit", required=True, help="What an hour of one is charged in.")
 @click.option("--tres", default="node", show_default=True, help="One what: see AllocTRES.")
-@database_options
+@undoable_options
 def reconcile(
     site: str, sacct: IO[str], unit: str, tres: str, books: Books, output: Output
 ) -> None:

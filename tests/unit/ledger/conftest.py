@@ -1,13 +1,19 @@
-import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
 from fabric.ledger import Ledger
 from fabric.sql import Database
+
+BACKENDS = ("sqlite", "postgresql")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The ledger is tested on each kind of database, but for what says otherwise itself."""
+    marked = {one.args[0] for one in metafunc.definition.iter_markers("parametrize")}
+    if "new_url" in metafunc.fixturenames and "new_url" not in marked:
+        metafunc.parametrize("new_url", BACKENDS, indirect=True)
 
 
 class Clock:
@@ -27,24 +33,6 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The address of a migrated database of the test's own, on each kind of server."""
-    if request.param == "sqlite":
-        shutil.copy(request.getfixturevalue("migrated_path"), tmp_path / "fabric.db")
-        yield f"sqlite:///{tmp_path / 'fabric.db'}"
-        return
-    postgres, name = request.getfixturevalue("migrated_postgres"), uuid4().hex
-    yield postgres.create(name, template="migrated")
-    postgres.drop(name)
-
-
-@pytest.fixture
-def database(new_url: str) -> Iterator[Database]:
-    with Database(new_url) as database:
-        yield database
 
 
 @pytest.fixture
