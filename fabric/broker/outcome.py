@@ -5,8 +5,9 @@ from __future__ import annotations
 from hashlib import blake2b
 
 from fabric.broker.cost import times_s
+from fabric.broker.facts import ReplicaSnapshot
+from fabric.broker.lengths import Lengths
 from fabric.broker.progress import Progress
-from fabric.broker.replicas import Fleet
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import Outcome
 from fabric.errors import DeadlineExceeded, FabricError, StreamBroken
@@ -29,7 +30,7 @@ def get_outcome(
         ticket=run.ticket,
         state=state,
         placement=run.placement,
-        attempts=run.attempt,
+        attempts=run.num_sent,
         usage=usage,
         charge_usu=charge_usu,
         first_token_s=since_start_s(run),
@@ -51,7 +52,7 @@ def get_completed(run: Progress, outcome: Outcome) -> RunCompleted:
         adapter=run.ticket.adapter,
         site=placement.site,
         instance=placement.instance,
-        attempts=run.attempt,
+        attempts=run.num_sent,
         finish_reasons=tuple(reason for reason in run.finishes if reason is not None),
         usage=outcome.usage,
         charge_usu=outcome.charge_usu,
@@ -82,7 +83,7 @@ def _token_s(run: Progress) -> float | None:
 
 def too_late(run: Progress) -> DeadlineExceeded:
     """Return what a run ends with whose deadline is over."""
-    return DeadlineExceeded(deadline_s=run.ticket.request.deadline_s, attempts=run.attempt)
+    return DeadlineExceeded(deadline_s=run.ticket.request.deadline_s, attempts=run.num_sent)
 
 
 def broken(run: Progress, instance: str, error: FabricError) -> StreamBroken:
@@ -104,12 +105,15 @@ def broken(run: Progress, instance: str, error: FabricError) -> StreamBroken:
     return StreamBroken(instance=instance, num_tokens=run.num_tokens, cause=error.code)
 
 
-def silent_until(run: Progress, now: float, fleet: Fleet, settings: BrokerSettings) -> float | None:
-    """Return when a run's replica is given up if it says nothing; a blind channel is not."""
-    replica = fleet.get(run.instance or "")
-    if replica is None or not replica.streams or run.predicted is None:
-        return None
-    expected_s = times_s(run.ticket.request, run.predicted).total_s
+def silent_until(
+    run: Progress,
+    chosen: ReplicaSnapshot,
+    now: float,
+    settings: BrokerSettings,
+    lengths: Lengths,
+) -> float:
+    """Return when a replica that streams is given up for a run if it says nothing."""
+    expected_s = times_s(run.ticket.request, chosen, lengths).total_s
     return now + max(settings.first_token_timeout_s, SILENCE_FACTOR * expected_s)
 
 

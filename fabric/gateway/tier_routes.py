@@ -70,15 +70,14 @@ async def read_attainment(request: Request) -> Listing[Attained]:
 
 @router.get("/queue")
 async def list_waiting(request: Request) -> Listing[Queue]:
-    """Return what waits at the hub for models that the caller may use. Whose it is, others are
-    not told."""
+    """Return what waits at the hub for models that the caller may use. Whose it is, others are not
+    told."""
     hub, caller = hub_of(request), caller_of(request)
-    seen = await hub.seen_by(caller)
-    models = {version.ref for version in await hub.offload(seen.models)}
+    permits = await hub.permits(caller)
     numbers, mine = Counter[tuple[str, Tier]](), Counter[tuple[str, Tier]]()
     seconds: dict[tuple[str, Tier], float] = {}
     for one in hub.broker.tiers.waiting():
-        if one.model not in models:
+        if not permits.sees_model(one.model.partition("@")[0]):
             continue
         key = one.model, one.tier
         numbers[key] += one.num_waiting

@@ -133,7 +133,6 @@ class Call:
 
 
 COMPLETION = {"model": MODEL, "prompt": "x", "max_tokens": 1}
-ESTIMATE = {"model": MODEL, "num_requests": 9, "prompt_tokens": 9, "output_tokens": 9}
 NODES = [{"op": "read", "at": "layers.1.out"}, {"op": "save", "name": "h", "x": 0}]
 PROGRAM = {"runs": [{"id": "a", "ids": [1, 2], "nodes": NODES}]}
 REACH = {
@@ -211,12 +210,20 @@ MATRIX: dict[tuple[str, str], list[Call]] = {
         private(body(model=..., program=PROGRAM)),
         Call(about="list", sent=body(**COMPLETION)),
     ],
-    ("GET", f"{F}/slo"): [ANY],
-    ("GET", f"{F}/queue"): [LIST],
     ("POST", f"{F}/estimate"): [
-        private(body(**ESTIMATE | {"model": ...})),
-        Call(about="list", sent=body(**ESTIMATE)),
+        private(body(model=..., num_requests=10, prompt_tokens=8, output_tokens=8)),
+        private(
+            lambda name: {
+                "json": {
+                    **{"model": MODEL, "num_requests": 10, "prompt_tokens": 8, "output_tokens": 8},
+                    "sites": [name],
+                }
+            },
+            thing=vault,
+        ),
     ],
+    ("GET", f"{F}/queue"): [LIST],
+    ("GET", f"{F}/slo"): [LIST],
     ("GET", f"{F}/usage"): [LIST],
     ("GET", f"{F}/runs"): [LIST],
     ("GET", f"{F}/runs/{{run}}"): [mine(World.run)],
@@ -412,10 +419,9 @@ def test_no_key_opens_a_session(world: World) -> None:
 
 LOOKUPS = re.compile(r"hub\.catalog\.(resolve|models|sites|get_site)\b")
 BEHIND_A_CHECK = {
-    # The hub's health says no name; the other two come after the check of the same model, or look
-    # for what belongs to the caller.
+    # The hub's health says no name; the others come after the check of the same model, or look for
+    # what belongs to the caller.
     "operations.py": 1,
-    "launch_routes.py": 1,
     "own_instances.py": 3,
 }
 
