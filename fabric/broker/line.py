@@ -16,8 +16,8 @@ import numpy as np
 
 from fabric.broker.cost import times_s
 from fabric.broker.facts import Context, ReplicaSnapshot
-from fabric.broker.lengths import Lengths
 from fabric.broker.fair import FairQueue, Waiter
+from fabric.broker.lengths import Lengths
 from fabric.broker.policies import get_weights
 from fabric.broker.pool import Floats, Pool, Replicas, Rows
 from fabric.broker.progress import Progress
