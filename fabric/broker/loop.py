@@ -14,7 +14,7 @@ from typing import cast
 from fabric.auth import Identity, TicketRecord
 from fabric.broker.admit import Admission, FindAdapter
 from fabric.broker.conclude import Also, Conclusion, End
-from fabric.broker.desk import ProgramDesk
+from fabric.broker.desk import ArrivalDesk, ProgramDesk
 from fabric.broker.metering import Metering
 from fabric.broker.observe import Observer, Silent
 from fabric.broker.programs import ProgramBounds
@@ -123,6 +123,7 @@ class Broker:
             self._settings, started_at=time.monotonic(), salt_key=secrets.token_bytes(32)
         )
         self.programs = ProgramDesk(self._state, self._admission)
+        self.arrivals = ArrivalDesk(self._feed)
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()
         self._runs: dict[str, Run] = {}

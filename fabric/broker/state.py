@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 
 from fabric.broker.budget import RetryBudget
+from fabric.broker.coming import Arrivals
 from fabric.broker.cost import times_s
 from fabric.broker.outcome import backoff_s, broken, get_outcome, since_start_s, too_late
 from fabric.broker.pool import Replicas
@@ -31,6 +32,8 @@ from fabric.broker.signals import (
     Instruction,
     MoveHold,
     Outcome,
+    ReplicaExpected,
+    ReplicaGivenUp,
     ReplicaJoined,
     ReplicaLeft,
     ReplicaReported,
@@ -94,6 +97,7 @@ class BrokerState:
         salt_key: bytes = b"",
     ) -> None:
         self.fleet = Fleet(settings)
+        self.arrivals = Arrivals()
         self.runs: dict[str, Progress] = {}
         self._settings = settings
         self._started_at = started_at
@@ -116,10 +120,11 @@ class BrokerState:
         replicas = self.fleet.pool(now)
         try:
             return self._decide(request, replicas, context).bare()
-        except NoReplica:
-            if self._may_wait(now) or may_come(request, replicas, context):
+        except NoReplica as error:
+            may_come_back = self._may_wait(now) or may_come(request, replicas, context)
+            if may_come_back or self.arrivals.in_time(request, context, now):
                 return None
-            raise
+            raise self.arrivals.told_in(error, request, context, now) from None
 
     def _others(self, event: StateEvent) -> Instructions:
         now = event.now
@@ -145,7 +150,13 @@ class BrokerState:
                     run.refused_sites.add(run.moving_to.site)
                     run.moving_to = None
                     yield from self._place(run, now)
+            case ReplicaExpected(instance=instance):
+                if self.fleet.get(instance) is None:
+                    self.arrivals.expect(event)
+            case ReplicaGivenUp(instance=instance):
+                self.arrivals.forget(instance)
             case ReplicaJoined(hello=hello):
+                self.arrivals.forget(hello.instance)
                 self.fleet.join(now, hello, streams=event.streams, joined_at=event.joined_at)
                 yield from self._place_waiting(now)
             case ReplicaReported():
@@ -177,20 +188,24 @@ class BrokerState:
         """Send a run that waits to the best replica, let it wait on, or end it.
 
         All retries share one budget, and a replica that has just failed the run gets a pause.
+        Where another is on its way in time, patience lasts to the deadline, but not for a stream
+        that has begun: nobody wants to read on minutes later.
         """
-        out_of_patience = now - run.waiting_since >= self._settings.patience_s
+        request, context = run.ticket.request, self._context(run, now)
+        awaited = not run.num_tokens and self.arrivals.in_time(request, context, now)
+        out_of_patience = not awaited and now - run.waiting_since >= self._settings.patience_s
         no_budget = run.attempt > 0 and not self._budget.allows
         if not out_of_patience and (no_budget or run.seen_version == self.fleet.version):
             return
-        request, context = run.ticket.request, self._context(run, now)
         replicas = self.fleet.pool(now)
         try:
             decision = self._decide(request, replicas, context)
         except NoReplica as error:
             run.seen_version = self.fleet.version
             hopeless = not self._may_wait(now) and not may_come(request, replicas, context)
-            if hopeless or out_of_patience:
-                yield from self._end(run, now, run.last_error if run.num_tokens else error)
+            if out_of_patience or (hopeless and not awaited):
+                told = self.arrivals.told_in(error, request, context, now)
+                yield from self._end(run, now, run.last_error if run.num_tokens else told)
             return
         chosen = decision.chosen
         paused = chosen.instance in run.tried and now < run.retry_at
@@ -392,6 +407,7 @@ class BrokerState:
 
     def _on_tick(self, now: float) -> Instructions:
         self.fleet.tick(now)
+        self.arrivals.tick(now)
         self._budget.refill(now)
         for run in list(self.runs.values()):
             run_id = run.ticket.request.id

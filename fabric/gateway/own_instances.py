@@ -19,6 +19,7 @@ from fabric.gateway.access import Needs
 from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.fabric_routes import Listing
 from fabric.gateway.hub import Hub, caller_of, hub_of
+from fabric.gateway.joining import expect
 from fabric.messages import Launch
 from fabric.messages.request import ModelRef, SiteName
 from fabric.messages.wire import Wire
@@ -38,6 +39,12 @@ class InstanceBody(Wire):
     machine: SiteName
     sharing: Literal["private", "project", "shared"] = "project"
     lifetime_s: float = Field(default=7 * 86_400.0, gt=0, le=MAX_LIFETIME_S)
+
+
+class OutlookBody(Wire):
+    """``POST /v1/fabric/instances/{instance}/outlook``: when it should have joined."""
+
+    ready_in_s: float = Field(ge=0, le=MAX_LIFETIME_S)
 
 
 class EndBody(Wire):
@@ -100,6 +107,19 @@ async def list_instances(request: Request) -> Listing[OwnInstance]:
     return Listing(data=data)
 
 
+@router.post("/{instance}/outlook", openapi_extra=documented(OutlookBody))
+async def tell_outlook(request: Request, instance: str) -> LaunchRecord:
+    """Say when an instance of the caller's should have joined: requests may wait for it.
+
+    What is not said again within a minute is forgotten.
+    """
+    body = await read_body(request, OutlookBody)
+    hub, caller = hub_of(request), caller_of(request)
+    launch = await hub.offload(_find, hub, caller, instance)
+    expect(hub, launch, body.ready_in_s)
+    return launch
+
+
 @router.post("/{instance}/drain")
 async def drain_instance(request: Request, instance: str) -> LaunchRecord:
     """Ask an instance of the caller's to finish what it has and leave."""
@@ -119,6 +139,7 @@ async def end_instance(request: Request, instance: str) -> LaunchRecord:
     hub, caller = hub_of(request), caller_of(request)
     await hub.offload(_find, hub, caller, instance)
     launch = await hub.offload(hub.catalog.end_launch, instance, body.reason, failed=body.failed)
+    hub.broker.arrivals.give_up(instance)
     if (channel := hub.channels.get(instance)) is not None:
         await channel.close("its launch was ended")
     return launch

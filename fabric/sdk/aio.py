@@ -308,6 +308,10 @@ class AsyncFabric:
         """Return the instances that the project has brought, newest first."""
         return await instances.listed(self._transport)
 
+    async def expect_instance(self, instance: str, ready_in_s: float) -> None:
+        """Say when an instance should have joined; see ``Fabric.expect_instance``."""
+        await instances.expect(self._transport, instance, ready_in_s)
+
     async def drain_instance(self, instance: str) -> None:
         """Ask an instance of the project's to finish what it has and leave."""
         await instances.drain(self._transport, instance)

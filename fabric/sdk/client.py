@@ -376,6 +376,16 @@ class Fabric:
         """Return the instances that the project has brought, newest first."""
         return self._background.run(self._fabric.instances())
 
+    def expect_instance(self, instance: str, ready_in_s: float) -> None:
+        """Say when an instance of the project's should have joined: requests may wait for it.
+
+        What is not said again within a minute is forgotten.
+
+        Raises:
+            NotFound: There is none of this name, or it is somebody else's.
+        """
+        self._background.run(self._fabric.expect_instance(instance, ready_in_s))
+
     def drain_instance(self, instance: str) -> None:
         """Ask an instance of the project's to finish what it has and leave.
 

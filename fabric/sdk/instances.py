@@ -45,6 +45,11 @@ async def listed(transport: Transport) -> tuple[OwnInstance, ...]:
     return tuple(OwnInstance.from_reply(item) for item in reply["data"])
 
 
+async def expect(transport: Transport, instance: str, ready_in_s: float) -> None:
+    """Say when an instance should have joined."""
+    await transport.post(f"{_PATH}/{instance}/outlook", {"ready_in_s": ready_in_s})
+
+
 async def drain(transport: Transport, instance: str) -> None:
     """Ask an instance to finish what it has and leave."""
     await transport.post(f"{_PATH}/{instance}/drain", {})

@@ -33,6 +33,7 @@ from fabric.launch.jobs.decide import (
     Over,
     Submit,
     decide,
+    get_ready_in_s,
 )
 from fabric.launch.jobs.history import History, Passed
 from fabric.launch.jobs.plan import LaunchPlan, get_command, get_launch_plan
@@ -47,6 +48,8 @@ FORECAST_S = 60.0
 """A scheduler is asked for a forecast at most so often."""
 LEAVE_S = 120.0
 """A job that was asked to leave and has not ended after so long is cancelled."""
+EXPECT_S = 10.0
+"""The hub is told again so often when an instance should join."""
 LIFETIME_S = 30 * 86_400.0
 """How long an instance may take to join: a queue of weeks."""
 FINAL = frozenset({InstanceState.DRAINING, InstanceState.HANDING_OVER})
@@ -84,6 +87,9 @@ class InstanceHub(Protocol):
 
     def instances(self) -> Sequence[OwnInstanceLike]:
         """Return the caller's instances."""
+
+    def expect_instance(self, instance: str, ready_in_s: float) -> None:
+        """Say when an instance should have joined."""
 
     def drain_instance(self, instance: str) -> None:
         """Ask an instance to finish what it has and leave."""
@@ -125,6 +131,8 @@ class Launcher:
         self._joined: frozenset[str] = frozenset()
         self._busy_at: dict[str, datetime] = {}
         self._asked_at: dict[str, datetime] = {}
+        self._starts_at: dict[str, datetime | None] = {}
+        self._told: dict[str, tuple[InstanceState, datetime]] = {}
         self._changed_at = time.monotonic()
         for job in self._sorted():
             if job.open and job.job_id is None:
@@ -169,11 +177,12 @@ class Launcher:
             order = self._record.order.model_copy(update={"keep_until": on_disk.order.keep_until})
             self._record = self._record.model_copy(update={"stop": on_disk.stop, "order": order})
         self._observe()
+        outlook = self._outlook()
         actions = decide(
             self._record.order,
             self._sorted(),
             self._clock(),
-            self._outlook(),
+            outlook,
             stop=self._record.stop,
         )
         for action in actions:
@@ -181,6 +190,7 @@ class Launcher:
                 self._finish(action)
                 return False
             self._act(action)
+        self._tell_outlook(outlook)
         self._summarize()
         return True
 
@@ -217,6 +227,7 @@ class Launcher:
         if state.phase is JobPhase.QUEUED:
             position = f", {state.position} before it" if state.position else ""
             changes = {"detail": f"{state.reason or 'in the queue'}{position}"}
+            self._starts_at[job.instance] = state.start_at
         elif state.phase is JobPhase.RUNNING:
             if job.started_at is None:
                 started = min(now, state.start_at or now)
@@ -372,6 +383,26 @@ class Launcher:
     def _cancel(self, job: JobRecord) -> None:
         if job.job_id is not None:
             self._get_submitter().cancel(job.job_id)
+
+    def _tell_outlook(self, outlook: Outlook) -> None:
+        """Tell the hub when each instance that has not joined should: requests wait for it."""
+        now = self._now
+        for job in self._sorted():
+            state, told_at = self._told.get(job.instance, (None, now))
+            age_s = (now - told_at).total_seconds()
+            if not job.open or job.ready_at is not None or job.state in FINAL:
+                continue
+            if state is job.state and age_s < EXPECT_S:
+                continue
+            self._told[job.instance] = (job.state, now)
+            starts_at = self._starts_at.get(job.instance)
+            try:
+                self._hub.expect_instance(
+                    job.instance,
+                    get_ready_in_s(job, self._record.order, now, outlook, starts_at=starts_at),
+                )
+            except FabricError as error:
+                logger.info("the hub was not told when %s joins: %s", job.instance, error.message)
 
     def _finish(self, over: Over) -> None:
         self._write_end(InstanceState.FAILED if over.failed else InstanceState.STOPPED, over.reason)
