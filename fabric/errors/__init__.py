@@ -22,7 +22,8 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        HubNotConnected, ServiceUnreachable, ServiceBusy, ServiceRefused,
     │                        TaskLost, TaskTimedOut, TaskFailed
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
-    │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing
+    │                        BalanceUnavailable, LaunchImpossible, AllocationTooSmall,
+    │                        JobRefused, JobsFailing
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
     │                        BackendFailed, EngineStopped, RankLost, AdapterMemoryFull,
     │                        AdapterUnavailable
@@ -83,6 +84,7 @@ from fabric.errors.batches import (
     FilesFull,
 )
 from fabric.errors.compute import (
+    AllocationTooSmall,
     AlreadyStarted,
     BackendFailed,
     BalanceUnavailable,
@@ -208,6 +210,7 @@ __all__ = [
     "AdaptersFull",
     "AdmissionError",
     "AllocationClosed",
+    "AllocationTooSmall",
     "AlreadyRunning",
     "AlreadyStarted",
     "ArtifactsFull",

@@ -7,10 +7,11 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from typing import Literal
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import Field
+from pydantic import AwareDatetime, Field
 
 from fabric.auth import Identity
 from fabric.catalog import LaunchRecord, OwnSite
@@ -20,6 +21,7 @@ from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.fabric_routes import Listing
 from fabric.gateway.hub import Hub, caller_of, hub_of
 from fabric.gateway.joining import expect
+from fabric.ledger import JobCharge
 from fabric.messages import Launch
 from fabric.messages.request import ModelRef, SiteName
 from fabric.messages.wire import Wire
@@ -45,6 +47,23 @@ class OutlookBody(Wire):
     """``POST /v1/fabric/instances/{instance}/outlook``: when it should have joined."""
 
     ready_in_s: float = Field(ge=0, le=MAX_LIFETIME_S)
+
+
+class JobBody(Wire):
+    """``POST /v1/fabric/instances/{instance}/job``: what an instance's job took, once it is over.
+
+    ``charge`` is in ``unit``, the machine's own.
+    """
+
+    launch: str = Field(pattern=r"^l-[0-9a-f]{8}$")
+    job_id: str = Field(min_length=1, max_length=100, pattern=r"^[\w.@\[\]+-]+$")
+    account: str | None = Field(default=None, max_length=64)
+    num_nodes: int = Field(ge=1, le=1_000_000)
+    elapsed_s: float = Field(ge=0, le=MAX_LIFETIME_S, allow_inf_nan=False)
+    charge: Decimal = Field(ge=0, le=10**9, allow_inf_nan=False)
+    unit: str = Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")
+    source: Literal["sacct", "scontrol", "qstat", "launcher"]
+    ended_at: AwareDatetime
 
 
 class EndBody(Wire):
@@ -130,6 +149,25 @@ async def drain_instance(request: Request, instance: str) -> LaunchRecord:
         raise NotFound(kind="connected instance", name=instance)
     await channel.drain("its owner asked it to leave")
     return launch
+
+
+@router.post("/{instance}/job", openapi_extra=documented(JobBody))
+async def report_job(request: Request, instance: str) -> JobCharge:
+    """Note in the project's statement what the machine charges for an instance's job.
+
+    It is a memo, which moves no balance. The first report of a job counts.
+    """
+    body = await read_body(request, JobBody)
+    hub, caller = hub_of(request), caller_of(request)
+    launch = await hub.offload(_find, hub, caller, instance)
+    charge = JobCharge(
+        project=caller.project,
+        site=launch.site,
+        instance=instance,
+        model=launch.model,
+        **body.model_dump(),
+    )
+    return await hub.offload(hub.ledger.note_job, charge)
 
 
 @router.post("/{instance}/end", openapi_extra=documented(EndBody))

@@ -9,10 +9,10 @@ from decimal import Decimal
 from sqlalchemy.exc import IntegrityError
 
 from fabric.errors import Duplicate, UnknownAccount
-from fabric.ledger import allocations, audit, holds, rates, statement
+from fabric.ledger import allocations, audit, holds, jobs, rates, statement
 from fabric.ledger.posting import check_amount
 from fabric.ledger.rates import Rate
-from fabric.ledger.records import AllocationBalance, Hold, Settlement, Statement
+from fabric.ledger.records import AllocationBalance, Hold, JobCharge, Settlement, Statement
 from fabric.sql import Database, utc_now
 
 
@@ -207,6 +207,36 @@ class Ledger:
         """
         with self._database.read() as connection:
             return statement.statement(connection, project, since=since, until=until, limit=limit)
+
+    def note_job(self, job: JobCharge) -> JobCharge:
+        """Note what a machine charges for a job, as a memo; return what is noted of it.
+
+        It moves no balance. The first time counts: the same job again changes nothing.
+
+        Raises:
+            UnknownAccount: The project has no allocation at the job's site.
+        """
+        key = (job.project, job.launch, job.job_id)
+        try:
+            with self._database.transaction() as connection:
+                if (known := jobs.find(connection, *key)) is not None:
+                    return known
+                allocation = f"allocation:{job.project}:{job.site}"
+                jobs.note(connection, job, allocation=allocation, at=self._clock())
+        except IntegrityError:
+            # Only PostgreSQL lets another hub note it between our look and our insert.
+            with self._database.read() as connection:
+                if (known := jobs.find(connection, *key)) is None:
+                    raise
+            return known
+        return job
+
+    def job_charges(
+        self, project: str | None = None, *, launch: str | None = None
+    ) -> list[JobCharge]:
+        """Return what machines charge for jobs, of a project or all, in the order noted."""
+        with self._database.read() as connection:
+            return jobs.listed(connection, project, launch)
 
     def verify(self) -> None:
         """Recompute all balances from the entries.

@@ -46,8 +46,8 @@ def post(
     site: str | None = None,
     model: str | None = None,
     memo: str = "",
-) -> None:
-    """Write one journal row and its entries, and move the balances.
+) -> int:
+    """Write one journal row and its entries, and move the balances; return the row's id.
 
     Accounts are taken in order of id, so that two postings never wait for each other in a circle.
 
@@ -81,6 +81,7 @@ def post(
     ]
     if lines:
         connection.execute(_ENTRIES, lines)
+    return int(journal_id)
 
 
 def account_id(connection: Connection, name: str, *, may_go_negative: bool = False) -> int:

@@ -8,10 +8,11 @@ from sqlalchemy import Connection, Select, func, select
 
 from fabric.ledger.allocations import balances
 from fabric.ledger.records import Statement, StatementLine
-from fabric.ledger.tables import allocations, entries, journal
+from fabric.ledger.tables import allocations, entries, job_charges, journal
 
-_KINDS = ("grant", "withdrawal", "charge")
-"""What changes what a project owns; holds and returns only move it between its own accounts."""
+_KINDS = ("grant", "withdrawal", "charge", "memo")
+"""What changes what a project owns, and what is noted beside; holds and returns only move it
+between its own accounts."""
 
 
 def statement(
@@ -52,6 +53,7 @@ def statement(
                 site=row.site,
                 model=row.model,
                 memo=row.memo,
+                job=row.job,
             )
         )
         balance_usu[row.allocation] -= amount_usu
@@ -71,7 +73,13 @@ def _lines(project: str) -> Select[tuple[object, ...]]:
         .scalar_subquery()
     )
     return (
-        select(journal, allocations.c.name.label("allocation"), amount_usu.label("amount_usu"))
+        select(
+            journal,
+            allocations.c.name.label("allocation"),
+            amount_usu.label("amount_usu"),
+            job_charges.c.job_id.label("job"),
+        )
         .join(allocations, journal.c.allocation_id == allocations.c.id)
+        .outerjoin(job_charges, job_charges.c.journal_id == journal.c.id)
         .where(allocations.c.project == project, journal.c.kind.in_(_KINDS))
     )

@@ -312,6 +312,10 @@ class AsyncFabric:
         """Say when an instance should have joined; see ``Fabric.expect_instance``."""
         await instances.expect(self._transport, instance, ready_in_s)
 
+    async def report_job(self, instance: str, job: Mapping[str, object]) -> Json:
+        """Note what an instance's job took; see ``Fabric.report_job``."""
+        return await instances.report_job(self._transport, instance, job)
+
     async def drain_instance(self, instance: str) -> None:
         """Ask an instance of the project's to finish what it has and leave."""
         await instances.drain(self._transport, instance)

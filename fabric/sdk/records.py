@@ -131,7 +131,10 @@ class Allocation(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatementLine(Record):
-    """One line of a statement: a grant is positive, a charge negative."""
+    """One line of a statement: a grant is positive, a charge negative.
+
+    A memo is 0: it tells what a machine charges its own account for ``job``, in words.
+    """
 
     at: str
     kind: str
@@ -142,6 +145,7 @@ class StatementLine(Record):
     site: str | None
     model: str | None
     memo: str
+    job: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
