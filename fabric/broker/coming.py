@@ -61,12 +61,12 @@ class Arrivals:
         waits_s = self.waits_s(request, context, now)
         if not waits_s:
             return error
-        reasons = {
-            instance: f"it is on its way and expected in {wait_s:.0f} s"
-            for instance, wait_s in waits_s.items()
-        }
+        told = error.detail["reasons"]
+        reasons = dict(told) if isinstance(told, dict) else {}
+        for instance, wait_s in waits_s.items():
+            reasons[instance] = f"it is on its way and expected in {wait_s:.0f} s"
         return NoReplica(
             model=context.model,
-            reasons={**error.detail["reasons"], **reasons},
+            reasons=reasons,
             retry_after_s=max(MIN_RETRY_S, round(min(waits_s.values()))),
         )

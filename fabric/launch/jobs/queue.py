@@ -126,7 +126,14 @@ def parse_qstat(output: str) -> dict[str, JobState]:
         reason = str(job.get("comment", ""))
         if phase is JobPhase.ENDED and code is not None:
             reason = f"exit status {code}"
-        states[job_id] = JobState(phase=phase, word=letter, reason=reason)
+        estimated = job.get("estimated")
+        told = estimated.get("start_time") if isinstance(estimated, dict) else None
+        states[job_id] = JobState(
+            phase=phase,
+            word=letter,
+            reason=reason,
+            start_at=_pbs_time(job.get("stime") or told),
+        )
     return states
 
 
@@ -168,6 +175,14 @@ def _ask_local(job_id: str) -> JobState:
     except (ProcessLookupError, ValueError):
         return JobState(phase=JobPhase.ENDED)
     return JobState(phase=JobPhase.RUNNING)
+
+
+def _pbs_time(text: object) -> datetime | None:
+    """Return a time as PBS writes it (``Tue Oct 11 08:13:45 2022``), in this machine's zone."""
+    try:
+        return datetime.strptime(str(text), "%a %b %d %H:%M:%S %Y").astimezone()
+    except ValueError:
+        return None
 
 
 def _time(text: str) -> datetime | None:

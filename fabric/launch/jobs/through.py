@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
 
+from pydantic import JsonValue
+
 from fabric.compute import ComputePool, ComputeTarget
 from fabric.config import ComputeExecutor, SiteSpec
 from fabric.errors import LaunchImpossible, ProtocolViolation
@@ -48,10 +50,9 @@ class EndpointLogin:
             reason = "its file names no endpoint (executor: {kind: globus-compute, endpoint_id: …})"
             raise LaunchImpossible(param="machine", value=site.name, reason=reason)
         # An endpoint of our own templates runs functions in blocks unless it is told otherwise.
-        place = {"place": "login"} if site.endpoint is not None else {}
-        self._target = ComputeTarget(
-            endpoint_id=executor.endpoint_id, config=place | executor.config
-        )
+        place: dict[str, JsonValue] = {} if site.endpoint is None else {"place": "login"}
+        config = place | executor.config
+        self._target = ComputeTarget(endpoint_id=executor.endpoint_id, config=config)
         self._functions = dict(executor.functions)
         self._run_dir = executor.run_dir
         self._cache = root / "functions.json"
