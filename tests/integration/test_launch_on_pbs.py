@@ -20,6 +20,7 @@ import psutil
 import pytest
 import yaml
 
+from fabric.launch.jobs import JobRecord, LaunchFolder
 from fabric.sdk import Fabric
 from fabric.testing.hub import PROJECT, RunningHub, running_hub
 from fabric.testing.instance import MODULE
@@ -28,6 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 SHIMS = Path(__file__).parents[1] / "data" / "pbs"
 PATIENCE_S = 90.0
+FULL = "Not Running: Insufficient amount of resource: ncpus"
 SITE = {
     "name": "test-pbs",
     "system": {
@@ -57,6 +59,7 @@ class Cluster:
     """Somebody with a key, at the login node of a PBS."""
 
     def __init__(self, hub: RunningHub, folder: Path) -> None:
+        self.state = folder / "s"
         self.jobs = folder / "pbs"
         self.jobs.mkdir()
         sites = folder / "config" / "fabric" / "sites"
@@ -69,7 +72,7 @@ class Cluster:
             "PBS_SHIM": str(self.jobs),
             "FABRIC_BASE_URL": hub.base_url,
             "FABRIC_API_KEY": self.key,
-            "FABRIC_STATE_DIR": str(folder / "s"),
+            "FABRIC_STATE_DIR": str(self.state),
             "XDG_CONFIG_HOME": str(folder / "config"),
         }
         self.fabric = Fabric(hub.base_url, self.key)
@@ -90,14 +93,14 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
 
-    def wait(self, name: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    def wait(self, name: str, condition: Callable[[JobRecord], bool]) -> JobRecord:
         until = time.monotonic() + PATIENCE_S
-        while True:
-            (launch,) = json.loads(self.run("instances", name, "--format", "json").stdout)
-            if condition(launch["jobs"][0]):
-                return dict(launch["jobs"][0])
-            assert time.monotonic() < until, launch
-            time.sleep(0.3)
+        while not (
+            (jobs := LaunchFolder(self.state / "launches" / name).jobs()) and condition(jobs[0])
+        ):
+            assert time.monotonic() < until, jobs
+            time.sleep(0.1)
+        return jobs[0]
 
     def end_all(self) -> None:
         self.fabric.close()
@@ -123,41 +126,42 @@ def pbs(hub: RunningHub, tmp_path: Path) -> Iterator[Cluster]:
 def test_a_job_waits_runs_serves_ends_and_is_accounted_for(pbs: Cluster) -> None:
     (pbs.jobs / "full").touch()
     name = pbs.launch()["name"]
-    waiting = pbs.wait(name, lambda job: bool(job["detail"]))
-    assert waiting["state"] == "pending"
-    assert waiting["detail"] == "Not Running: Insufficient amount of resource: ncpus"
+    waiting = pbs.wait(name, lambda job: bool(job.detail))
+    assert (waiting.state, waiting.detail) == ("pending", FULL)
     (pbs.jobs / "full").unlink()
-    ready = pbs.wait(name, lambda job: job["state"] == "ready")
+    ready = pbs.wait(name, lambda job: job.state == "ready")
     assert pbs.fabric.complete("hello", model="brought@1", max_tokens=1).text == "word0"
     stopped = pbs.run("stop", name)
     assert "its owner ended it" in stopped.stderr, stopped.stderr
 
-    job = pbs.wait(name, lambda job: job["is_told"])
-    assert (job["state"], job["usage"]["source"]) == ("stopped", "qstat")
+    job = pbs.wait(name, lambda job: job.is_told)
+    assert job.usage is not None
+    assert (job.state, job.usage.source) == ("stopped", "qstat")
     # A node's second costs a unit there.
-    assert job["charge"] == pytest.approx(job["usage"]["elapsed_s"]) != 0
+    assert job.charge == pytest.approx(job.usage.elapsed_s) != 0
     [memo] = [line for line in pbs.fabric.usage().lines if line.kind == "memo"]
-    assert (memo.job, memo.amount_usu) == (ready["job_id"], 0)
-    assert f"{job['charge']:,.4g} SUs (1 node" in memo.memo
-    assert f"{job['charge']:.3g} SUs" in pbs.run("instances", name).stdout
+    assert (memo.job, memo.amount_usu) == (ready.job_id, 0)
+    assert f"{job.charge:,.4g} SUs (1 node" in memo.memo
+    assert f"{job.charge:.3g} SUs" in pbs.run("instances", name).stdout
 
 
 def test_a_job_that_was_killed_by_hand_is_noticed(pbs: Cluster) -> None:
     launch = pbs.launch("--wait")
     job_id = launch["jobs"][0]["job_id"]
     subprocess.run([SHIMS / "qdel", job_id], env=pbs.environ, check=True)
-    ended = pbs.wait(launch["name"], lambda job: job["ended_at"] is not None)
-    assert ended["state"] in ("stopped", "failed")
+    ended = pbs.wait(launch["name"], lambda job: job.ended_at is not None)
+    # Whether its instance has told that it drains is a matter of moments.
+    assert ended.state in ("stopped", "failed")
     assert pbs.fabric.instances() == ()
 
 
 def test_a_job_that_is_deleted_while_it_waits_costs_nothing(pbs: Cluster) -> None:
     (pbs.jobs / "full").touch()
     launch = pbs.launch()
-    pbs.wait(launch["name"], lambda job: bool(job["job_id"]))
+    pbs.wait(launch["name"], lambda job: job.detail == FULL)
     assert pbs.run("stop", launch["name"]).returncode == 0
-    job = pbs.wait(launch["name"], lambda job: job["is_told"])
-    assert (job["state"], job["charge"]) == ("stopped", 0)
+    job = pbs.wait(launch["name"], lambda job: job.is_told)
+    assert (job.state, job.charge) == ("stopped", 0)
 
 
 def test_what_qsub_refuses_comes_with_its_words(pbs: Cluster) -> None:
