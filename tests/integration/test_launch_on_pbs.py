@@ -155,15 +155,6 @@ def test_a_job_that_was_killed_by_hand_is_noticed(pbs: Cluster) -> None:
     assert pbs.fabric.instances() == ()
 
 
-def test_a_job_that_is_deleted_while_it_waits_costs_nothing(pbs: Cluster) -> None:
-    (pbs.jobs / "full").touch()
-    launch = pbs.launch()
-    pbs.wait(launch["name"], lambda job: job.detail == FULL)
-    assert pbs.run("stop", launch["name"]).returncode == 0
-    job = pbs.wait(launch["name"], lambda job: job.is_told)
-    assert (job.state, job.charge) == ("stopped", 0)
-
-
 def test_what_qsub_refuses_comes_with_its_words(pbs: Cluster) -> None:
     fixed = ("--site", "test-pbs", "--walltime", "00:05:00", "--queue", "gone")
     done = pbs.run("launch", "brought@1", *fixed, "--module", MODULE)

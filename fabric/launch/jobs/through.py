@@ -14,7 +14,7 @@ from uuid import UUID
 
 from pydantic import JsonValue
 
-from fabric.compute import ComputePool, ComputeTarget
+from fabric.compute import ComputePool, ComputeTarget, ServiceLimits
 from fabric.config import ComputeExecutor, SiteSpec
 from fabric.errors import LaunchImpossible, ProtocolViolation
 from fabric.launch.balances import Balance
@@ -26,6 +26,9 @@ FUNCTIONS = (
     *("submit_job", "poll_jobs", "cancel_job", "read_job_logs"),
     *("read_balance", "estimate_wait"),
 )
+REQUESTS = 8
+"""A launcher's part of the service's requests in a window; its user's commands share the rest."""
+
 CALL_TIMEOUT_S = 180.0
 """A user endpoint that was asleep starts first."""
 
@@ -35,7 +38,7 @@ class EndpointLogin:
 
     Args:
         site: The machine; its executor names the endpoint.
-        root: Where the ids of functions that were registered are kept.
+        root: Where the ids of functions that were registered from here are kept.
         pool: Where tasks are submitted; closed with this.
 
     Raises:
@@ -56,7 +59,7 @@ class EndpointLogin:
         self._functions = dict(executor.functions)
         self._run_dir = executor.run_dir
         self._cache = root / "functions.json"
-        self._pool = pool or ComputePool()
+        self._pool = pool or ComputePool(ServiceLimits(max_requests=REQUESTS))
 
     def start(self) -> Self:
         """Open the way; register the functions that nobody has registered.
@@ -135,7 +138,7 @@ class EndpointLogin:
         return told
 
     def _register(self) -> None:
-        """Know the functions' ids: from the site's file, from before, or by registering them."""
+        """Know the functions' ids: the site's own, from before, or by registering them."""
         from fabric.compute.functions import register, shipped_function
 
         try:
