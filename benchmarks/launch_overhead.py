@@ -62,7 +62,6 @@ def main() -> None:
         running_slurm(Path(name) / "slurm", num_nodes=1) as slurm,
         running_hub(Path(name), sites=()) as hub,
     ):
-        hub.catalog.add_model("fixed", "1", source="fixed-delay:", context_tokens=2048)
         user = User(slurm, hub, Path(name))
         user.by_hand()  # files are read for the first time
         for number in range(arguments.rounds):

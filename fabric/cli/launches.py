@@ -38,7 +38,7 @@ from fabric.messages.wire import Wire
 if TYPE_CHECKING:
     from fabric.sdk import Fabric
 
-POLL_S = 0.5
+POLL_S = 0.2
 START_TIMEOUT_S = 60.0
 """How long the process that watches a launch may take to begin."""
 

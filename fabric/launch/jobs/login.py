@@ -93,7 +93,7 @@ class LocalLogin:
         root: Where launches are kept.
     """
 
-    fastest_poll_s = 1.0
+    fastest_poll_s = 0.5
 
     def __init__(self, root: Path) -> None:
         self._root = root
