@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from fabric.config import SiteSpec
@@ -21,23 +18,8 @@ from fabric.launch.jobs.login import LocalLogin, Sight
 from fabric.launch.jobs.queue import JobPhase
 from fabric.messages import InstanceSpec, Launch
 
-SHIMS = Path(__file__).parents[3] / "data" / "pbs"
 PATIENCE_S = 60.0
 TOKEN = "launch-token"
-
-
-@pytest.fixture
-def pbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a PBS's jobs."""
-    jobs = tmp_path / "pbs"
-    jobs.mkdir()
-    monkeypatch.setenv("PATH", f"{SHIMS}:{os.environ['PATH']}")
-    monkeypatch.setenv("PBS_SHIM", str(jobs))
-    yield jobs
-    for keeper in jobs.glob("*/keeper"):
-        keeper.with_name("end").touch()
-        with suppress(psutil.NoSuchProcess):
-            psutil.Process(int(keeper.read_text())).wait(30)
 
 
 @pytest.fixture
