@@ -141,6 +141,7 @@ def vllm(model: str, threads: int) -> tuple[Side, str]:
     """vLLM's asynchronous engine, in eager mode."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # it keeps a core free for itself by default
     from vllm import AsyncEngineArgs, SamplingParams
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM

@@ -4,11 +4,13 @@ The engine's steps are timed on its own thread in CPU seconds, so that other pro
 machine count little; rounds go through all sides in turns, and what to trust are differences and
 ratios.
 
-    python benchmarks/programs.py [--rounds 9] [--layers 2] [--nnsight PYTHON] [--json FILE]
+    python benchmarks/programs.py [--rounds 9] [--layers 30] [--nnsight PYTHON]
+        [--transformer-lens PYTHON] [--json FILE]
 
 ``--nnsight`` is a Python that has nnsight: the same toy runs there, in a process of its own, a
 round of it between two of ours. ``--layers`` is how many layers of SmolLM2 the patch grid takes;
-its peer are plain PyTorch hooks over batches of the same model.
+its peers are plain PyTorch hooks over batches of the same model, and TransformerLens in a process
+of its own.
 """
 
 from __future__ import annotations
@@ -230,26 +232,34 @@ def save_at(layer: int) -> list[Json]:
     return [{"op": "read", "at": f"layers.{layer}.out"}, {"op": "save", "name": "h", "x": 2}]
 
 
-def patch_grid(num_layers: int) -> Json:
+def patch_grid(num_layers: int, transformer_lens: str | None) -> Json:
     """Seconds of CPU of a patch grid, layers x every position of a prompt of 32 tokens."""
     clean, corrupt = list(range(300, 332)), list(range(600, 632))
     layers = [round(i * 30 / num_layers) for i in range(num_layers)]
-    ours = Ours(SMOLLM, cache_bytes=2**30, step_tokens=2048)
+    ours = Ours(SMOLLM, cache_bytes=2**30, step_tokens=1024)
     reads: list[Json] = []
     for layer in layers:
         reads.append({"op": "read", "at": f"layers.{layer}.out"})
         reads.append({"op": "save", "name": f"h{layer}", "x": len(reads) - 1})
-    runs: list[Json] = [{"id": "clean", "ids": clean, "nodes": reads}]
+    runs: list[Json] = [
+        {"id": "clean", "ids": clean, "nodes": reads},
+        {"id": "corrupt", "ids": corrupt, "nodes": reads},
+    ]
     for layer in layers:
+        # As fabric.recipes.activation_patching does it: from the changed layer on.
+        inside = layer + 1 < 30
+        at = f"layers.{layer + 1}.in" if inside else f"layers.{layer}.out"
+        entry = {"start_at": {"layer": layer + 1, "x": f"corrupt/h{layer}"}} if inside else {}
         for position in range(32):
             nodes = [
                 {"op": "saved", "run": "clean", "save": f"h{layer}", "positions": [position]},
-                {"op": "write", "at": f"layers.{layer}.out", "x": 0, "sel": {"pos": [position]}},
+                {"op": "write", "at": at, "x": 0, "sel": {"pos": [position]}},
                 {"op": "read", "at": "logits", "sel": {"pos": "last"}},
                 {"op": "save", "name": "logits", "x": 2},
             ]
-            runs.append({"id": f"p{layer}/{position}", "ids": corrupt, "nodes": nodes})
-    model, _ = load_gguf(SMOLLM.resolve(), torch.bfloat16)
+            run = {"id": f"p{layer}/{position}", "ids": corrupt, "nodes": nodes}
+            runs.append({**run, **entry})
+    model, tokenizer = load_gguf(SMOLLM.resolve(), torch.bfloat16)
     model.eval()
     ours.submit(program([{"id": "warm", "ids": corrupt}]), salt="grid").done.wait()
     started = time.process_time()
@@ -262,6 +272,20 @@ def patch_grid(num_layers: int) -> Json:
     expected = hooked_grid(model, layers, clean, corrupt)
     hooks_s = time.process_time() - started
     agree = [float((found[name][0].float() - x).norm() / x.norm()) for name, x in expected.items()]  # type: ignore[index]
+    theirs: Json = {}
+    if transformer_lens is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            theirs = _by_transformer_lens(transformer_lens, folder, layers, clean, corrupt)
+        first = torch.tensor(theirs.pop("first"))
+        same = [
+            int(found[f"p{layer}/{position}"][0].argmax()) == int(first[i, position])  # type: ignore[index]
+            for i, layer in enumerate(layers)
+            for position in range(32)
+        ]
+        theirs["ratio"] = round(theirs["cpu_s"] / ours_s, 2)  # type: ignore[operator]
+        theirs["cells with the same first token"] = round(sum(same) / len(same), 3)
     return {
         "layers": num_layers,
         "runs": len(runs),
@@ -269,7 +293,21 @@ def patch_grid(num_layers: int) -> Json:
         "hooks_batched_cpu_s": round(hooks_s, 2),
         "ratio": round(hooks_s / ours_s, 2),
         "median distance of logits": round(statistics.median(agree), 4),
+        **({"TransformerLens": theirs} if theirs else {}),
     }
+
+
+def _by_transformer_lens(
+    python: str, folder: str, layers: list[int], clean: list[int], corrupt: list[int]
+) -> Json:
+    worker = Path(__file__).with_name("programs_transformer_lens.py")
+    asked = json.dumps({"layers": layers, "clean": clean, "corrupt": corrupt})
+    ended = subprocess.run(
+        [python, str(worker), folder], input=asked, capture_output=True, text=True, check=True
+    )
+    answer: Json = json.loads(ended.stdout.splitlines()[-1])
+    answer["cpu_s"] = round(answer["cpu_s"], 2)  # type: ignore[call-overload]
+    return answer
 
 
 def hooked_grid(
@@ -350,8 +388,9 @@ def spread(values: Sequence[float]) -> Json:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--layers", type=int, default=2, help="of the patch grid; 0: none")
+    parser.add_argument("--layers", type=int, default=30, help="of the patch grid; 0: none")
     parser.add_argument("--nnsight", help="a Python that has nnsight")
+    parser.add_argument("--transformer-lens", help="a Python that has TransformerLens")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -369,7 +408,7 @@ def main() -> None:
         if peer is not None:
             peer.close()
     if options.layers:
-        report["patch grid, SmolLM2"] = patch_grid(options.layers)
+        report["patch grid, SmolLM2"] = patch_grid(options.layers, options.transformer_lens)
     options.json.write_text(json.dumps(report, indent=2) + "\n")
     json.dump(report, sys.stdout, indent=2)
 

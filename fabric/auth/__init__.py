@@ -1,27 +1,41 @@
-"""Who calls, and what they may do: projects, API keys, Globus logins, tickets."""
+"""Who calls, and what they may do: projects, API keys, Globus logins, tickets, grants, limits."""
 
 from fabric.auth.authenticator import Authenticator
+from fabric.auth.decide import ANY, MODES, TIERS, Decision, Grant, Permits, get_modes
 from fabric.auth.globus import GlobusTokens
+from fabric.auth.grants import Grants
 from fabric.auth.groups import GROUP_SCOPES, Groups
 from fabric.auth.identity import PROGRAM_SCOPES, SCOPES, Identity, require, require_site
 from fabric.auth.keys import Keys
 from fabric.auth.records import GroupRecord, KeyRecord, ProjectRecord, TicketRecord
+from fabric.auth.rules import Limit, Rulebook, Rules
 from fabric.auth.tickets import Tickets
 
 __all__ = [
+    "ANY",
     "GROUP_SCOPES",
+    "MODES",
     "PROGRAM_SCOPES",
     "SCOPES",
+    "TIERS",
     "Authenticator",
+    "Decision",
     "GlobusTokens",
+    "Grant",
+    "Grants",
     "GroupRecord",
     "Groups",
     "Identity",
     "KeyRecord",
     "Keys",
+    "Limit",
+    "Permits",
     "ProjectRecord",
+    "Rulebook",
+    "Rules",
     "TicketRecord",
     "Tickets",
+    "get_modes",
     "require",
     "require_site",
 ]

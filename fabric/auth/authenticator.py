@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fabric.auth.globus import RETRY_AFTER_S, GlobusTokens
 from fabric.auth.identity import Identity
 from fabric.auth.keys import Keys
+from fabric.auth.rules import Rulebook
 from fabric.errors import AuthUnavailable, ProjectForeign
 from fabric.sql import Offload
 
@@ -29,12 +30,22 @@ class Authenticator:
         keys: API keys.
         offload: Runs what asks the database.
         tokens: Globus logins, if the hub takes them.
+        rules: Tells when what is known of keys is old; by default it reads them for itself.
     """
 
-    def __init__(self, keys: Keys, offload: Offload, tokens: GlobusTokens | None = None) -> None:
+    def __init__(
+        self,
+        keys: Keys,
+        offload: Offload,
+        tokens: GlobusTokens | None = None,
+        *,
+        rules: Rulebook | None = None,
+    ) -> None:
         self._keys = keys
         self._offload = offload
         self._tokens = tokens
+        self._rules = rules or Rulebook(offload)
+        self._version = -1
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="globus-auth")
         self._asking: dict[tuple[str, str | None], asyncio.Future[Identity]] = {}
 
@@ -48,6 +59,7 @@ class Authenticator:
         Raises:
             AuthError: There is no valid credential, or it is not the project's.
         """
+        await self._keep_up()
         if bearer and self._tokens is not None and not bearer.startswith(OUR_PREFIXES):
             identity = self._tokens.recall(bearer, project)
             return identity or await self._ask(self._tokens, bearer, project)
@@ -63,6 +75,15 @@ class Authenticator:
         self._threads.shutdown(wait=True, cancel_futures=True)
         if self._tokens is not None:
             self._tokens.close()
+
+    async def _keep_up(self) -> None:
+        """Ask the database about callers anew if another process may have changed something."""
+        version = (await self._rules.current()).version
+        if version != self._version:
+            self._version = version
+            self._keys.forget()
+            if self._tokens is not None:
+                self._tokens.recheck()
 
     async def _ask(self, tokens: GlobusTokens, bearer: str, project: str | None) -> Identity:
         """Ask Globus once for all requests that come with the same token at the same time."""

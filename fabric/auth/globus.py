@@ -59,6 +59,8 @@ class _Known:
     user: str
     expires_at: datetime
     granted: Mapping[str, GroupRecord]
+    groups: frozenset[str]
+    num_changes: int
     asked_at_s: float
     group_names: dict[str, str] = field(default_factory=dict)
 
@@ -97,6 +99,7 @@ class GlobusTokens:
         self._monotonic = monotonic
         self._lock = threading.Lock()
         self._known: dict[str, _Known] = {}
+        self._num_changes = 0
         self._down_until_s = float("-inf")
         self._thread = threading.local()
         self._opened = ExitStack()
@@ -105,13 +108,17 @@ class GlobusTokens:
         """Close the connections to Globus Auth. Calling it twice is harmless."""
         self._opened.close()
 
+    def recheck(self) -> None:
+        """Read anew whose projects the callers' groups are, because that may have changed."""
+        self._num_changes += 1
+
     def recall(self, bearer: str, project: str | None = None) -> Identity | None:
         """Return whose token this is if that is known and needs no question, else ``None``.
 
         For callers on an event loop: what it does not know, ``authenticate`` finds out.
         """
         known = self._recall(_sha256(bearer))
-        if known is None:
+        if known is None or known.num_changes != self._num_changes:
             return None
         granted = _choose(known, project)
         return None if granted is None else _identity(known, granted)
@@ -140,6 +147,9 @@ class GlobusTokens:
                 if len(self._known) >= _CACHE_ENTRIES:
                     self._known.clear()
                 self._known[digest] = known
+        elif known.num_changes != self._num_changes:
+            known.num_changes = self._num_changes
+            known.granted = self._groups.granted(known.groups)
         if (granted := _choose(known, project)) is not None:
             return _identity(known, granted)
         if project is None and known.granted:
@@ -164,7 +174,7 @@ class GlobusTokens:
             return known
 
     def _ask(self, bearer: str) -> _Known:
-        asked_at_s = self._monotonic()
+        asked_at_s, num_changes = self._monotonic(), self._num_changes
         with self._answering():
             claims = self._auth_client().oauth2_token_introspect(bearer).data
         expires_at = self._check(claims)
@@ -175,6 +185,8 @@ class GlobusTokens:
             user=user,
             expires_at=expires_at,
             granted=self._groups.granted(member_of),
+            groups=frozenset(member_of),
+            num_changes=num_changes,
             asked_at_s=asked_at_s,
         )
 
@@ -295,6 +307,7 @@ def _identity(known: _Known, granted: GroupRecord) -> Identity:
         user=known.user,
         projects=tuple(sorted(known.granted)),
         expires_at=known.expires_at,
+        groups=known.groups,
     )
 
 

@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from fabric.auth.identity import PROGRAM_SCOPES
 from fabric.auth.records import GroupRecord
+from fabric.auth.rules import raise_version
 from fabric.auth.tables import project_groups, projects
 from fabric.errors import Duplicate, NotFound, RequestInvalid
 from fabric.sql import Database, utc_now
@@ -26,7 +27,7 @@ class Groups:
     """The Globus groups of all projects over one database. Thread-safe.
 
     A group may belong to several projects and a project have several groups. A running hub notices
-    a change within ``CACHE_S``.
+    a change within a second.
 
     Args:
         database: An open, migrated database.
@@ -80,6 +81,7 @@ class Groups:
             with self._database.transaction() as connection:
                 _check_project(connection, project)
                 connection.execute(insert(project_groups), _to_row(record))
+                raise_version(connection)
         except IntegrityError as error:
             raise Duplicate(kind="group", name=f"{record.group_id} of {project}") from error
         return record
@@ -108,6 +110,7 @@ class Groups:
             if row is None:
                 raise NotFound(kind="group of the project", name=f"{group_id} of {project}")
             connection.execute(delete(project_groups).where(*chosen))
+            raise_version(connection)
         return _to_record(row._mapping)
 
     def granted(self, group_ids: Collection[str]) -> dict[str, GroupRecord]:

@@ -32,6 +32,7 @@ class Identity:
         user: The Globus username; a key has none.
         projects: All projects that a Globus user may choose from.
         expires_at: When the credential ends.
+        groups: The ids of all Globus groups of a login.
     """
 
     key_id: str
@@ -42,6 +43,17 @@ class Identity:
     user: str | None = None
     projects: tuple[str, ...] = ()
     expires_at: datetime | None = None
+    groups: frozenset[str] = frozenset()
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Whose grants are the caller's, as ``Grant.subject`` names them."""
+        kind, _, user = self.key_id.rpartition(":")
+        who = [f"key:{user}"] if not kind else [f"user:{user}"]
+        if self.user is not None:
+            who.append(f"user:{self.user.lower()}")
+        groups = [f"group:{group}" for group in sorted(self.groups)]
+        return ("*", f"project:{self.project}", *who, *groups)
 
 
 def require(identity: Identity, scope: str) -> None:

@@ -16,8 +16,10 @@ from datetime import datetime
 from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from fabric.auth.grants import forget_project
 from fabric.auth.identity import SCOPES, Identity
 from fabric.auth.records import KeyRecord, ProjectRecord
+from fabric.auth.rules import raise_version
 from fabric.auth.tables import api_keys, projects
 from fabric.auth.tickets import Tickets, revoke_issued
 from fabric.errors import (
@@ -31,8 +33,7 @@ from fabric.errors import (
 from fabric.sql import Database, utc_now
 
 CACHE_S = 60.0
-"""How long an identity is believed without asking the database; the longest a key lives on after
-another process revoked it."""
+"""How long an identity is believed without asking the database, where nobody calls ``forget``."""
 
 DEFAULT_MAX_CONCURRENT = 64
 
@@ -131,15 +132,17 @@ class Keys:
             return self.project(name)
 
     def delete_project(self, name: str) -> None:
-        """Forget a project and its keys; its allocations, charges and runs stay on record.
+        """Forget a project with its keys, grants and limits; its allocations, charges and runs stay
+        on record.
 
         Raises:
             NotFound: There is none of this name.
         """
         with self._database.transaction() as connection:
+            forget_project(connection, name)
             if not connection.execute(delete(projects).where(projects.c.name == name)).rowcount:
                 raise NotFound(kind="project", name=name)
-        self._forget()
+        self.forget()
 
     # Keys
 
@@ -229,12 +232,12 @@ class Keys:
             )
             _check(new)
             connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(_to_row(new)))
-        self._forget()
+            raise_version(connection)
+        self.forget()
         return new
 
     def revoke(self, key_id: str) -> KeyRecord:
-        """End a key for good, and its tickets: at once in this process, within ``CACHE_S`` in
-        others.
+        """End a key for good, and its tickets: at once in this process, within a second in hubs.
 
         Raises:
             NotFound: There is none of this id.
@@ -247,7 +250,8 @@ class Keys:
             )
             revoke_issued(connection, key_id, self._clock())
             record = _get(connection, key_id)
-        self._forget()
+            raise_version(connection)
+        self.forget()
         return record
 
     # Callers
@@ -318,7 +322,8 @@ class Keys:
                 self._known[digest] = known
         return known
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Ask the database about every key anew, because one of them may have changed."""
         with self._lock:
             self._num_changes += 1
             self._known.clear()

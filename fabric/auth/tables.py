@@ -1,8 +1,17 @@
-"""The tables of projects, keys, groups and tickets."""
+"""The tables of projects, keys, groups, tickets, grants and limits."""
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, CheckConstraint, Column, ForeignKey, Integer, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Integer,
+    Table,
+    Text,
+    UniqueConstraint,
+)
 
 from fabric.sql import UtcTime, metadata
 
@@ -58,3 +67,46 @@ tickets = Table(
     Column("expires_at", UtcTime, nullable=False),
     Column("revoked_at", UtcTime),
 )
+
+grants = Table(
+    "grants",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("subject", Text, nullable=False, index=True),
+    # What is left out is the empty string, so that the constraint sees it.
+    Column("model", Text, nullable=False),
+    Column("site", Text, nullable=False),
+    Column("modes", Text, nullable=False),
+    Column("tiers", Text, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    UniqueConstraint("subject", "model", "site"),
+)
+
+private_objects = Table(
+    "private_objects",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("created_at", UtcTime, nullable=False),
+)
+
+limits = Table(
+    "limits",
+    metadata,
+    Column("subject", Text, primary_key=True),
+    Column("requests_per_min", BigInteger),
+    Column("tokens_per_min", BigInteger),
+    Column("max_concurrent", BigInteger),
+    Column("created_at", UtcTime, nullable=False),
+    CheckConstraint("requests_per_min > 0", name="requests_per_min_positive"),
+    CheckConstraint("tokens_per_min > 0", name="tokens_per_min_positive"),
+    CheckConstraint("max_concurrent > 0", name="max_concurrent_positive"),
+)
+
+access_version = Table(
+    "access_version",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("version", BigInteger, nullable=False),
+)
+"""One row: how often what callers may do has changed."""

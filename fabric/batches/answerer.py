@@ -44,11 +44,11 @@ class Answer(Protocol):
 class Answerer(Protocol):
     """Answers requests, each as one of OpenAI's endpoints would."""
 
-    async def find(self, model: str) -> str:
+    async def find(self, caller: Identity, model: str) -> str:
         """Return a model's catalogued name.
 
         Raises:
-            UnknownModel: There is none.
+            UnknownModel: There is none that the caller may use.
         """
 
     def rows(self, model: str) -> Rows:

@@ -178,8 +178,8 @@ class Runner:
         found = jsonl.Scan()
         try:
             found = await asyncio.to_thread(jsonl.scan, path, batch.endpoint, self._settings)
-            if found.model is not None and not found.errors:
-                await self._answerer.find(found.model)
+            if found.model is not None and not found.errors and job.caller is not None:
+                await self._answerer.find(job.caller, found.model)
         except FileNotFoundError:
             found.note(NotFound.code, "The input file is not there any more.", line=None)
         except UnknownModel as error:
@@ -216,7 +216,12 @@ class Runner:
             await asyncio.gather(asking, stopping, return_exceptions=True)
 
     async def _ask_pending(self, job: _Job) -> None:
-        job.model = await self._answerer.find(str(job.batch.model))
+        assert job.caller is not None
+        try:
+            job.model = await self._answerer.find(job.caller, str(job.batch.model))
+        except UnknownModel as error:
+            job.errors[:] = [{"code": error.code, "message": error.message}]
+            return
         pages = self._book.pending(job.batch.id)
         async with asyncio.TaskGroup() as group:
             while page := await self._offload(next, pages, ()):

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypedDict
 
-from fabric.auth import Identity, require
+from fabric.auth import Decision, Identity, Permits, Rulebook, get_modes, require
+from fabric.broker.limits import Limiter, Standing, Turn
 from fabric.broker.programs import MARGIN, ProgramBounds
 from fabric.broker.select import MAX_SCARCITY, Context, Offer, expected_tokens
 from fabric.broker.settings import BrokerSettings
@@ -25,9 +26,12 @@ from fabric.errors import (
     LedgerError,
     NoReplica,
     NotFound,
+    NotGranted,
+    RateLimited,
     RateMissing,
     RequestInvalid,
-    TooManyRequests,
+    RequestOverLimit,
+    UnknownModel,
     UnknownSite,
 )
 from fabric.ledger import AllocationBalance, Ledger, Rate, charge_usu, max_charge_usu
@@ -35,13 +39,13 @@ from fabric.messages import Placement, Request, TokensInput, Usage
 from fabric.sql import utc_now
 from fabric.sql.offload import Offload
 
-RETRY_AFTER_S = 1.0
-
 Foresee = Callable[[Request, Context], Placement | None]
 """Returns where a request would go now, ``None`` if it would wait; raises ``NoReplica``."""
 
 Also = Callable[[Ticket], None]
 """Runs on the database's thread."""
+
+NOTHING_USED = Usage()
 
 STALE_FACTOR = 5
 """How many times their lifetime facts may serve while newer ones are being read."""
@@ -53,13 +57,16 @@ logger = logging.getLogger(__name__)
 class Facts:
     """What the database says about one project's use of one model, at one moment.
 
-    ``rates`` has the enabled sites that have a price; ``sites`` all there are.
+    ``rates`` has the enabled sites that have a price; ``sites`` all that the caller may know of, by
+    the rules of ``rules_version``, and ``hidden`` the other sites and the digests of other models.
     """
 
     version: ModelVersion
     sites: tuple[str, ...]
     rates: Mapping[str, Rate]
     allocations: tuple[AllocationBalance, ...]
+    hidden: frozenset[str]
+    rules_version: int
     read_at: float
 
 
@@ -83,7 +90,8 @@ class Admission:
     """Checks requests and holds their largest charge.
 
     Prices and balances may be up to ``facts_ttl_s`` old when a request is admitted, because the
-    ledger itself decides the hold. No request is refused by anything but fresh ones.
+    ledger itself decides the hold. No request is refused by anything but fresh ones. Grants and
+    limits are never older than ``rules`` lets them be.
     """
 
     def __init__(
@@ -93,32 +101,53 @@ class Admission:
         catalog: Catalog,
         offload: Offload,
         settings: BrokerSettings,
+        rules: Rulebook,
         find_adapter: FindAdapter | None = None,
     ) -> None:
         self._ledger = ledger
         self._catalog = catalog
         self._offload = offload
         self._settings = settings
+        self._rules = rules
         self._find_adapter = find_adapter
-        self._num_in_flight: Counter[str] = Counter()
+        self._limiter = Limiter()
+        self._turns: dict[str, Turn] = {}
         self._facts: dict[tuple[str, str, str], Facts] = {}
         self._reading: dict[tuple[str, str, str], asyncio.Future[Facts]] = {}
 
-    def enter(self, identity: Identity) -> None:
-        """Count a request of this key. Nothing is awaited, so the limit cannot be overshot.
+    def enter(self, run_id: str, identity: Identity) -> None:
+        """Count a request. Nothing is awaited, so that no limit can be overshot; the caller has
+        just waited for the rules.
 
         Raises:
-            TooManyRequests: The key has as many in flight as it may have.
+            TooManyRequests: As many are in flight as may be.
+            RateLimited: The requests of a minute are used up.
         """
-        if self._num_in_flight[identity.key_id] >= identity.max_concurrent:
-            raise TooManyRequests(limit=identity.max_concurrent, retry_after_s=RETRY_AFTER_S)
-        self._num_in_flight[identity.key_id] += 1
+        limits = self._rules.known.limits_of(identity)
+        self._turns[run_id] = self._limiter.enter(identity, limits)
 
-    def leave(self, key_id: str) -> None:
-        """A request that was counted is over."""
-        self._num_in_flight[key_id] -= 1
-        if not self._num_in_flight[key_id]:
-            del self._num_in_flight[key_id]
+    def leave(self, run_id: str, usage: Usage = NOTHING_USED) -> None:
+        """A request that was counted is over, and has used so much."""
+        if (turn := self._turns.pop(run_id, None)) is not None:
+            self._limiter.leave(turn, usage.prompt_tokens + usage.output_tokens)
+
+    @contextmanager
+    def counted(self, identity: Identity) -> Iterator[None]:
+        """Count a part of a request as one in flight.
+
+        Raises:
+            TooManyRequests: As many are in flight as may be.
+        """
+        limits = self._rules.known.limits_of(identity)
+        turn = self._limiter.enter(identity, limits, num_requests=0)
+        try:
+            yield
+        finally:
+            self._limiter.leave(turn)
+
+    def standing(self, identity: Identity) -> list[Standing]:
+        """Return what is left of a caller's limits of requests and tokens."""
+        return self._limiter.standing(self._rules.known.limits_of(identity))
 
     async def admit(
         self,
@@ -142,8 +171,11 @@ class Admission:
 
         Raises:
             PermissionDenied: The caller has not the permission.
-            UnknownModel: The model is not in the catalog.
-            UnknownSite: A site is not in the catalog.
+            UnknownModel: The model is not in the catalog, or hidden from the caller.
+            UnknownSite: A site is not in the catalog, or hidden from the caller.
+            NotGranted: Nowhere may the caller use the private model, or the sites, so.
+            RateLimited: The tokens of a minute could be overdrawn.
+            RequestOverLimit: They could be by this request alone.
             NotFound: The project has no adapter of the name.
             AdapterInvalid: It was made for another version.
             ContextExceeded: Prompt and output cannot fit the context.
@@ -152,12 +184,16 @@ class Admission:
             NoReplica: None can serve it, and no wait could help.
         """
         _require(identity, scope, bounds)
+        permits = await self._rules.permits(identity)
         try:
-            facts = await self._recent(identity, request.model)
-            return await self._admit(identity, request, facts, foresee, also, bounds)
+            facts = await self._recent(permits, request.model)
+            return await self._admit(identity, permits, request, facts, foresee, also, bounds)
+        except (NotGranted, RateLimited, RequestOverLimit):
+            # Newer prices and balances would not help.
+            raise
         except FabricError:
-            facts = await self._read(identity, request.model)
-            return await self._admit(identity, request, facts, foresee, also, bounds)
+            facts = await self._read(permits, request.model)
+            return await self._admit(identity, permits, request, facts, foresee, also, bounds)
 
     async def prospect(
         self, identity: Identity, request: Request, bounds: ProgramBounds | None = None
@@ -165,21 +201,23 @@ class Admission:
         """Check a request and return what a choice for it rests on. Raises as ``admit`` does, but
         for the balance, which the choice weighs."""
         require(identity, "query" if bounds is None else "program:read")
-        facts = await self._read(identity, request.model)
-        context = self._check(request, facts, bounds).context
+        permits = await self._rules.permits(identity)
+        facts = await self._read(permits, request.model)
+        context = self._check(request, facts, permits, bounds).context
         await self._adapter_of(identity.project, request, facts.version.ref)
         return context
 
     async def _admit(
         self,
         identity: Identity,
+        permits: Permits,
         request: Request,
         facts: Facts,
         foresee: Foresee,
         also: Also | None,
         bounds: ProgramBounds | None,
     ) -> Ticket:
-        checked = self._check(request, facts, bounds)
+        checked = self._check(request, facts, permits, bounds)
         adapter = await self._adapter_of(identity.project, request, facts.version.ref)
         offers = checked.context.offers
         affordable = [
@@ -209,7 +247,11 @@ class Admission:
             prompt_tokens_bound=checked.prompt_tokens_bound,
             max_output_tokens=checked.max_output_tokens,
             bounds=bounds,
+            hidden=facts.hidden,
         )
+        num_tokens = checked.prompt_tokens_bound + request.sampling.n * checked.max_output_tokens
+        limits = self._rules.known.limits_of(identity)
+        self._limiter.reserve(self._turns[request.id], num_tokens, limits)
         await self._hold(ticket, also)
         return ticket
 
@@ -250,11 +292,10 @@ class Admission:
 
     # ---- checks ---------------------------------------------------------------------------------
 
-    def _check(self, request: Request, facts: Facts, bounds: ProgramBounds | None) -> _Checked:
-        for site in (*(request.sites or ()), *filter(None, [request.data_site])):
-            if site not in facts.sites:
-                raise UnknownSite(site=site, known=facts.sites)
-        version = facts.version
+    def _check(
+        self, request: Request, facts: Facts, permits: Permits, bounds: ProgramBounds | None
+    ) -> _Checked:
+        version, sites = facts.version, _permitted(request, facts, permits, bounds)
         if request.mode == "program" and bounds is None:
             reason = "programs have a route of their own, which checks and bounds them"
             raise RequestInvalid(param="mode", value=request.mode, reason=reason)
@@ -262,7 +303,7 @@ class Admission:
             prompt_tokens, output_tokens = _bounds(request, version.context_tokens)
         else:
             prompt_tokens, output_tokens = bounds.prompt_tokens, bounds.output_tokens
-        offers = self._offers(request, facts, prompt_tokens, output_tokens, bounds)
+        offers = self._offers(request, facts, sites, prompt_tokens, output_tokens, bounds)
         if version.digest is None:
             raise NoReplica(model=version.ref, reasons={})
         context = Context(
@@ -271,6 +312,7 @@ class Admission:
             offers=offers,
             remaining_s=request.deadline_s,
             settings=self._settings,
+            hidden=facts.hidden,
         )
         return _Checked(
             context=context,
@@ -282,6 +324,7 @@ class Admission:
         self,
         request: Request,
         facts: Facts,
+        asked: tuple[str, ...],
         prompt_tokens: int,
         output_tokens: int,
         bounds: ProgramBounds | None,
@@ -292,7 +335,7 @@ class Admission:
             NoReplica: It may run nowhere.
             RateMissing: At none of them is there a price.
         """
-        asked = allowed = facts.sites if request.sites is None else request.sites
+        allowed = asked
         if request.policy == "local-only":
             allowed = tuple(site for site in asked if site == request.data_site)
         if not allowed:
@@ -332,31 +375,36 @@ class Admission:
 
     # ---- facts ----------------------------------------------------------------------------------
 
-    async def _recent(self, identity: Identity, model: str) -> Facts:
+    async def _recent(self, permits: Permits, model: str) -> Facts:
         """Return facts read within ``facts_ttl_s``, or a little older while newer ones are read."""
-        key = (identity.project, identity.key_id, model)
+        key = (permits.project, permits.key_id, model)
         facts = self._facts.get(key)
+        if facts is not None and facts.rules_version != self._rules.known.version:
+            facts = None
         age_s = math.inf if facts is None else time.monotonic() - facts.read_at
         if facts is not None and age_s < self._settings.facts_ttl_s:
             return facts
         reading = self._reading.get(key)
         if reading is None:
-            reading = self._reading[key] = asyncio.ensure_future(self._read(identity, model))
+            reading = self._reading[key] = asyncio.ensure_future(self._read(permits, model))
             reading.add_done_callback(lambda _: self._reading.pop(key))
         if facts is not None and age_s < STALE_FACTOR * self._settings.facts_ttl_s:
             reading.add_done_callback(_heard)
             return facts
         return await asyncio.shield(reading)
 
-    async def _read(self, identity: Identity, model: str) -> Facts:
-        project, key_id = identity.project, identity.key_id
-        facts = await self._offload(self._query, project, key_id, model)
-        self._facts[project, key_id, model] = facts
+    async def _read(self, permits: Permits, model: str) -> Facts:
+        facts = await self._offload(self._query, permits, model, self._rules.known.version)
+        self._facts[permits.project, permits.key_id, model] = facts
         return facts
 
-    def _query(self, project: str, key_id: str, model: str) -> Facts:
-        version = self._catalog.resolve(model)
-        sites = [site for site in self._catalog.sites() if site.may_use(project, key_id)]
+    def _query(self, permits: Permits, model: str, rules_version: int) -> Facts:
+        seen = self._catalog.seen_by(permits)
+        version, everywhere = seen.resolve(model), self._catalog.sites()
+        sites = [site for site in everywhere if seen.shows(site)]
+        hidden = {site.name for site in everywhere} - {site.name for site in sites}
+        if permits.models:
+            hidden |= _digests(self._catalog.models()) - _digests(seen.models())
         rates = {}
         for site in sites:
             if site.state == "enabled":
@@ -365,12 +413,14 @@ class Admission:
                 except RateMissing:
                     continue
         now = utc_now()
-        allocations = self._ledger.allocations(project)
+        allocations = self._ledger.allocations(permits.project)
         return Facts(
             version=version,
             sites=tuple(site.name for site in sites),
             rates=rates,
             allocations=tuple(one for one in allocations if one.is_open(now)),
+            hidden=frozenset(hidden),
+            rules_version=rules_version,
             read_at=time.monotonic(),
         )
 
@@ -381,6 +431,45 @@ class _Hooks(TypedDict, total=False):
     hook_bytes_in: int
     hook_bytes_out: int
     device_s: float
+
+
+def _permitted(
+    request: Request, facts: Facts, permits: Permits, bounds: ProgramBounds | None
+) -> tuple[str, ...]:
+    """Return where a request may run: of the sites it asks for, those where it is allowed.
+
+    Raises:
+        UnknownModel: The model is hidden from the caller.
+        UnknownSite: A site that it names is hidden, or not there.
+        NotGranted: It is allowed at none of them.
+    """
+    name = facts.version.name
+    if not permits.sees_model(name):
+        raise UnknownModel(model=request.model, known=())
+    sites = [site for site in facts.sites if permits.sees_site(site)]
+    for site in (*(request.sites or ()), *filter(None, [request.data_site])):
+        if site not in sites:
+            raise UnknownSite(site=site, known=sites)
+    modes = get_modes(request, () if bounds is None else bounds.scopes)
+    asked = tuple(sites) if request.sites is None else request.sites
+    allowed = tuple(
+        site
+        for site in asked
+        if permits.decide(model=name, site=site, modes=modes, tier=request.tier) is Decision.ALLOWED
+    )
+    if asked and not allowed:
+        raise NotGranted(
+            project=permits.project,
+            model=name,
+            modes=sorted(modes),
+            tier=request.tier,
+            sites=request.sites or (),
+        )
+    return allowed
+
+
+def _digests(versions: Iterable[ModelVersion]) -> set[str]:
+    return {version.digest for version in versions if version.digest is not None}
 
 
 def _require(identity: Identity, scope: str, bounds: ProgramBounds | None) -> None:

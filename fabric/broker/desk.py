@@ -27,13 +27,10 @@ class ProgramDesk:
         """Count a program that is being checked as one in flight.
 
         Raises:
-            TooManyRequests: The key has as many in flight as it may have.
+            TooManyRequests: As many are in flight as may be.
         """
-        self._admission.enter(identity)
-        try:
+        with self._admission.counted(identity):
             yield
-        finally:
-            self._admission.leave(identity.key_id)
 
     def points(self, digest: str, sites: Collection[str]) -> PointManifest | None:
         """Return where programs may read and write in a version, if an instance of it is there.

@@ -102,7 +102,7 @@ class Context:
     """What ``select`` must know besides the request and the replicas.
 
     ``held_usu`` is what the request already holds of ``held_allocation``; ``tried`` are instances
-    that failed it before.
+    that failed it before. ``hidden`` are sites and digests of which the caller is told nothing.
     """
 
     model: str
@@ -113,3 +113,8 @@ class Context:
     held_allocation: str | None = None
     held_usu: int = 0
     tried: frozenset[str] = frozenset()
+    hidden: frozenset[str] = frozenset()
+
+    def tells(self, replica: ReplicaSnapshot) -> bool:
+        """Return whether the caller may know of a replica."""
+        return replica.site not in self.hidden and replica.digest not in self.hidden

@@ -11,10 +11,11 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import cast
 
-from fabric.auth import Identity, TicketRecord
+from fabric.auth import Identity, Rulebook, TicketRecord
 from fabric.broker.admit import Admission, FindAdapter
 from fabric.broker.conclude import Also, Conclusion, End
 from fabric.broker.desk import ArrivalDesk, ProgramDesk
+from fabric.broker.limits import Standing
 from fabric.broker.metering import Metering
 from fabric.broker.observe import Observer, Silent
 from fabric.broker.programs import ProgramBounds
@@ -86,6 +87,7 @@ class Broker:
         settings: Limits and weights.
         observer: Hears of every run.
         find_adapter: Finds the adapters that requests name; without it there are none.
+        rules: Grants and limits; by default it reads them for itself.
     """
 
     def __init__(
@@ -97,16 +99,19 @@ class Broker:
         settings: BrokerSettings | None = None,
         observer: Observer | None = None,
         find_adapter: FindAdapter | None = None,
+        rules: Rulebook | None = None,
     ) -> None:
         self._settings = settings or BrokerSettings()
         self._ledger = ledger
         self._offload = offload
         self._observer: Observer = observer or Silent()
+        self.rules = rules or Rulebook(offload)
         self._admission = Admission(
             ledger=ledger,
             catalog=catalog,
             offload=offload,
             settings=self._settings,
+            rules=self.rules,
             find_adapter=find_adapter,
         )
         self._conclusion = Conclusion(ledger=ledger, catalog=catalog, offload=offload)
@@ -204,9 +209,12 @@ class Broker:
             bounds: Of a program, what it may take.
 
         Raises:
-            TooManyRequests: The key has as many requests in flight as it may have.
+            TooManyRequests: As many requests are in flight as may be.
+            RateLimited: The requests or the tokens of a minute are used up.
+            RequestOverLimit: It may take more tokens than there are in a minute.
             Duplicate: A request of this id is running.
             PermissionDenied: The key may not query.
+            NotGranted: The caller may not use the model, or the sites, so.
             UnknownModel: The model is not in the catalog.
             UnknownSite: A site is not in the catalog.
             ContextExceeded: A token prompt and its output do not fit the context.
@@ -215,10 +223,11 @@ class Broker:
             NoReplica: None can serve it, and no wait could help.
         """
         started_at = time.monotonic()
+        await self.rules.current()
         self._check_open(request)
         if self._is_known(request.id):
             raise Duplicate(kind="run", name=request.id)
-        self._admission.enter(identity)
+        self._admission.enter(request.id, identity)
         self._admitting.add(request.id)
         try:
             scope = "query" if bounds is None else "program:read"
@@ -227,7 +236,7 @@ class Broker:
             )
             self._check_open(request)
         except BaseException:
-            self._admission.leave(identity.key_id)
+            self._admission.leave(request.id)
             raise
         finally:
             self._admitting.discard(request.id)
@@ -270,6 +279,10 @@ class Broker:
         replicas = self._state.fleet.snapshots(time.monotonic())
         return select(request, replicas, context, whole=True)
 
+    def standing(self, identity: Identity) -> list[Standing]:
+        """Return what is left of a caller's limits of requests and tokens."""
+        return self._admission.standing(identity)
+
     def _is_known(self, run_id: str) -> bool:
         return run_id in self._runs or run_id in self._admitting or run_id in self._metering
 
@@ -300,6 +313,7 @@ class Broker:
             TicketSpent: The ticket's calls would cost more than they may.
             FabricError: As ``submit`` does.
         """
+        await self.rules.current()
         if self._closing:
             raise NoReplica(model=request.model, reasons={"hub": "it is shutting down"})
         if self._is_known(request.id):
@@ -374,7 +388,7 @@ class Broker:
         else:
             self._conclusion.begin(instruction)
         outcome = instruction.outcome
-        self._admission.leave(outcome.ticket.key_id)
+        self._admission.leave(instruction.run_id, outcome.usage)
         self._observer.run_ended(
             outcome.ticket.name,
             outcome.state,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from fabric.auth import TicketRecord
-from fabric.broker.admit import Admission, Foresee
+from fabric.broker.admit import NOTHING_USED, Admission, Foresee
 from fabric.broker.conclude import Conclusion
 from fabric.broker.observe import Observer
 from fabric.broker.programs import ProgramBounds
@@ -44,11 +44,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Live:
-    """A call whose books are open; ``key_id`` is counted as long as this hub knows it."""
+    """A call whose books are open."""
 
     instance: str
     due_s: float
-    key_id: str | None
 
 
 class Metering:
@@ -79,7 +78,7 @@ class Metering:
         now, now_s = utc_now(), time.monotonic()
         for one in await self._offload(self._catalog.open_redemptions):
             due_s = now_s + (one.due_at - now).total_seconds()
-            self._live[one.run] = _Live(instance=one.instance, due_s=due_s, key_id=None)
+            self._live[one.run] = _Live(instance=one.instance, due_s=due_s)
         await self.release()
 
     def __contains__(self, run_id: object) -> bool:
@@ -142,10 +141,8 @@ class Metering:
                 )
             )
 
-        self._admission.enter(identity)
-        self._live[request.id] = _Live(
-            instance=instance, due_s=time.monotonic() + due_s, key_id=identity.key_id
-        )
+        self._admission.enter(request.id, identity)
+        self._live[request.id] = _Live(instance=instance, due_s=time.monotonic() + due_s)
         try:
             admitted = await self._admission.admit(
                 identity,
@@ -180,7 +177,7 @@ class Metering:
         outcome = await self._offload(self._write, instance, metered)
         if outcome is None:
             return
-        self._forget(metered.task_id)
+        self._forget(metered.task_id, outcome.usage)
         self._observe(outcome)
 
     def held_for(self, instances: Collection[str]) -> list[str]:
@@ -203,10 +200,9 @@ class Metering:
         for run in released:
             self._forget(run)
 
-    def _forget(self, run: str) -> None:
-        live = self._live.pop(run, None)
-        if live is not None and live.key_id is not None:
-            self._admission.leave(live.key_id)
+    def _forget(self, run: str, usage: Usage = NOTHING_USED) -> None:
+        if self._live.pop(run, None) is not None:
+            self._admission.leave(run, usage)
 
     def _observe(self, outcome: Outcome) -> None:
         if outcome.first_token_s is not None:

@@ -128,8 +128,9 @@ class _Table:
         self._ranking = ranking
 
     def whole(self) -> Iterator[Candidate]:
-        """A line for each replica."""
-        return (self._line(row) for row in range(len(self._pool)))
+        """A line for each replica that the caller may know of."""
+        rows = range(len(self._pool))
+        return (self._line(row) for row in rows if self._context.tells(self._pool.snapshots[row]))
 
     def short(self, chosen: int) -> Iterator[Candidate]:
         """The chosen replica, the best of the best other sites, and a line for each reason that
@@ -138,6 +139,8 @@ class _Table:
         bests, away = {}, Counter[tuple[str, str | None]]()
         first: dict[tuple[str, str | None], int] = {}
         for site, group in pool.groups[self._context.digest].items():
+            if site in self._context.hidden:
+                continue
             rows = pool.rows(group)
             blocked = pool.column("blocked_s")[rows] > 0 if pool.has_blocked else rows < 0
             for row in rows[blocked].tolist():

@@ -46,6 +46,7 @@ class Ticket:
         prompt_tokens_bound: At least as many tokens as the prompt has.
         max_output_tokens: The most tokens of one choice, or of all runs of a program.
         bounds: What a program may take.
+        hidden: Sites and digests of which the caller is told nothing.
     """
 
     request: Request
@@ -62,6 +63,7 @@ class Ticket:
     max_output_tokens: int
     adapter: str | None = None
     bounds: ProgramBounds | None = None
+    hidden: frozenset[str] = frozenset()
 
     @property
     def program(self) -> str | None:

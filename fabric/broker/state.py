@@ -296,6 +296,7 @@ class BrokerState:
             held_allocation=run.held_allocation,
             held_usu=run.held_usu,
             tried=frozenset(run.tried),
+            hidden=run.ticket.hidden,
         )
 
     # ---- attempts -------------------------------------------------------------------------------

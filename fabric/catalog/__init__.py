@@ -13,9 +13,11 @@ from fabric.catalog.records import (
     UsageSum,
     Visibility,
 )
+from fabric.catalog.view import CatalogView, Viewer
 
 __all__ = [
     "Catalog",
+    "CatalogView",
     "FunctionRecord",
     "LaunchRecord",
     "ModelVersion",
@@ -25,5 +27,6 @@ __all__ = [
     "SiteRecord",
     "SiteState",
     "UsageSum",
+    "Viewer",
     "Visibility",
 ]

@@ -18,6 +18,7 @@ from fabric.catalog.records import (
     UsageSum,
     Visibility,
 )
+from fabric.catalog.view import CatalogView, Viewer
 from fabric.messages import InstanceState
 from fabric.sql import Database, utc_now
 
@@ -38,6 +39,10 @@ class Catalog:
     def __init__(self, database: Database, *, clock: Callable[[], datetime] = utc_now) -> None:
         self._database = database
         self._clock = clock
+
+    def seen_by(self, viewer: Viewer) -> CatalogView:
+        """Return the catalog as a caller sees it."""
+        return CatalogView(self, viewer)
 
     # Sites
 

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from fabric.adapters import Adapters
 from fabric.artifacts import Artifacts
-from fabric.auth import Authenticator, GlobusTokens, Groups, Keys
+from fabric.auth import Authenticator, GlobusTokens, Groups, Keys, Rulebook
 from fabric.batches import Batches
 from fabric.broker import Broker, BrokerSettings
 from fabric.catalog import Catalog
@@ -63,7 +63,8 @@ async def open_hub(settings: Settings) -> AsyncIterator[FastAPI]:
         if tokens is None:
             _refuse_open_door(hub, keys)
         catalog, ledger, offload = Catalog(database), Ledger(database), Offload(database)
-        authenticator = Authenticator(keys, offload, tokens)
+        rules = Rulebook(offload)
+        authenticator = Authenticator(keys, offload, tokens, rules=rules)
         metrics, outreach = Metrics(), get_outreach(settings)
         adapters = Adapters(database, StateDir(settings.state_dir).adapters_dir)
         adapters.prepare()
@@ -74,6 +75,7 @@ async def open_hub(settings: Settings) -> AsyncIterator[FastAPI]:
             settings=get_broker_settings(hub),
             observer=metrics,
             find_adapter=adapters.find,
+            rules=rules,
         )
         batches = Batches(
             database=database,

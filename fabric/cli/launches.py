@@ -15,7 +15,14 @@ from pydantic import ValidationError
 
 from fabric.cli import launching
 from fabric.cli.output import Column
-from fabric.config import ComputeExecutor, StateDir, find_site, load_settings, load_site
+from fabric.config import (
+    ComputeExecutor,
+    SiteSpec,
+    StateDir,
+    find_site,
+    load_settings,
+    load_site,
+)
 from fabric.errors import BlockFailed, LaunchImpossible, UnknownModel
 from fabric.launch.jobs import (
     JobRecord,
@@ -110,6 +117,7 @@ def prepared(
         FabricError: The machine's endpoint cannot be reached.
     """
     site, where = load_site(find_site(order.machine)), root()
+    order = _as_at_site(order, site)
     get_scheduler(site)
     way = via or ("endpoint" if isinstance(site.executor, ComputeExecutor) else "login")
     login = get_login(site, way, where)
@@ -122,6 +130,7 @@ def prepared(
             queue=plan.queue,
             hub_url=fabric.base_url,
             via=way,
+            ranks=plan.division.ranks,
             module=module,
             created_at=datetime.now(UTC),
         )
@@ -129,6 +138,15 @@ def prepared(
         yield Prepared(plan=plan, means=means, record=record, login=login)
     finally:
         login.close()
+
+
+def _as_at_site(order: Order, site: SiteSpec) -> Order:
+    """Return an order with the options of the machine's file where it says nothing itself."""
+    for model in site.models:
+        if order.model == f"{model.name}@{model.revision}":
+            asked = {name: getattr(order.options, name) for name in order.options.model_fields_set}
+            return order.model_copy(update={"options": model.options.model_copy(update=asked)})
+    return order
 
 
 def submit(folder: LaunchFolder) -> None:

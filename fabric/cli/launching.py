@@ -60,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
     """Watch the launch in a folder; return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("fabric").setLevel(logging.INFO)
+    # It warns that a job of several nodes starts on its first, which is what is meant.
+    logging.getLogger("parsl.launchers").setLevel(logging.ERROR)
     folder = LaunchFolder(Path(argv[0]))
     record = folder.launch()
     if record is None:

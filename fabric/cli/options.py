@@ -18,6 +18,8 @@ from fabric.cli.output import Output
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
+_TELLTALES = ("uvicorn.error", "websockets")
+"""Loggers that write down whole frames if they may: prompts, answers and tokens."""
 
 
 def output_options(function: Command) -> Command:
@@ -140,3 +142,5 @@ def _configure_logging(ctx: click.Context, param: click.Parameter, value: int) -
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    for name in _TELLTALES:
+        logging.getLogger(name).setLevel(logging.INFO)

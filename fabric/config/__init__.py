@@ -5,6 +5,7 @@ user's file, environment variables, flags. ``fabric config show`` prints every v
 """
 
 from fabric.config.endpoint import ACCOUNT, EndpointSpec, MultiUser
+from fabric.config.job import JobEnvironment, load_job
 from fabric.config.settings import (
     ClientSettings,
     HubSettings,
@@ -37,7 +38,16 @@ from fabric.config.stores import (
     load_store,
     save_store,
 )
-from fabric.config.system import BalanceConfig, Bin, Charge, Network, NodeKind, Queue, System
+from fabric.config.system import (
+    BalanceConfig,
+    Bin,
+    Charge,
+    Network,
+    NodeKind,
+    Queue,
+    Storage,
+    System,
+)
 from fabric.config.worker import WorkerEnvironment, load_worker
 
 __all__ = [
@@ -52,6 +62,7 @@ __all__ = [
     "Federation",
     "FileStore",
     "HubSettings",
+    "JobEnvironment",
     "LocalExecutor",
     "MultiUser",
     "Network",
@@ -66,6 +77,7 @@ __all__ = [
     "SiteModel",
     "SiteSpec",
     "StateDir",
+    "Storage",
     "StoreConfig",
     "System",
     "WorkerEnvironment",
@@ -73,6 +85,7 @@ __all__ = [
     "get_site_files",
     "globus_scope_of",
     "inspect_site",
+    "load_job",
     "load_settings",
     "load_site",
     "load_store",

@@ -18,6 +18,7 @@ _Proxy = Annotated[str, Field(pattern=r"^(https?|socks5?)://[A-Za-z0-9.-]+:\d{1,
 _Path = Annotated[str, Field(pattern=r"^/[A-Za-z0-9_./-]*$", max_length=300)]
 _Count = Annotated[int, Field(ge=1)]
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Frozen(BaseModel):
@@ -158,11 +159,34 @@ class Network(_Frozen):
         return self
 
 
+class Storage(_Frozen):
+    """What a node reads weights from: the file system that all share, and a disk of its own.
+
+    Rates are in GB/s as one node has them. ``local_dir`` is a directory on the node's own disk,
+    which has ``local_gb``; without it nothing is copied there.
+    """
+
+    shared_read_gb_s: _Rate | None = None
+    local_read_gb_s: _Rate | None = None
+    local_write_gb_s: _Rate | None = None
+    local_dir: _Path | None = None
+    local_gb: _Amount | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        rated = self.shared_read_gb_s and self.local_read_gb_s and self.local_write_gb_s
+        if self.local_dir is not None and not rated:
+            reason = "local_dir is used where it pays: say how fast both are, in GB/s"
+            raise unfit("shared_read_gb_s", reason)
+        return self
+
+
 class System(_Frozen):
     """A machine of a centre.
 
     ``checked`` is the month in which ``sources`` were read. ``modules`` are the lines that make the
     machine's software available, ``containers`` the runtime that starts images on its nodes.
+    ``node_command`` starts a process on a further node of a job: by default srun or pbsdsh.
     """
 
     center: _Line
@@ -174,6 +198,8 @@ class System(_Frozen):
     network: Network = Network()
     file_systems: tuple[Name, ...] = ()
     model_weights: _Path | None = None
+    storage: Storage = Storage()
+    node_command: Literal["srun", "pbsdsh", "ssh"] | None = None
     modules: tuple[_Line, ...] = ()
     containers: Literal["apptainer", "singularity", "podman"] | None = None
     maintenance: _Line | None = None

@@ -185,25 +185,36 @@ class StepAttention:
         v_nKD: Tensor,
         scoring: Scoring,
     ) -> Tensor:
-        if span.table is None:
+        if self._native is not None and self._native.attends_chunks(q_nHD):
+            keys, values = self._cache.layer(layer)
+            return self._native.attend_chunk(
+                q_nHD,
+                keys,
+                values,
+                span.table,
+                span.start,
+                scale=scoring.scale,
+                window=scoring.window,
+                cap=scoring.cap,
+            )
+        if not span.start:
             return attend_causally(q_nHD, k_nKD, v_nKD, scoring)
-        k_1MKD, v_1MKD = self._cache.read(layer, span.table)
+        k_1MKD, v_1MKD = self._cache.read(layer, span.table[None])
         visible = span.visible_nM(scoring.window)
         return _attend_dense(q_nHD, k_1MKD[0], v_1MKD[0], visible, scoring)
 
 
 class _Span:
-    """A chunk of several tokens at ``begin:end`` of the ragged row; ``table`` if it has a past."""
+    """A chunk of several tokens at ``begin:end`` of the ragged row, and its row's blocks."""
 
     def __init__(self, chunk: Chunk, begin: int, end: int, device: torch.device) -> None:
         self.begin, self.end = begin, end
-        self.table: Tensor | None = None
-        if chunk.start:
-            length = chunk.start + len(chunk.tokens)
-            self._num_slots = _num_blocks(length) * BLOCK_TOKENS
-            self.table = torch.tensor([_table(chunk, _num_blocks(length))], device=device)
-            self._at_n = torch.arange(chunk.start, length, device=device)
-            self._visible: dict[int, Tensor] = {}
+        self.start = chunk.start
+        length = chunk.start + len(chunk.tokens)
+        self._num_slots = _num_blocks(length) * BLOCK_TOKENS
+        self.table = torch.tensor(_table(chunk, _num_blocks(length)), device=device)
+        self._at_n = torch.arange(chunk.start, length, device=device)
+        self._visible: dict[int, Tensor] = {}
 
     def visible_nM(self, window: int) -> Tensor:
         """Return which of the row's slots each token sees."""

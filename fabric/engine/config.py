@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_type_hints
 
 from fabric.errors import SettingInvalid
+from fabric.messages import EngineOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +22,9 @@ class EngineConfig:
         max_rows: The most choices that run at once.
         step_tokens: The most tokens in one step: a decoding row takes one, prefill the rest. More
             means a faster prefill and longer pauses for the rows that decode meanwhile.
-        slowdown: How many times longer than decoding alone a step with prefill may take; prefill
-            takes what room that leaves, but always a little.
+        slowdown: How many times longer than decoding alone a step with prefill may take for one of
+            many rows; twice as long where as many rows wait as decode. Prefill takes what room that
+            leaves, but always a little.
         context_tokens: The longest row; ``None``: as long as the model allows.
         batch_invariant: Whether an answer's bits may depend on nothing but the request: not on the
             batch, the cached part of its prompt, or how its prompt was cut. Long prompts take
@@ -36,6 +38,7 @@ class EngineConfig:
         partitioner: What divides matrices: torch's collectives, or DeepSpeed's AutoTP.
         rendezvous: ``HOST:PORT`` by which ranks on other nodes reach this one; ``None``: all ranks
             are here.
+        rendezvous_fd: An inherited socket that is bound there already.
         local_ranks: Ranks on this node; ``None``: all.
         rank_timeout_s: How long a rank may be silent before it counts as lost.
         offload: Where weights are that do not fit: ``disk`` leaves the layers' matrices in the
@@ -63,9 +66,20 @@ class EngineConfig:
     stage_layers: tuple[int, ...] | None = None
     partitioner: Literal["torch", "deepspeed"] = "torch"
     rendezvous: str | None = None
+    rendezvous_fd: int | None = None
     local_ranks: int | None = None
     rank_timeout_s: float = 60.0
     offload: Literal["none", "host", "disk"] = "none"
+
+    @staticmethod
+    def of(options: EngineOptions) -> EngineConfig:
+        """Return what a launch's options ask for.
+
+        Raises:
+            SettingInvalid: A number is out of range.
+        """
+        sizes = options.model_dump(exclude_none=True, exclude={"backend", "vllm"})
+        return replace(EngineConfig(), **sizes)
 
     @property
     def num_ranks(self) -> int:

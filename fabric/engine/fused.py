@@ -62,7 +62,7 @@ class Gate(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation of ``x`` [..., K], in its shape and dtype."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        rows = x.reshape(-1, x.shape[-1])
         return self._native.gate(rows, self._a, self._b).view(x.shape)
 
 

@@ -80,17 +80,11 @@ PACK(bf16, bf16, 2)
 PACK(float, f32, 1)
 PACK(int8_t, i8, 2)
 
-static inline __attribute__((always_inline)) void tile_bf16(
-    const int rows, const bf16 *x, long x_stride, const bf16 *panel, long K, const float *scale,
-    const float *bias, bf16 *y, long y_stride, long outputs) {
-    (void)scale;
 #ifdef __AVX512BF16__
-    __m512 low[TILE], high[TILE];
-#pragma GCC unroll 12
-    for (int m = 0; m < rows; m++) {
-        low[m] = _mm512_loadu_ps(bias);
-        high[m] = _mm512_loadu_ps(bias + 16);
-    }
+/* Add x [rows, K] times a panel to what low and high hold of its outputs. */
+static inline __attribute__((always_inline)) void add_bf16(
+    const int rows, const bf16 *x, long x_stride, const bf16 *panel, long K, __m512 *low,
+    __m512 *high) {
     for (long pair = 0; pair < K / 2; pair++) {
         __m512bh w_low = (__m512bh)_mm512_loadu_si512(panel + pair * 2 * PANEL);
         __m512bh w_high = (__m512bh)_mm512_loadu_si512(panel + pair * 2 * PANEL + PANEL);
@@ -106,6 +100,21 @@ static inline __attribute__((always_inline)) void tile_bf16(
             high[m] = _mm512_dpbf16_ps(high[m], both, w_high);
         }
     }
+}
+#endif
+
+static inline __attribute__((always_inline)) void tile_bf16(
+    const int rows, const bf16 *x, long x_stride, const bf16 *panel, long K, const float *scale,
+    const float *bias, bf16 *y, long y_stride, long outputs) {
+    (void)scale;
+#ifdef __AVX512BF16__
+    __m512 low[TILE], high[TILE];
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++) {
+        low[m] = _mm512_loadu_ps(bias);
+        high[m] = _mm512_loadu_ps(bias + 16);
+    }
+    add_bf16(rows, x, x_stride, panel, K, low, high);
     uint32_t mask = outputs >= PANEL ? 0xffffffffu : (1u << outputs) - 1;
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
@@ -226,6 +235,269 @@ LINEAR(bf16, bf16, bf16, widen)
 LINEAR(float, float, f32, same)
 LINEAR(bf16, int8_t, i8, widen)
 
+/* ---- attention of a chunk ----------------------------------------------------------------------
+ *
+ * Both of its products are linear layers' with bfloat16 weights: a head's keys and values are packed
+ * like these, once for all the chunk's queries. A query's sums run over its keys in order, whatever
+ * queries are computed beside it. */
+
+#ifdef __AVX512BF16__
+static inline __attribute__((always_inline)) void wide_tile(
+    const int rows, const bf16 *x, long x_stride, const bf16 *panel, long K, float *y,
+    long y_stride) {
+    __m512 low[TILE], high[TILE];
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++) low[m] = high[m] = _mm512_setzero_ps();
+    add_bf16(rows, x, x_stride, panel, K, low, high);
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++) {
+        _mm512_storeu_ps(y + m * y_stride, low[m]);
+        _mm512_storeu_ps(y + m * y_stride + 16, high[m]);
+    }
+}
+
+/* y [rows, PANEL] in float32 = x [rows, K] times a panel; at most TILE rows. */
+static void multiply_wide(long rows, const bf16 *x, long x_stride, const bf16 *panel, long K,
+                          float *y, long y_stride) {
+#define WIDE(rows)                                                                                 \
+    case rows:                                                                                     \
+        wide_tile(rows, x, x_stride, panel, K, y, y_stride);                                       \
+        break;
+    switch (rows) {
+        WIDE(1) WIDE(2) WIDE(3) WIDE(4) WIDE(5) WIDE(6)
+        WIDE(7) WIDE(8) WIDE(9) WIDE(10) WIDE(11) WIDE(12)
+    }
+}
+
+/* Lay 32 tokens of one head out: keys [D / 2, token, 2], values [panel of 32, token / 2, 32, 2].
+ * Tokens from `end` on are zero; `num` tokens lie in a panel of values. */
+static void pack_tokens(const bf16 *keys, const bf16 *values, long k_stride, long v_stride,
+                        const int64_t *table, long from, long end, long num, long D,
+                        long value_size, bf16 *to_keys, bf16 *to_values) {
+    const bf16 *key[PANEL], *value[PANEL];
+    for (long n = 0; n < PANEL; n++) {
+        long t = from + n;
+        long slot = t < end ? table[t / BLOCK_TOKENS] * BLOCK_TOKENS + t % BLOCK_TOKENS : 0;
+        key[n] = t < end ? keys + slot * k_stride : 0;
+        value[n] = t < end ? values + slot * v_stride : 0;
+    }
+    for (long n = 0; n < PANEL; n++)
+        for (long d = 0; d < D; d += 2) {
+            to_keys[d * PANEL + 2 * n] = key[n] ? key[n][d] : 0;
+            to_keys[d * PANEL + 2 * n + 1] = key[n] ? key[n][d + 1] : 0;
+        }
+    for (long n = 0; n < PANEL; n++)
+        for (long panel = 0; panel * PANEL < value_size; panel++) {
+            long width = value_size - panel * PANEL < PANEL ? value_size - panel * PANEL : PANEL;
+            bf16 *to = to_values + (panel * num + n / 2 * 2) * PANEL + n % 2;
+            for (long d = 0; d < PANEL; d++)
+                to[2 * d] = value[n] && d < width ? value[n][panel * PANEL + d] : 0;
+        }
+}
+
+/* Turn a query's scores of `num` keys, of which it sees those of [begin, end), into weights;
+ * return their sum. */
+static float weigh(float *scores, long begin, long end, long num, float scale, float cap,
+                   bf16 *weights) {
+    float most = -INFINITY, total = 0;
+    if (cap > 0) {
+        for (long t = begin; t < end; t++) scores[t] = cap * tanhf(scores[t] * scale / cap);
+        scale = 1;
+    }
+    _Pragma("omp simd reduction(max : most)") for (long t = begin; t < end; t++) most =
+        scores[t] * scale > most ? scores[t] * scale : most;
+    _Pragma("omp simd reduction(+ : total)") for (long t = begin; t < end; t++) {
+        float weight = exp_negative(scores[t] * scale - most);
+        weights[t] = narrow(weight);
+        total += weight;
+    }
+    memset(weights, 0, sizeof(bf16) * (size_t)begin);
+    memset(weights + end, 0, sizeof(bf16) * (size_t)(num - end));
+    return total;
+}
+#endif
+
+/* The attention of n consecutive tokens of one row to its paged past and to themselves; their keys
+ * are already in the pool. q [n, H, D] in any strides, D even; out is [n, H, value_size]. */
+int attend_chunk(const bf16 *q, long q_row, long q_head, const bf16 *keys, const bf16 *values,
+                 const int64_t *table, long start, long n, long H, long heads, long D,
+                 long value_size, float scale, long window, float cap, bf16 *out) {
+    int failed = 0;
+#ifdef __AVX512BF16__
+    long end = start + n, first = window && window <= start ? start + 1 - window : 0;
+    first -= first % PANEL;
+    long num_panels = (end - first + PANEL - 1) / PANEL, num = num_panels * PANEL;
+    long value_panels = (value_size + PANEL - 1) / PANEL;
+    long keys_size = num * D, head_size = keys_size + value_panels * PANEL * num;
+    bf16 *packed = malloc(sizeof(bf16) * (size_t)(heads * head_size));
+    if (!packed) return 1;
+    _Pragma("omp parallel") {
+        _Pragma("omp for collapse(2)") for (long head = 0; head < heads; head++) for (
+            long panel = 0; panel < num_panels; panel++) {
+            bf16 *to = packed + head * head_size;
+            pack_tokens(keys + head * D, values + head * value_size, heads * D, heads * value_size,
+                        table, first + panel * PANEL, end, num, D, value_size,
+                        to + panel * PANEL * D, to + keys_size + panel * PANEL * PANEL);
+        }
+        /* Later queries see more keys: they go first, so that the threads end together. */
+        long num_tiles = (n + TILE - 1) / TILE;
+        _Pragma("omp for collapse(2) schedule(dynamic)") for (long tile = num_tiles - 1; tile >= 0;
+                                                              tile--) for (long h = 0; h < H; h++) {
+            long from = n * tile / num_tiles, rows = n * (tile + 1) / num_tiles - from;
+            long seen = start + from + 1, begin = window && window < seen ? seen - window : 0;
+            long skipped = begin > first ? (begin - first) / PANEL : 0, origin = skipped * PANEL;
+            long width = (start + from + rows - first + PANEL - 1) / PANEL * PANEL - origin;
+            float *scores = malloc((size_t)rows * ((size_t)width * 6 + PANEL * 4));
+            if (!scores) {
+                _Pragma("omp atomic write") failed = 1;
+                continue;
+            }
+            float *sums = scores + rows * width, totals[TILE];
+            bf16 *weights = (bf16 *)(sums + rows * PANEL);
+            const bf16 *of_head = packed + h / (H / heads) * head_size;
+            const bf16 *query = q + from * q_row + h * q_head;
+            for (long t = 0; t < width; t += PANEL)
+                multiply_wide(rows, query, q_row, of_head + (origin + t) * D, D, scores + t, width);
+            for (long m = 0; m < rows; m++) {
+                long stop = seen + m, sees = window && window < stop ? stop - window : 0;
+                totals[m] = weigh(scores + m * width, sees > first + origin ? sees - first - origin : 0,
+                                  stop - first - origin, width, scale, cap, weights + m * width);
+            }
+            for (long panel = 0; panel < value_panels; panel++) {
+                multiply_wide(rows, weights, width,
+                              of_head + keys_size + (panel * num + origin) * PANEL, width, sums,
+                              PANEL);
+                for (long m = 0; m < rows; m++) {
+                    bf16 *to = out + ((from + m) * H + h) * value_size + panel * PANEL;
+                    for (long d = 0; d < PANEL && d < value_size - panel * PANEL; d++)
+                        to[d] = narrow(sums[m * PANEL + d] / totals[m]);
+                }
+            }
+            free(scores);
+        }
+    }
+    free(packed);
+#endif
+    return failed;
+}
+
+/* ---- attention of single tokens, in bfloat16 ------------------------------------------------- */
+
+#ifdef __AVX512BF16__
+/* The sum of each of 16 vectors' lanes. */
+static inline __m512 sums_of_16(const __m512 *v) {
+    __m512 pairs[8], fours[4], halves[2];
+    for (int i = 0; i < 8; i++)
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                                 _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
+                                  _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+}
+
+/* Weighted sums of 64 numbers of each token's value, for `rows` queries. */
+static inline __attribute__((always_inline)) void sum_values(
+    const int rows, const bf16 *values, long stride, const int64_t *table, long begin, long end,
+    const float *weights, long num, bf16 *out, long out_stride) {
+    __m512 sums[4][4];
+#pragma GCC unroll 4
+    for (int g = 0; g < rows; g++)
+        for (int i = 0; i < 4; i++) sums[g][i] = _mm512_setzero_ps();
+    for (long t = begin; t < end; t++) {
+        long slot = table[t / BLOCK_TOKENS] * BLOCK_TOKENS + t % BLOCK_TOKENS;
+        const bf16 *value = values + slot * stride;
+        __m512 wide[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            wide[i] = _mm512_castsi512_ps(_mm512_slli_epi32(
+                _mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)(value + 16 * i))), 16));
+#pragma GCC unroll 4
+        for (int g = 0; g < rows; g++) {
+            __m512 weight = _mm512_set1_ps(weights[g * num + t - begin]);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) sums[g][i] = _mm512_fmadd_ps(weight, wide[i], sums[g][i]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < rows; g++) {
+        _mm512_storeu_si512(out + g * out_stride,
+                            (__m512i)_mm512_cvtne2ps_pbh(sums[g][1], sums[g][0]));
+        _mm512_storeu_si512(out + g * out_stride + 32,
+                            (__m512i)_mm512_cvtne2ps_pbh(sums[g][3], sums[g][2]));
+    }
+}
+#endif
+
+/* One key-value head of one row, 16 keys at once; return 0 where sizes do not fit. `scores` has
+ * room for G rows of end - begin numbers and 32 more each. */
+static inline int attend_wide_bf16(long D, long value_size, long G, const bf16 *q, long q_head,
+                                   const bf16 *keys, const bf16 *values, long heads,
+                                   const int64_t *table, long begin, long end, float scale,
+                                   float cap, float *scores, bf16 *out) {
+#ifdef __AVX512BF16__
+    if (D % 32 || D > 256 || value_size % 64) return 0;
+    long first = begin / BLOCK_TOKENS * BLOCK_TOKENS;
+    long num = (end - first + BLOCK_TOKENS - 1) / BLOCK_TOKENS * BLOCK_TOKENS;
+    for (long t = 0; t < num; t += BLOCK_TOKENS) {
+        const bf16 *block = keys + table[(first + t) / BLOCK_TOKENS] * BLOCK_TOKENS * heads * D;
+        /* What comes next must be on its way: the next block's keys, and this one's values. */
+        long at = (first + t) / BLOCK_TOKENS, next = t + BLOCK_TOKENS < num ? table[at + 1] : table[at];
+        for (int i = 0; i < BLOCK_TOKENS; i++) {
+            for (long d = 0; d < D; d += 32)
+                _mm_prefetch(keys + (next * BLOCK_TOKENS + i) * heads * D + d, _MM_HINT_T0);
+            for (long d = 0; d < value_size; d += 32)
+                _mm_prefetch(values + (table[at] * BLOCK_TOKENS + i) * heads * value_size + d,
+                             _MM_HINT_T1);
+        }
+        for (long g = 0; g < G; g++) {
+            __m512 dots[BLOCK_TOKENS];
+            for (int i = 0; i < BLOCK_TOKENS; i++) dots[i] = _mm512_setzero_ps();
+            for (long d = 0; d < D; d += 32) {
+                __m512bh query = (__m512bh)_mm512_loadu_si512(q + g * q_head + d);
+#pragma GCC unroll 16
+                for (int i = 0; i < BLOCK_TOKENS; i++)
+                    dots[i] = _mm512_dpbf16_ps(
+                        dots[i], query, (__m512bh)_mm512_loadu_si512(block + i * heads * D + d));
+            }
+            _mm512_storeu_ps(scores + g * num + t, sums_of_16(dots));
+        }
+    }
+    for (long g = 0; g < G; g++) {
+        float *row = scores + g * num, most = -INFINITY, total = 0;
+        for (long t = begin - first; t < end - first; t++) row[t] *= scale;
+        if (cap > 0)
+            for (long t = begin - first; t < end - first; t++) row[t] = cap * tanhf(row[t] / cap);
+        _Pragma("omp simd reduction(max : most)") for (long t = begin - first; t < end - first; t++)
+            most = row[t] > most ? row[t] : most;
+        _Pragma("omp simd reduction(+ : total)") for (long t = begin - first; t < end - first; t++)
+            total += row[t] = exp_negative(row[t] - most);
+        for (long t = begin - first; t < end - first; t++) row[t] /= total;
+    }
+    const float *weights = scores + begin - first;
+    for (long d = 0; d < value_size; d += 64)
+        for (long g = 0; g < G; g += 4) {
+#define SUM(rows)                                                                                  \
+    case rows:                                                                                     \
+        sum_values(rows, values + d, heads *value_size, table, begin, end, weights + g * num, num, \
+                   out + g * value_size + d, value_size);                                          \
+        break;
+            switch (G - g < 4 ? G - g : 4) { SUM(1) SUM(2) SUM(3) SUM(4) }
+        }
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+#define attend_wide_f32(...) 0
+
 /* ---- everything else, for both dtypes -------------------------------------------------------- */
 
 static inline float sigmoid(float x) {
@@ -252,10 +524,10 @@ static inline float sigmoid(float x) {
     }                                                                                              \
                                                                                                    \
     /* x times the logistic function of a x + b x^3, rows one by one: SiLU is (1, 0). */            \
-    void gate_##NAME(const T *x, long M, long K, float a, float b, T *y) {                         \
+    void gate_##NAME(const T *x, long x_stride, long M, long K, float a, float b, T *y) {          \
         _Pragma("omp parallel for if (M * K > 32768)") for (long m = 0; m < M; m++)                \
             _Pragma("omp simd") for (long k = 0; k < K; k++) {                                      \
-                float value = WIDEN(x[m * K + k]);                                                 \
+                float value = WIDEN(x[m * x_stride + k]);                                          \
                 y[m * K + k] = NARROW(value * sigmoid(value * (a + b * value * value)));           \
             }                                                                                      \
     }                                                                                              \
@@ -334,7 +606,8 @@ static inline float sigmoid(float x) {
         _Pragma("omp parallel for collapse(2) schedule(dynamic) reduction(| : failed)") for (      \
             long b = 0; b < B; b++) for (long head = 0; head < heads; head++) {                    \
             long end = lengths[b], begin = window && window < end ? end - window : 0;              \
-            float *scores = malloc(sizeof(float) * (size_t)(G * (end - begin + D + value_size)));  \
+            float *scores =                                                                        \
+                malloc(sizeof(float) * (size_t)(G * (end - begin + 32 + D + value_size)));         \
             if (!scores) {                                                                         \
                 failed = 1;                                                                        \
                 continue;                                                                          \
@@ -343,7 +616,10 @@ static inline float sigmoid(float x) {
             T *to = out + (b * H + head * G) * value_size;                                         \
             const T *k = keys + head * D, *v = values + head * value_size;                         \
             const int64_t *table = tables + b * width;                                             \
-            if (D == 64 && value_size == 64)                                                       \
+            if (attend_wide_##NAME(D, value_size, G, query, q_head, k, v, heads, table, begin, end,\
+                                   scale, cap, scores, to))                                        \
+                ;                                                                                  \
+            else if (D == 64 && value_size == 64)                                                       \
                 attend_head_##NAME(64, 64, G, query, q_head, k, v, heads, table, begin, end, scale,\
                                    cap, scores, to);                                               \
             else if (D == 128 && value_size == 128)                                                \

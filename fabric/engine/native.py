@@ -52,6 +52,12 @@ class Native:
         self._gates, self._rotations, self._attends = {}, {}, {}
         self._adds = {}
         self._multiplied: set[torch.dtype] = set()
+        self._attend_chunk = _declare(
+            library.attend_chunk,
+            [_POINTER, _LONG, _LONG, *[_POINTER] * 3, *[_LONG] * 6, _FLOAT, _LONG, _FLOAT,
+             _POINTER],
+            ctypes.c_int,
+        )  # fmt: skip
         self._packs[torch.int8] = _declare(library.pack_linear_i8, _PACK)
         self._linears[torch.int8] = _declare(library.linear_i8, _LINEAR)
         for dtype, name in _NAMES.items():
@@ -64,7 +70,7 @@ class Native:
                 self._multiplied.add(dtype)
             self._gates[dtype] = _declare(
                 getattr(library, f"gate_{name}"),
-                [_POINTER, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER],
+                [_POINTER, _LONG, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER],
             )
             self._norms[dtype] = _declare(
                 getattr(library, f"rms_norm_{name}"),
@@ -147,7 +153,9 @@ class Native:
         """Return ``x`` times the logistic function of ``a x + b x³``, [M, K] in its dtype."""
         num_rows, size = x_MK.shape
         y_MK = torch.empty(num_rows, size, dtype=x_MK.dtype)
-        self._gates[x_MK.dtype](x_MK.data_ptr(), num_rows, size, a, b, y_MK.data_ptr())
+        self._gates[x_MK.dtype](
+            x_MK.data_ptr(), x_MK.stride(0), num_rows, size, a, b, y_MK.data_ptr()
+        )
         return y_MK
 
     def rotate(self, x_MHD: Tensor, cosine_MD: Tensor, sine_MD: Tensor) -> Tensor:
@@ -197,6 +205,52 @@ class Native:
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the scores of a decoding row")
+        return out
+
+    def attends_chunks(self, q_nHD: Tensor) -> bool:
+        """Say whether ``attend_chunk`` takes these queries: bfloat16, where it is multiplied."""
+        even = q_nHD.shape[2] % 2 == 0
+        return self.takes(q_nHD) and q_nHD.dtype == torch.bfloat16 in self._multiplied and even
+
+    def attend_chunk(
+        self,
+        q_nHD: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        table: Tensor,
+        start: int,
+        *,
+        scale: float,
+        window: int,
+        cap: float,
+    ) -> Tensor:
+        """Return the attention of consecutive tokens of one row, [n, H, value size].
+
+        A token's result has the same bits whatever tokens of its row are computed beside it.
+
+        Args:
+            q_nHD: The queries; ``attends_chunks`` says whether they can be taken.
+            keys: As for ``attend``; the chunk's own are in it.
+            values: As for ``attend``.
+            table: The row's cache blocks, int64.
+            start: Position of the first token.
+            scale: As for ``attend``.
+            window: As for ``attend``.
+            cap: As for ``attend``.
+
+        Raises:
+            MemoryError: The row's keys or scores find no memory.
+        """
+        num_tokens, num_heads, size = q_nHD.shape
+        value_size = values.shape[2]
+        out = torch.empty(num_tokens, num_heads, value_size, dtype=q_nHD.dtype)
+        failed = self._attend_chunk(
+            q_nHD.data_ptr(), q_nHD.stride(0), q_nHD.stride(1), keys.data_ptr(), values.data_ptr(),
+            table.data_ptr(), start, num_tokens, num_heads, keys.shape[1], size, value_size, scale,
+            window, cap, out.data_ptr(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the scores of a chunk")
         return out
 
     def add_lowrank(

@@ -48,7 +48,8 @@ class Scheduler:
         costs: Of steps, as far as they are known.
         max_rows: The most choices that run at once.
         step_tokens: The most tokens of a step.
-        slowdown: How many times longer than decoding alone a step with prefill may take.
+        slowdown: How many times longer than decoding alone a step with prefill may take; see
+            ``EngineConfig``.
     """
 
     def __init__(
@@ -199,11 +200,17 @@ class Scheduler:
         return runs
 
     def _budget(self, num_decoding: int) -> int:
-        """Return how many tokens of prefill the step has room for."""
+        """Return how many tokens of prefill the step has room for.
+
+        What prefill makes the decoding rows wait, it spares those that have no token yet: the more
+        they are, the longer may the others wait.
+        """
         most = self._step_tokens - num_decoding
         if not num_decoding:
             return most
-        pause_s = self._slowdown * self._costs.predict(num_decoding)
+        num_due = min(self.num_running + self.num_waiting, self._max_rows) - num_decoding
+        patience = self._slowdown * (1 + max(0, num_due) / num_decoding)
+        pause_s = patience * self._costs.predict(num_decoding)
         least = num_decoding + _LEAST_PREFILL
         within = self._costs.largest(pause_s, least=least, most=self._step_tokens)
         return min(most, within - num_decoding)

@@ -285,6 +285,7 @@ class TorchEngine:
                 num_ranks=config.num_ranks,
                 local_ranks=config.local_ranks,
                 rendezvous=config.rendezvous,
+                rendezvous_fd=config.rendezvous_fd,
                 num_threads=config.num_threads,
                 timeout_s=config.rank_timeout_s,
             )

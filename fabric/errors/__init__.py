@@ -3,27 +3,29 @@
 Every error that crosses a room, a process or the wire is one of these::
 
     FabricError
+    ├── AuditBroken
     ├── ConfigError          SettingInvalid, PortInUse, AlreadyRunning, NotRunning,
     │                        PackageMissing, EndpointInvalid, SiteInvalid, FilesForeign
-    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotFound,
-    │                        TicketError (TicketMissing, TicketInvalid, TicketExpired,
-    │                        TicketForeign, TicketSpent), CredentialsRefused,
-    │                        TokenExpired, TokenInvalid, NotAMember, ProjectNotChosen,
+    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotGranted,
+    │                        NotFound, TicketError (TicketMissing, TicketInvalid, TicketExpired,
+    │                        TicketForeign, TicketSpent), CredentialsRefused, TokenExpired,
+    │                        TokenInvalid, NotAMember, ProjectNotChosen,
     │                        ProjectForeign, AuthUnavailable, LoginRequired, LoginFailed
     ├── AdmissionError       RequestInvalid (UnknownParameter, UnsupportedParameter,
     │                        ConstraintInvalid), BodyInvalid,
     │                        UnknownModel, UnknownSite, ContextExceeded, BodyTooLarge,
-    │                        TooManyRequests, Duplicate, FilesFull, FileInUse, BatchOver,
-    │                        ArtifactsFull, LowRankInvalid, AdapterInvalid, AdaptersFull,
+    │                        TooManyRequests (RateLimited), RequestOverLimit, Duplicate,
+    │                        FilesFull, FileInUse, BatchOver, ArtifactsFull, LowRankInvalid,
+    │                        AdapterInvalid, AdaptersFull,
     │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
     ├── PlacementError       NoReplica, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
-    │                        RequestCancelled, ProtocolViolation, HubUnreachable,
-    │                        HubNotConnected, ServiceUnreachable, ServiceBusy, ServiceRefused,
-    │                        TaskLost, TaskTimedOut, TaskFailed
+    │                        RequestCancelled, ProtocolViolation, HubOutOfReach,
+    │                        HubUnreachable, HubNotConnected, ServiceUnreachable, ServiceBusy,
+    │                        ServiceRefused, TaskLost, TaskTimedOut, TaskFailed
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
     │                        BalanceUnavailable, LaunchImpossible, AllocationTooSmall,
-    │                        JobRefused, JobsFailing
+    │                        JobRefused, JobsFailing, NodeFailed, WeightsMissing
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
     │                        BackendFailed, EngineStopped, RankLost, AdapterMemoryFull,
     │                        AdapterUnavailable
@@ -67,6 +69,9 @@ from fabric.errors.admission import (
 from fabric.errors.artifacts import (
     ArtifactsFull,
 )
+from fabric.errors.audit import (
+    AuditBroken,
+)
 from fabric.errors.auth import (
     AuthError,
     KeyExpired,
@@ -99,9 +104,11 @@ from fabric.errors.compute import (
     LaunchError,
     LaunchImpossible,
     ModelNotLoadable,
+    NodeFailed,
     RankLost,
     RowFailed,
     SchedulerFailed,
+    WeightsMissing,
 )
 from fabric.errors.config import (
     AlreadyRunning,
@@ -121,6 +128,11 @@ from fabric.errors.data import (
     ManifestInvalid,
     ReplicationFailed,
     VersionError,
+)
+from fabric.errors.grants import (
+    NotGranted,
+    RateLimited,
+    RequestOverLimit,
 )
 from fabric.errors.ledger import (
     AllocationClosed,
@@ -172,6 +184,7 @@ from fabric.errors.routing import (
     DeadlineExceeded,
     DispatchError,
     FirstTokenTimeout,
+    HubOutOfReach,
     HubUnreachable,
     NoReplica,
     PlacementError,
@@ -214,6 +227,7 @@ __all__ = [
     "AlreadyRunning",
     "AlreadyStarted",
     "ArtifactsFull",
+    "AuditBroken",
     "AuthError",
     "AuthUnavailable",
     "BackendFailed",
@@ -246,6 +260,7 @@ __all__ = [
     "FunctionDrifted",
     "HoldNotOpen",
     "HubNotConnected",
+    "HubOutOfReach",
     "HubUnreachable",
     "InsufficientBalance",
     "JobRefused",
@@ -263,8 +278,10 @@ __all__ = [
     "ManifestInvalid",
     "ModelNotLoadable",
     "NoReplica",
+    "NodeFailed",
     "NotAMember",
     "NotFound",
+    "NotGranted",
     "NotRunning",
     "PackageMissing",
     "PayloadDamaged",
@@ -287,10 +304,12 @@ __all__ = [
     "ProjectNotChosen",
     "ProtocolViolation",
     "RankLost",
+    "RateLimited",
     "RateMissing",
     "ReplicationFailed",
     "RequestCancelled",
     "RequestInvalid",
+    "RequestOverLimit",
     "RowFailed",
     "SchedulerFailed",
     "ServiceBusy",
@@ -327,4 +346,5 @@ __all__ = [
     "UnknownStore",
     "UnsupportedParameter",
     "VersionError",
+    "WeightsMissing",
 ]

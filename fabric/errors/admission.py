@@ -141,17 +141,18 @@ class BodyTooLarge(AdmissionError):
 
 
 class TooManyRequests(AdmissionError):
-    """The caller has as many requests in flight as it may have."""
+    """The caller, or its project, has as many requests in flight as it may have."""
 
     code = "too_many_requests"
     http_status = 429
     retryable = True
 
-    def __init__(self, *, limit: int, retry_after_s: float) -> None:
+    def __init__(self, *, limit: int, retry_after_s: float, shared_by: str = "this key") -> None:
         super().__init__(
-            f"There are already {limit} requests in flight for this key; wait for some to end, or"
-            f" retry in {retry_after_s:g} s.",
+            f"There are already {limit} requests in flight for {shared_by}; wait for some to end,"
+            f" or retry in {retry_after_s:g} s.",
             limit=limit,
+            shared_by=shared_by,
             retry_after_s=retry_after_s,
         )
 

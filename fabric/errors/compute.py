@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fabric.errors.base import FabricError
 
 
@@ -121,6 +123,40 @@ class JobsFailing(LaunchError):
             num_failures=num_failures,
             reason=reason,
             log_path=log_path,
+        )
+
+
+class NodeFailed(LaunchError):
+    """What a job runs on one of its further nodes has ended, or does not begin."""
+
+    code = "node_failed"
+
+    def __init__(self, *, host: str, what: str, reason: str) -> None:
+        super().__init__(
+            f"The node {host} is lost to its job: {what} {reason}. The instance ends; look for what"
+            " the node said in the instance's log.",
+            host=host,
+            what=what,
+            reason=reason,
+        )
+
+
+class WeightsMissing(LaunchError):
+    """A job's node has no files of the model it should load."""
+
+    code = "weights_missing"
+    http_status = 404
+
+    def __init__(self, *, model: str, source: str, host: str, looked_in: Sequence[str]) -> None:
+        also = f", nor is the model in {' or '.join(looked_in)}" if looked_in else ""
+        super().__init__(
+            f"The weights of {model} are not at {source!r} on the node {host}{also}. Put them where"
+            " all nodes see them, and name that directory as `model_weights` in the machine's site"
+            " file, or register the model with a source that is there.",
+            model=model,
+            source=source,
+            host=host,
+            looked_in=list(looked_in),
         )
 
 

@@ -144,6 +144,23 @@ class ProtocolViolation(DispatchError):
         )
 
 
+class HubOutOfReach(DispatchError):
+    """An instance cannot reach the hub that it should join."""
+
+    code = "hub_out_of_reach"
+    http_status = 503
+
+    def __init__(self, *, url: str, reason: str, waited_s: float) -> None:
+        super().__init__(
+            f"The instance could not reach the hub at {url} from its node for {waited_s:g} s"
+            f" ({reason}), so it ends. Compute nodes may need a proxy or another address: see"
+            " `network` in the machine's site file, and FABRIC_BASE_URL.",
+            url=url,
+            reason=reason,
+            waited_s=waited_s,
+        )
+
+
 class HubUnreachable(DispatchError):
     """The client cannot reach the hub."""
 

@@ -43,7 +43,7 @@ def limits_of(adapters: Adapters) -> dict[str, int]:
 async def add_adapter(request: Request) -> AdapterRecord:
     """Keep an adapter: a form with ``name``, ``model`` and PEFT's two files, ``config`` and
     ``weights``."""
-    adapters, hub, project = _adapters_of(request), hub_of(request), caller_of(request).project
+    adapters, hub, caller = _adapters_of(request), hub_of(request), caller_of(request)
     try:
         async with request.form(max_files=2, max_fields=8) as form:
             name, model = _read(form, "name", _name), _read(form, "model", _model)
@@ -54,9 +54,10 @@ async def add_adapter(request: Request) -> AdapterRecord:
     except HTTPException as error:
         # What Starlette says of a form that it cannot read.
         raise RequestInvalid(param="weights", value=None, reason=str(error.detail)) from None
-    version = await hub.offload(hub.catalog.resolve, model)
+    version = await hub.offload((await hub.seen_by(caller)).resolve, model)
     # Beside the loop, and beside the database's thread: checking and hashing take their time.
-    add = partial(adapters.add, project, name, model=version.ref, config=config, weights=weights)
+    kept = partial(adapters.add, caller.project, name, model=version.ref)
+    add = partial(kept, config=config, weights=weights)
     return await asyncio.to_thread(add)
 
 

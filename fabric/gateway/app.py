@@ -38,6 +38,7 @@ from fabric.gateway.bodies import BodyLimit
 from fabric.gateway.hub import GatewaySettings, Hub
 from fabric.gateway.metrics import Metrics
 from fabric.gateway.outreach import Outreach
+from fabric.gateway.rate_headers import RateHeaders
 from fabric.gateway.request_ids import RequestIds
 from fabric.ledger import Ledger
 from fabric.sql import Offload
@@ -105,6 +106,7 @@ def create_app(
         routes=[route for router in ROUTERS for route in router.routes],
         middleware=[
             Middleware(RequestIds),
+            Middleware(RateHeaders),
             Middleware(
                 BodyLimit,
                 limit_bytes=settings.body_limit_bytes,
@@ -128,7 +130,7 @@ def create_app(
         broker=broker,
         catalog=catalog,
         keys=keys,
-        authenticator=authenticator or Authenticator(keys, offload),
+        authenticator=authenticator or Authenticator(keys, offload, rules=broker.rules),
         ledger=ledger,
         offload=offload,
         metrics=metrics,

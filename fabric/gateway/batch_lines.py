@@ -62,9 +62,10 @@ class LineAnswerer:
         self._offload = offload
         self._metrics = metrics
 
-    async def find(self, model: str) -> str:
+    async def find(self, caller: Identity, model: str) -> str:
         """Return a model's catalogued name."""
-        return (await self._offload(self._catalog.resolve, model)).ref
+        seen = self._catalog.seen_by(await self._broker.rules.permits(caller))
+        return (await self._offload(seen.resolve, model)).ref
 
     def rows(self, model: str) -> Rows:
         """Return how busy the replicas of a catalogued model are."""

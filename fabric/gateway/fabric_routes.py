@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import AfterValidator
 from pydantic_core import from_json
 
+from fabric.auth import Permits
 from fabric.broker import ReplicaView
 from fabric.catalog import ModelVersion, RunRecord, SiteRecord
 from fabric.errors import RequestInvalid
@@ -122,20 +123,19 @@ async def read_caller(request: Request) -> Caller:
 async def list_sites(request: Request) -> Listing[Site]:
     """Return the sites with what runs there."""
     hub, caller = hub_of(request), caller_of(request)
-    views = hub.broker.replicas()
-    sites = await hub.offload(hub.catalog.sites)
-    usable = [site for site in sites if site.may_use(caller.project, caller.key_id)]
-    return Listing(data=[_site(hub, site, views) for site in usable])
+    permits = await hub.permits(caller)
+    sites = await hub.offload(hub.catalog.seen_by(permits).sites)
+    return Listing(data=[_site(hub, site, permits) for site in sites])
 
 
 @router.get("/models")
 async def list_versions(request: Request) -> Listing[Model]:
-    """Return all versions of all models with their replicas."""
+    """Return all versions of the models that the caller may use, with their replicas."""
     hub, caller = hub_of(request), caller_of(request)
-    sites = await hub.offload(hub.catalog.sites)
-    usable = {site.name for site in sites if site.may_use(caller.project, caller.key_id)}
+    seen = await hub.seen_by(caller)
+    usable = {site.name for site in await hub.offload(seen.sites)}
     views = [view for view in hub.broker.replicas() if view.site in usable]
-    return Listing(data=[_model(v, views) for v in await hub.offload(hub.catalog.models)])
+    return Listing(data=[_model(v, views) for v in await hub.offload(seen.models)])
 
 
 @router.post("/explain")
@@ -221,8 +221,8 @@ def _model(version: ModelVersion, views: Iterable[ReplicaView]) -> Model:
     )
 
 
-def _site(hub: Hub, site: SiteRecord, views: Iterable[ReplicaView]) -> Site:
-    here = [view for view in views if view.site == site.name]
+def _site(hub: Hub, site: SiteRecord, permits: Permits) -> Site:
+    here = [view for view in hub.broker.replicas() if view.site == site.name]
     report = hub.reports.get(site.name)
     return Site(
         name=site.name,
@@ -230,7 +230,9 @@ def _site(hub: Hub, site: SiteRecord, views: Iterable[ReplicaView]) -> Site:
         channel=site.channel,
         state=_site_state(site, report, {view.state for view in here}),
         detail=report.detail if report is not None else "",
-        replicas=_replicas(here),
+        replicas=_replicas(
+            view for view in here if permits.sees_model(view.model.partition("@")[0])
+        ),
     )
 
 

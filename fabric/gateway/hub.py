@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, cast
 from starlette.requests import HTTPConnection
 
 from fabric.artifacts import Artifacts
-from fabric.auth import Authenticator, Identity, Keys
+from fabric.auth import Authenticator, Identity, Keys, Permits
 from fabric.broker import Broker
-from fabric.catalog import Catalog, LaunchRecord
+from fabric.catalog import Catalog, CatalogView, LaunchRecord
 from fabric.dispatch.protocol import Channel
 from fabric.gateway.metrics import Metrics
 from fabric.ledger import Ledger
@@ -62,6 +62,14 @@ class Hub:
     checks: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     """One program is checked at a time: that takes a core, and the loop needs its share."""
     channels: dict[str, Channel] = field(default_factory=dict)
+
+    async def permits(self, caller: Identity) -> Permits:
+        """Return what a caller may do now."""
+        return await self.broker.rules.permits(caller)
+
+    async def seen_by(self, caller: Identity) -> CatalogView:
+        """Return the catalog as a caller sees it: what is hidden from the caller is not there."""
+        return self.catalog.seen_by(await self.permits(caller))
 
 
 def hub_of(connection: HTTPConnection) -> Hub:

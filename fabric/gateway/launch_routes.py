@@ -7,6 +7,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from fabric.auth import require_site
+from fabric.errors import UnknownModel
 from fabric.gateway.access import Needs
 from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.hub import SiteReport, caller_of, hub_of
@@ -50,10 +51,14 @@ class StatusBody(Wire):
 
 @router.post("/launches", openapi_extra=documented(LaunchBody))
 async def add_launch(request: Request) -> Launch:
-    """Permit one instance to be started at the caller's site."""
+    """Permit one instance to be started at the caller's site: of a private model, if somebody may
+    use it there."""
     body = await read_body(request, LaunchBody)
     require_site(caller_of(request), body.site)
     hub = hub_of(request)
+    rules = await hub.broker.rules.current()
+    if not rules.serves(body.model.partition("@")[0], body.site):
+        raise UnknownModel(model=body.model, known=())
     launch, token = await hub.offload(hub.catalog.add_launch, body.site, body.model)
     version = await hub.offload(hub.catalog.resolve, launch.model)
     return Launch(

@@ -13,9 +13,9 @@ from typing import Literal
 from fastapi import APIRouter, Depends, Request
 from pydantic import AwareDatetime, Field
 
-from fabric.auth import Identity
+from fabric.auth import Decision, Identity
 from fabric.catalog import LaunchRecord, OwnSite
-from fabric.errors import Duplicate, NotFound
+from fabric.errors import Duplicate, NotFound, NotGranted
 from fabric.gateway.access import Needs
 from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.fabric_routes import Listing
@@ -97,6 +97,7 @@ async def add_instance(request: Request) -> Launch:
     """
     body = await read_body(request, InstanceBody)
     hub, caller = hub_of(request), caller_of(request)
+    await _check_model(hub, caller, body.model)
     return await hub.offload(_add, hub, caller, body)
 
 
@@ -181,6 +182,19 @@ async def end_instance(request: Request, instance: str) -> LaunchRecord:
     if (channel := hub.channels.get(instance)) is not None:
         await channel.close("its launch was ended")
     return launch
+
+
+async def _check_model(hub: Hub, caller: Identity, model: str) -> None:
+    """Refuse a private model that the caller may not bring instances of.
+
+    Raises:
+        UnknownModel: The caller sees none of this name.
+        NotGranted: The caller's grants are for other modes.
+    """
+    permits = await hub.permits(caller)
+    version = await hub.offload(hub.catalog.seen_by(permits).resolve, model)
+    if permits.decide(model=version.name, modes=("launch",)) is not Decision.ALLOWED:
+        raise NotGranted(project=caller.project, model=version.name, modes=("launch",))
 
 
 def _add(hub: Hub, caller: Identity, body: InstanceBody) -> Launch:

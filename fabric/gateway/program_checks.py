@@ -35,14 +35,15 @@ async def get_points(hub: Hub, caller: Identity, model: str) -> PointManifest:
         UnknownModel: The model is not in the catalog.
         NoReplica: No instance of it is there that runs programs.
     """
-    version = await hub.offload(hub.catalog.resolve, model)
-    found = await hub.offload(hub.catalog.sites)
-    sites = {one.name for one in found if one.may_use(caller.project, caller.key_id)}
+    seen = await hub.seen_by(caller)
+    version = await hub.offload(seen.resolve, model)
+    sites = {one.name for one in await hub.offload(seen.sites)}
     points = None
     if version.digest is not None:
         points = hub.broker.programs.points(version.digest, sites)
     if points is None:
-        replicas = [one for one in hub.broker.replicas() if one.digest == version.digest]
+        there = [one for one in hub.broker.replicas() if one.site in sites]
+        replicas = [one for one in there if one.digest == version.digest]
         reasons = {one.instance: "it runs no programs" for one in replicas}
         raise NoReplica(model=version.ref, reasons=reasons)
     return points

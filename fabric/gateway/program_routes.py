@@ -49,7 +49,7 @@ async def read_schema() -> Json:
 
 async def _quote(http: Request, prepared: Prepared) -> Json:
     hub, caller, bounds = hub_of(http), caller_of(http), prepared.bounds
-    version = await hub.offload(hub.catalog.resolve, prepared.request.model)
+    version = await hub.offload((await hub.seen_by(caller)).resolve, prepared.request.model)
     charges_usu = await hub.broker.programs.quote(caller, prepared.request, bounds)
     return {
         "object": "program.quote",

@@ -45,7 +45,7 @@ async def issue_ticket(request: Request) -> IssuedTicket:
     """Issue a ticket for raw calls at one site."""
     body = await read_body(request, TicketBody)
     hub, caller = hub_of(request), caller_of(request)
-    await hub.offload(hub.catalog.get_site, body.site)
+    await hub.offload((await hub.seen_by(caller)).get_site, body.site)
     record, ticket = await hub.offload(
         hub.keys.tickets.add, caller, body.site, lifetime_s=body.ttl_s, max_usu=body.max_usu
     )

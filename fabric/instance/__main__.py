@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from fabric.engine.interface import Engine
@@ -17,8 +16,7 @@ def get_engine(spec: InstanceSpec, keep: Keep | None = None) -> Engine:
 
     launch = spec.launch
     source = ModelSource.parse(launch.source)
-    sizes = spec.options.model_dump(exclude_none=True, exclude={"backend", "vllm"})
-    config = replace(EngineConfig(), **sizes)
+    config = EngineConfig.of(spec.options)
     if spec.options.backend == "vllm":
         from fabric.engine.vllm.engine import VllmEngine
 

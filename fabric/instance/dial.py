@@ -12,7 +12,7 @@ from contextlib import suppress
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidHandshake, InvalidStatus
 
-from fabric.errors import SessionRefused
+from fabric.errors import HubOutOfReach, SessionRefused
 from fabric.messages.session import MAX_FRAME_BYTES
 
 FIRST_DELAY_S = 0.1
@@ -32,6 +32,9 @@ async def dial(
     token: str,
     serve: Callable[[ClientConnection], Awaitable[None]],
     drain: asyncio.Event,
+    *,
+    join_s: float | None = None,
+    on_failure: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Keep a session with the hub until ``drain`` is set, redialling with jittered backoff.
 
@@ -40,17 +43,31 @@ async def dial(
         token: The launch token.
         serve: Serves one connection until it has ended.
         drain: Ends the dialling.
+        join_s: How long the first session may take to come about; ``None``: for ever.
+        on_failure: Told why a session did not come about, or broke.
 
     Raises:
         SessionRefused: The hub does not want this instance; dialling again would not help.
+        HubOutOfReach: There was no session within ``join_s``.
     """
     delay_s = FIRST_DELAY_S
+    until = None if join_s is None else time.monotonic() + join_s
+
+    async def serve_first(connection: ClientConnection) -> None:
+        nonlocal until
+        until = None
+        await serve(connection)
+
     while not drain.is_set():
         began_at = time.monotonic()
         try:
-            await _dial_once(url, token, serve)
+            await _dial_once(url, token, serve_first)
         except (OSError, TimeoutError, InvalidHandshake) as error:
-            logger.warning("the hub cannot be reached: %s", error)
+            reason = str(error) or type(error).__name__
+            logger.warning("the hub cannot be reached: %s", reason)
+            if until is not None and join_s is not None and time.monotonic() > until:
+                raise HubOutOfReach(url=url, reason=reason, waited_s=join_s) from error
+            on_failure(reason)
         if time.monotonic() - began_at > STEADY_S:
             delay_s = FIRST_DELAY_S
         with suppress(TimeoutError):

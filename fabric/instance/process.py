@@ -1,7 +1,7 @@
 """One instance's life: load, canary, direct route, session, drain.
 
 The process is given its ``InstanceSpec`` as the first line of standard input and keeps the pipe:
-when it closes, the parent is gone and the instance ends with it.
+when it closes, the parent is gone, or has written why the instance must end, and it ends.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class Instance:
         self._metrics = InstanceMetrics(spec.launch.model.partition("@")[0])
         self._direct_url: str | None = None
         self._points_fit: bool | None = None
+        self._is_unreached = False
         self._num_sessions = 0
         self._idle = asyncio.Event()
 
@@ -99,7 +100,8 @@ class Instance:
 
         Raises:
             FabricError: The model cannot be loaded or is another one than was launched, its canary
-                failed, the hub refuses the session, or the engine ended by itself.
+                failed, the hub refuses the session or is not reached, or the engine ended by
+                itself.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGUSR1, signal.SIGINT):
@@ -143,8 +145,10 @@ class Instance:
         Path(name).replace(path)
 
     def end_with(self, stdin: IO[str]) -> None:
-        """Block until standard input ends, then end the process at once."""
-        stdin.read()
+        """Block until standard input ends, then end the process at once: failed if it says why."""
+        reason = stdin.read().strip()
+        if reason:
+            self.leave(InstanceState.FAILED, reason)
         self.leave(InstanceState.STOPPED, "its parent process is gone")
 
     def leave(self, state: InstanceState, detail: str) -> NoReturn:
@@ -193,13 +197,24 @@ class Instance:
         watch = asyncio.create_task(self._drain_with_engine())
         if url is not None:
             serve = partial(self._serve, peer="hub")
-            await dial(url, self._launch.token, serve, self._drain)
+            await dial(
+                url,
+                self._launch.token,
+                serve,
+                self._drain,
+                join_s=self._spec.join_s,
+                on_failure=self._say_unreached,
+            )
         await self._drain.wait()
         watch.cancel()
         self.report(InstanceState.DRAINING)
         while self._num_sessions:
             self._idle.clear()
             await self._idle.wait()
+
+    def _say_unreached(self, reason: str) -> None:
+        self._is_unreached = True
+        self.report(InstanceState.READY, f"the hub cannot be reached ({reason})")
 
     async def _drain_with_engine(self) -> None:
         # Shielded: who stops waiting does not cancel the engine's future.
@@ -208,6 +223,9 @@ class Instance:
 
     async def _serve(self, connection: Connection, peer: Peer) -> None:
         self._num_sessions += 1
+        if peer == "hub" and self._is_unreached:
+            self._is_unreached = False
+            self.report(InstanceState.READY)
         try:
             await serve_session(
                 connection,

@@ -51,6 +51,7 @@ class EngineOptions(Wire):
     stage_layers: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     partitioner: Literal["torch", "deepspeed"] = "torch"
     rendezvous: str | None = Field(default=None, pattern=r"^[^:\s]+:\d{1,5}$")
+    rendezvous_fd: int | None = Field(default=None, ge=3)
     local_ranks: int | None = Field(default=None, ge=1)
     rank_timeout_s: float | None = Field(default=None, gt=0)
     offload: Literal["none", "host", "disk"] = "none"
@@ -81,7 +82,8 @@ class InstanceSpec(Wire):
     its direct route alone. Whoever shows ``direct_token`` on the direct route is the hub;
     ``guest_token`` admits users of the site, each of whose tasks carries a ticket. The process
     writes its ``InstanceStatus`` to ``status_path``. ``grace_s`` after SIGTERM it gives back what
-    still runs.
+    still runs. It ends if it is ready and has not reached the hub within ``join_s``; without, it
+    tries for ever.
     """
 
     launch: Launch
@@ -93,6 +95,7 @@ class InstanceSpec(Wire):
     deadline_s: float | None = None
     heartbeat_s: float = 2.0
     grace_s: float = Field(default=6.0, ge=0.0)
+    join_s: float | None = Field(default=None, gt=0.0)
 
 
 class Reach(Wire):

@@ -20,7 +20,7 @@ from websockets.asyncio.client import ClientConnection
 
 from fabric.adapters import Adapters
 from fabric.artifacts import Artifacts, ArtifactSettings
-from fabric.auth import Authenticator, GlobusTokens, Keys
+from fabric.auth import Authenticator, GlobusTokens, Grants, Keys, Rulebook
 from fabric.batches import Batches, BatchSettings
 from fabric.broker import Broker, BrokerSettings
 from fabric.catalog import Catalog
@@ -71,6 +71,7 @@ class RunningHub:
     base_url: str
     api_key: str
     keys: Keys
+    grants: Grants
     catalog: Catalog
     ledger: Ledger
     broker: Broker
@@ -170,7 +171,9 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
         api_key = _seed(keys, catalog, ledger, sites, options.get("grant_usu", 10**12))
         offload, metrics = Offload(database), Metrics()
         get_tokens = options.get("tokens")
-        authenticator = Authenticator(keys, offload, get_tokens(database) if get_tokens else None)
+        rules = Rulebook(offload)
+        tokens = get_tokens(database) if get_tokens else None
+        authenticator = Authenticator(keys, offload, tokens, rules=rules)
         adapters = Adapters(database, directory / "adapters")
         adapters.prepare()
         broker = Broker(
@@ -180,6 +183,7 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
             settings=options.get("broker", BrokerSettings()),
             observer=metrics,
             find_adapter=adapters.find,
+            rules=rules,
         )
         batches = Batches(
             database=database,
@@ -216,6 +220,7 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
                 base_url=base_url,
                 api_key=api_key,
                 keys=keys,
+                grants=Grants(database),
                 catalog=catalog,
                 ledger=ledger,
                 broker=broker,

@@ -3,57 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import yaml
 
 from fabric.errors import FabricError, NotFound, PermissionDenied
 from fabric.sdk import Fabric
 from fabric.testing.hub import PROJECT, RunningHub, running_hub
 from fabric.testing.instance import MODULE
 from fabric.testing.slurm import Slurm, running_slurm
+from fabric.testing.slurm.user import MACHINE, User, states
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-PATIENCE_S = 150.0
 MODEL = "brought@1"
-MACHINE = "test-slurm"
-SITE = {
-    "name": MACHINE,
-    "title": "A Slurm of the tests' own",
-    "system": {
-        "center": "Here",
-        "scheduler": "slurm",
-        "nodes": {"cpu": {"count": 2, "cores": 2, "memory_gb": 4, "devices": 0}},
-        "queues": {
-            "debug": {
-                "kind": "partition",
-                "nodes": "cpu",
-                "default": True,
-                "max_nodes": 2,
-                "max_walltime": "01:00:00",
-                "units_per_node_hour": 2.0,
-            },
-            "small": {"kind": "partition", "nodes": "cpu", "max_walltime": "00:05:00"},
-        },
-        "charge": {"unit": "node-hour"},
-        "sources": ["the test"],
-        "checked": "2026-11",
-    },
-    "endpoint": {"scheduler": "slurm", "walltime": "00:10:00", "exclusive": False},
-}
 
 
 @pytest.fixture(scope="module")
@@ -83,78 +52,12 @@ def user(hub: RunningHub, slurm: Slurm, tmp_path: Path) -> Iterator[User]:
         user.end_all()
 
 
-class User:
-    """Somebody with a key that may launch, at the cluster's login node."""
-
-    def __init__(self, hub: RunningHub, slurm: Slurm, folder: Path) -> None:
-        _, self.key = hub.keys.add_key(PROJECT, scopes=("query", "launch"))
-        self.slurm = slurm
-        self.hub = hub
-        self.state = folder / "s"
-        sites = folder / "config" / "fabric" / "sites"
-        sites.mkdir(parents=True)
-        (sites / f"{MACHINE}.yaml").write_text(yaml.safe_dump(SITE))
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("FABRIC_")}
-        self.environ = kept | {
-            **slurm.environ,
-            "FABRIC_BASE_URL": hub.base_url,
-            "FABRIC_API_KEY": self.key,
-            "FABRIC_STATE_DIR": str(self.state),
-            "XDG_CONFIG_HOME": str(folder / "config"),
-            "COLUMNS": "120",
-        }
-        self.fabric = Fabric(hub.base_url, self.key)
-
-    def run(self, *args: str, environ: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "fabric.cli", *args],
-            env=self.environ | environ,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S + 30,
-            check=False,
-        )
-
-    def launch(self, *args: str, model: str = MODEL, walltime: str = "00:05:00") -> dict[str, Any]:
-        done = self.run(
-            *("launch", model, "--site", MACHINE, "--walltime", walltime),
-            *("--format", "json", "--module", MODULE, *args),
-        )
-        assert done.returncode == 0, done.stderr
-        return dict(json.loads(done.stdout))
-
-    def shown(self, name: str) -> dict[str, Any]:
-        done = self.run("instances", name, "--format", "json")
-        assert done.returncode == 0, done.stderr
-        (launch,) = json.loads(done.stdout)
-        return dict(launch)
-
-    def wait(self, name: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        until = time.monotonic() + PATIENCE_S
-        while not condition(launch := self.shown(name)):
-            assert time.monotonic() < until, launch
-            time.sleep(0.3)
-        return launch
-
-    def end_all(self) -> None:
-        self.fabric.close()
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or ()
-            if "fabric.cli.launching" in words and str(self.state) in words[-1]:
-                process.kill()
-        for job in self.slurm.run("squeue", "-h", "-o", "%i").split():
-            self.slurm.try_run("scancel", job)
-
-
-def states(launch: dict[str, Any]) -> list[str]:
-    return [job["state"] for job in launch["jobs"]]
-
-
 def test_dry_run_prints_the_plan_and_the_very_script(user: User) -> None:
     args = ("launch", MODEL, "--site", MACHINE, "--walltime", "00:30:00", "--dry-run")
     done = user.run(*args)
     assert done.returncode == 0, done.stderr
     assert "1 node-hour at most, a job" in done.stdout
+    assert "read from where they are: no disk of the nodes is known" in done.stdout
     assert "#SBATCH --time=30" in done.stdout
     assert "#SBATCH --signal=B:USR1@120" in done.stdout
     assert "#SBATCH --partition=debug" in done.stdout
@@ -182,7 +85,7 @@ def test_what_the_machine_would_refuse_is_refused_here(
 
 
 def test_a_launch_serves_its_owner_and_ends_when_asked(user: User, hub: RunningHub) -> None:
-    launch = user.launch("--wait")
+    launch = user.launch("--wait", model=MODEL)
     assert states(launch) == ["ready"]
     answer = user.fabric.complete("hello", model=MODEL, max_tokens=3)
     assert (answer.text, answer.charge_usu) == ("word0 word1 word2", 0)
@@ -197,7 +100,7 @@ def test_a_launch_serves_its_owner_and_ends_when_asked(user: User, hub: RunningH
 
 def test_a_job_hands_over_to_the_next_without_a_failed_request(user: User) -> None:
     """A walltime of two minutes, four streams at once all the while."""
-    launch = user.launch("--wait", "--keep-alive-until", "10m", walltime="00:02:00")
+    launch = user.launch("--wait", "--keep-alive-until", "10m", walltime="00:02:00", model=MODEL)
     name, stop = launch["name"], threading.Event()
 
     def ask() -> list[str]:
@@ -224,7 +127,7 @@ def test_a_job_hands_over_to_the_next_without_a_failed_request(user: User) -> No
 
 
 def test_a_cancelled_job_is_noticed_and_replaced_while_it_is_wanted(user: User) -> None:
-    launch = user.launch("--wait", "--keep-alive-until", "10m", "--replicas", "2")
+    launch = user.launch("--wait", "--keep-alive-until", "10m", "--replicas", "2", model=MODEL)
     name = launch["name"]
     both = user.wait(name, lambda shown: states(shown) == ["ready", "ready"])
     job_of = {job["instance"]: job["job_id"] for job in both["jobs"]}
@@ -262,7 +165,7 @@ def test_jobs_that_keep_failing_are_not_submitted_for_ever(user: User) -> None:
 
 def test_a_launch_waits_behind_a_full_cluster_and_says_why(user: User) -> None:
     user.slurm.run("sbatch", "-N2", "--exclusive", "-t1", "--wrap", "sleep 600", "-o", "/dev/null")
-    launch = user.launch()
+    launch = user.launch(model=MODEL)
     waiting = user.wait(launch["name"], lambda shown: "Resources" in shown["jobs"][0]["detail"])
     assert states(waiting) == ["pending"]
     user.slurm.run("scancel", "-n", "wrap")
@@ -270,7 +173,7 @@ def test_a_launch_waits_behind_a_full_cluster_and_says_why(user: User) -> None:
 
 
 def test_a_launcher_that_was_killed_finds_its_jobs_again(user: User) -> None:
-    launch = user.launch("--wait")
+    launch = user.launch("--wait", model=MODEL)
     (watching,) = (
         process
         for process in psutil.process_iter(["cmdline"])
@@ -293,7 +196,7 @@ def test_a_launcher_that_was_killed_finds_its_jobs_again(user: User) -> None:
 
 
 def test_a_dead_node_ends_its_instance(user: User) -> None:
-    launch = user.launch("--wait")
+    launch = user.launch("--wait", model=MODEL)
     node = user.slurm.run("squeue", "-h", "-o", "%N").strip()
     try:
         user.slurm.kill_node(node)
@@ -304,7 +207,7 @@ def test_a_dead_node_ends_its_instance(user: User) -> None:
 
 
 def test_an_idle_instance_leaves(user: User) -> None:
-    launch = user.launch("--wait", "--idle-stop", "3s")
+    launch = user.launch("--wait", "--idle-stop", "3s", model=MODEL)
     shown = user.wait(launch["name"], lambda shown: shown["ended_at"] is not None)
     assert states(shown) == ["stopped"]
     assert shown["detail"] == "it had nothing to do for 3 s"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
+import pwd
+import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +19,8 @@ from fabric.cli.exits import Exit
 from fabric.cli.options import output_options
 
 if TYPE_CHECKING:
-    from fabric.auth import Groups, Keys
+    from fabric.audit import AuditLog
+    from fabric.auth import Grants, Groups, Keys
     from fabric.catalog import Catalog
     from fabric.ledger import Ledger
     from fabric.sql import Database
@@ -30,18 +35,24 @@ class Books:
     database: Database
     keys: Keys
     groups: Groups
+    grants: Grants
+    audit: AuditLog
     catalog: Catalog
     ledger: Ledger
 
 
 def database_options(function: Command) -> Command:
-    """Add ``--database`` to ``output_options``; the function gets ``books`` and ``output``."""
+    """Add ``--database`` to ``output_options``; the function gets ``books`` and ``output``.
+
+    What it changes is in the audit log.
+    """
 
     @output_options
     @click.option("--database", "database_url", metavar="URL", help="The hub's database.")
     @functools.wraps(function)
     def wrapper(*args: Any, database_url: str | None, **kwargs: Any) -> Any:
-        from fabric.auth import Groups, Keys
+        from fabric.audit import AuditLog, recording
+        from fabric.auth import Grants, Groups, Keys
         from fabric.catalog import Catalog
         from fabric.config import StateDir, load_settings
         from fabric.ledger import Ledger
@@ -56,12 +67,25 @@ def database_options(function: Command) -> Command:
                 database=database,
                 keys=Keys(database),
                 groups=Groups(database),
+                grants=Grants(database),
+                audit=AuditLog(database),
                 catalog=Catalog(database),
                 ledger=Ledger(database),
             )
-            return function(*args, books=books, **kwargs)
+            _, _, command = click.get_current_context().command_path.partition(" ")
+            with recording(database, who=_who(), what=command):
+                return function(*args, books=books, **kwargs)
 
     return wrapper  # type: ignore[return-value]
+
+
+def _who() -> str:
+    """Return who runs the command, as the operating system knows them: no variable says it."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    with suppress(OSError):
+        if (login := os.getlogin()) != user:
+            user = f"{login} as {user}"
+    return f"cli:{user}@{socket.gethostname()}"
 
 
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")

@@ -29,6 +29,7 @@ Run it where the machine's batch commands are (its login node), or anywhere with
 charges you. The launch goes on when this command has ended; `fabric instances`
 shows it, and `fabric stop` ends it.
 """
+_ENGINE = ("backend", "max_rows", "dtype", "tensor_parallel", "pipeline_parallel")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -89,6 +90,29 @@ class Until(click.ParamType):
 @click.option(
     "--idle-stop", "idle_stop_s", type=Duration(), help="End an instance idle for so long."
 )
+@click.option(
+    "--join-within",
+    "join_s",
+    type=Duration(),
+    help="End a job whose instance has not reached the hub so long after it loaded.  [default: 2m]",
+)
+@click.option(
+    "--tensor-parallel", type=click.IntRange(1), help="Processes that divide every matrix."
+)
+@click.option(
+    "--pipeline-parallel",
+    type=click.IntRange(1),
+    help="Stages of layers.  [default: as planned, or one on each node]",
+)
+@click.option(
+    "--copy-weights",
+    "staging",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="To the nodes' own disks: where it pays, or as said.",
+)
+@click.option("--backend", type=click.Choice(["fabric", "vllm"]), help="What computes.")
 @click.option("--max-rows", type=click.IntRange(1), help="Rows of the engine.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Of the weights.")
 @click.option(
@@ -111,8 +135,6 @@ def launch(
     force: bool,
     dry_run: bool,
     is_waiting: bool,
-    max_rows: int | None,
-    dtype: str | None,
     module: str,
     **asked: object,
 ) -> None:
@@ -124,12 +146,9 @@ def launch(
     from fabric.launch.jobs import Order
 
     version = launches.find_version(fabric, model)
-    options = {"max_rows": max_rows, "dtype": dtype}
     given = {name: value for name, value in asked.items() if value is not None}
-    order = launches.checked(
-        Order,
-        given | {"model": version, "options": {k: v for k, v in options.items() if v is not None}},
-    )
+    options = {name: given.pop(name) for name in _ENGINE if name in given}
+    order = launches.checked(Order, given | {"model": version, "options": options})
     with launches.prepared(order, fabric, via=via, module=module) as prepared:
         plan, means = prepared.plan, prepared.means
         if means.failed:
@@ -179,6 +198,8 @@ def _facts(plan: LaunchPlan, means: Means) -> list[tuple[str, str]]:
         ("queue", plan.queue or "the scheduler's choice"),
         ("account", order.account or "your default there"),
         ("memory", plan.fit.text),
+        ("processes", str(plan.division)),
+        ("weights", plan.staging.reason),
         ("wait", waits),
         ("load", f"{_time(plan.load_s)}, then ready"),
         ("charge there", f"{charge}, a job"),
@@ -219,6 +240,8 @@ def _record(plan: LaunchPlan, means: Means) -> dict[str, object]:
         "queue": plan.queue,
         "memory": plan.fit.text,
         "weight_bytes": plan.fit.weight_bytes,
+        "ranks": list(plan.division.ranks),
+        "staging": plan.staging.reason,
         "wait_s": {"p50": plan.wait.p50_s, "p90": plan.wait.p90_s},
         "load_s": plan.load_s,
         "charge": plan.charge,

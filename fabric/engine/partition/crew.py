@@ -42,6 +42,8 @@ class Crew:
         num_ranks: Of all nodes, this process included.
         local_ranks: Of this node, this process included; ``None``: all.
         rendezvous: ``HOST:PORT`` by which other nodes reach this one; ``None``: loopback.
+        rendezvous_fd: A socket that is bound there, so that nobody else has taken the port
+            meanwhile; ``None`` binds one.
         num_threads: Threads torch uses in each rank for one operation; 0 leaves torch's default.
         timeout_s: How long a rank may be silent, or one exchange take.
         on_lost: Told, on a thread of the crew's, that a rank is lost.
@@ -53,6 +55,7 @@ class Crew:
         num_ranks: int,
         local_ranks: int | None = None,
         rendezvous: str | None = None,
+        rendezvous_fd: int | None = None,
         num_threads: int = 0,
         timeout_s: float = 60.0,
         on_lost: Callable[[RankLost], None] | None = None,
@@ -68,6 +71,7 @@ class Crew:
             timeout_s=timeout_s,
             watches_stdin=True,
         )
+        self._rendezvous_fd = rendezvous_fd
         self.on_lost = on_lost
         self._lost: RankLost | None = None
         self._found = threading.Event()
@@ -172,7 +176,10 @@ class Crew:
     def _open_store(self) -> dist.TCPStore:
         # Without a socket of ours the store would listen on all addresses.
         host = self._station.host
-        listener = socket.create_server((host, self._station.port))
+        if self._rendezvous_fd is None:
+            listener = socket.create_server((host, self._station.port))
+        else:
+            listener = socket.socket(fileno=self._rendezvous_fd)
         port = listener.getsockname()[1]
         store = dist.TCPStore(
             host,

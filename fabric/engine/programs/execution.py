@@ -72,6 +72,16 @@ class StepPlan:
 IDLE = StepPlan((), {})
 
 
+@dataclass(frozen=True, slots=True)
+class Steady:
+    """What a run does in every step of decoding, by point, where it is this and nothing else."""
+
+    adds: dict[str, Tensor]
+    """Vectors that are added to its token."""
+    saves: dict[str, tuple[int, ...]]
+    """The nodes that save what stands there."""
+
+
 class Execution:
     """The state of one run. Its prompt is known: spans are positions.
 
@@ -102,6 +112,7 @@ class Execution:
         self._steady: StepPlan | None = None
         """Of every step of decoding, where they are all alike."""
         self._adds: dict[int, Tensor] = {}
+        self._simple: Steady | None = None
         self._plans: dict[tuple[frozenset[int], bool], StepPlan] = {}
         self._streamed = -1
         self._to_send: list[tuple[int, dict[str, Value]]] = []
@@ -209,14 +220,22 @@ class Execution:
         return self._adds[k]
 
     @property
-    def steady_adds(self) -> dict[str, Tensor] | None:
-        """What every step of decoding adds, by point, where it does nothing else at all."""
-        plan = self._steady
-        if plan is None or plan.opening:
-            return None
-        if any(len(nodes) != 1 or nodes[0] not in self._adds for nodes in plan.at.values()):
-            return None
-        return {point: self._adds[nodes[0]] for point, nodes in plan.at.items()}
+    def steady(self) -> Steady | None:
+        """What every step of decoding does, where the next one needs no plan, no values and no
+        nodes of its own."""
+        if self._simple is None and self._steady is not None:
+            self._simple = self._simplified(self._steady)
+        return self._simple
+
+    def save(self, point: str, x: Tensor, position: int) -> None:
+        """Do what ``steady`` says is saved at a point; ``x`` is the run's own copy."""
+        assert self._simple is not None
+        value = Value(x, (position,))
+        for k in self._simple.saves[point]:
+            node = self._nodes[k]
+            assert isinstance(node, ops.Save)
+            self._values[node.x] = value
+            self._save(k, node)
 
     def end(self) -> None:
         """End a step."""
@@ -267,6 +286,29 @@ class Execution:
                 whole = sel.heads is None and sel.dims is None
                 return x_is_known and whole and self._values[self._args[k][0]].data.dim() < 2
         return False
+
+    def _simplified(self, plan: StepPlan) -> Steady | None:
+        adds, saves = {}, {}
+        for point, nodes in plan.at.items():
+            if len(nodes) == 1 and nodes[0] in self._adds:
+                adds[point] = self._adds[nodes[0]]
+            elif (kept := self._only_saves(nodes)) is not None:
+                saves[point] = kept
+            else:
+                return None
+        return None if plan.opening else Steady(adds, saves)
+
+    def _only_saves(self, nodes: Sequence[int]) -> tuple[int, ...] | None:
+        """Return the saves among nodes that read a token and save it, if there is no more."""
+        read, *saves = nodes
+        match self._nodes[read]:
+            case ops.Read(sel=sel) if sel.heads is None and sel.dims is None:
+                for k in saves:
+                    node = self._nodes[k]
+                    if not isinstance(node, ops.Save) or node.x != read or node.stream:
+                        return None
+                return tuple(saves)
+        return None
 
     @cached_property
     def _dynamic(self) -> frozenset[int]:

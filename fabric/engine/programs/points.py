@@ -80,6 +80,8 @@ class Points:
         self.anatomy = Anatomy.of(model)
         self.taps: dict[str, Tap] = {}
         """By canonical name, those that can be served."""
+        self.tuples: frozenset[nn.Module] = frozenset()
+        """Modules that give a tuple, their tensor first."""
         self._model = model
         self._dtype = str(model.dtype).removeprefix("torch.")
         self._hidden: int = model.get_input_embeddings().weight.shape[1]
@@ -127,6 +129,7 @@ class Points:
         if anatomy is None:
             return self._listed([], [], outer)
         seen = Watch(self._model, anatomy).run()
+        self.tuples = seen.tuples
         embedding = _Site(
             name="embed.out",
             tap=Tap(side="out", module=anatomy.embedding),

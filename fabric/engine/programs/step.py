@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fabric.engine.attention import Scoring
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.programs.cells import Cell, HeadsCell, TensorCell
-from fabric.engine.programs.execution import IDLE, Execution, StepPlan
+from fabric.engine.programs.execution import IDLE, Execution, Steady, StepPlan
 from fabric.engine.programs.model import RunModel, nested
 from fabric.engine.programs.points import Points, Tap
 from fabric.engine.programs.recompute import scores_of, visible_of, weighted_of
@@ -35,6 +35,7 @@ from fabric.engine.runner import Attend, Runner
 from fabric.errors import FabricError, ProgramFailed, ProgramTooLarge
 
 if TYPE_CHECKING:
+    from fabric.engine.programs.task import RunProgram
     from fabric.engine.rows import ActiveTask, Row
     from fabric.engine.scheduler import Run
 
@@ -62,6 +63,8 @@ class RunStep:
         wanted: Where its logits begin among the wanted ones, and how many they are.
         row: Of the batch; ``None`` where it shares none.
         until: When (``time.perf_counter``) its ``limit_s`` seconds are over.
+        saving: Where it saves what stands there, if it does no more in this step; see
+            ``Execution.steady``.
     """
 
     execution: Execution
@@ -73,6 +76,7 @@ class RunStep:
     row: Row | None = None
     until: float = math.inf
     limit_s: float = math.inf
+    saving: Collection[str] = ()
     plan: StepPlan = IDLE
     error: FabricError | None = None
 
@@ -88,8 +92,8 @@ class RunStep:
 
     @property
     def acts(self) -> bool:
-        """Whether nodes may act on its tokens."""
-        return self.start + self.count > self.execution.first_touched
+        """Whether nodes may act on its tokens, one by one."""
+        return not self.saving and self.start + self.count > self.execution.first_touched
 
     def attempt(self, action: Callable[..., _T], *args: object) -> _T | None:
         """Do something for the run; what goes wrong is kept and ends it. Its time is its own."""
@@ -137,6 +141,11 @@ class ProgramStep:
         self._alone = alone
         self._adds = adds
         self._at: dict[str, list[RunStep]] = {point: [] for point in adds}
+        self._saving: dict[str, list[RunStep]] = {}
+        for run in runs:
+            for point in run.saving:
+                self._at.setdefault(point, [])
+                self._saving.setdefault(point, []).append(run)
         self._of_row = {run.row: run for run in runs if run.row is not None}
 
     def begin(self) -> None:
@@ -162,6 +171,8 @@ class ProgramStep:
                     else module.register_forward_hook(self._leaving(served))
                 )
                 stack.callback(handle.remove)
+            for module in self._layers_below():
+                stack.enter_context(_passed_by(module, as_tuple=module in self._points.tuples))
             if (last := self._last_layer()) is not None:
                 stack.callback(last.register_forward_pre_hook(_stop).remove)
             with suppress(Stopped):
@@ -250,14 +261,17 @@ class ProgramStep:
 
     def _serve_tap(self, point: str, tap: Tap, x: Tensor) -> Tensor | None:
         """Serve a point of a module's tensor; return another one where it was changed."""
+        for run in self._saving.get(point, ()):
+            run.attempt(_save, run, point, tap, x)
         result: Tensor | None = x if tap.shared else None
         adding = self._adding(point, tap, x)
         own = {run.begin: vector for run, vector in adding.items()}
         vectors = {**own, **self._adds.get(point, {})}
         if changed := bool(vectors):
             result = x.clone() if result is None else result
-            rows = torch.tensor(list(vectors))
-            _flat(result).index_add_(0, rows, torch.stack(list(vectors.values())))
+            x_NF = _flat(result)
+            for row, vector in vectors.items():
+                x_NF[row].add_(vector)
         for run in self._at[point]:
             if run in adding:
                 continue
@@ -406,6 +420,15 @@ class ProgramStep:
 
         return hook
 
+    def _layers_below(self) -> list[nn.Module]:
+        """Return the layers that nobody needs: all runs of the step enter above them."""
+        starts = [run.execution.run.start_at for run in self.runs]
+        anatomy = self._points.anatomy
+        if not self._alone or anatomy is None or any(start is None for start in starts):
+            return []
+        first = min(start.layer for start in starts if start is not None)
+        return [parts.layer for parts in anatomy.layers[:first]]
+
     def _last_layer(self) -> nn.Module | None:
         """Return the layer before which the step may end: no run of it goes further."""
         ends = [run.execution.run.stop_at for run in self.runs]
@@ -425,11 +448,11 @@ def programs_of(runs: Sequence[Run], runner: Runner) -> ProgramStep | None:
         program = run.row.active.program
         steady = None
         if program is not None and run.num_tokens == 1 and run.row.decodes:
-            steady = None if program.model.private else program.execution.steady_adds
+            steady = _steady(program, runner.points)
         if steady is not None:
-            for point, vector in steady.items():
+            for point, vector in steady.adds.items():
                 adds.setdefault(point, {})[begin] = vector
-        elif program is not None and program.acts:
+        if program is not None and (program.acts if steady is None else steady.saves):
             found.append(
                 RunStep(
                     execution=program.execution,
@@ -439,6 +462,7 @@ def programs_of(runs: Sequence[Run], runner: Runner) -> ProgramStep | None:
                     start=run.row.num_cached,
                     wanted=(wanted, run.num_wanted),
                     row=run.row,
+                    saving=() if steady is None else steady.saves,
                 )
             )
         begin, wanted = begin + run.num_tokens, wanted + run.num_wanted
@@ -457,6 +481,36 @@ def programs_of(runs: Sequence[Run], runner: Runner) -> ProgramStep | None:
     with torch.inference_mode():
         step.begin()
     return step
+
+
+def _steady(program: RunProgram, points: Points | None) -> Steady | None:
+    """Return what a run does in every step of decoding, if modules' hooks alone can do it."""
+    steady = program.execution.steady
+    if steady is None or points is None or program.model.private:
+        return None
+    taps = [points.taps[point] for point in steady.saves]
+    within = all(tap.module is not None and tap.route is None for tap in taps)
+    whole = not any(point.endswith(".head_out") for point in steady.saves)
+    return steady if within and whole else None
+
+
+def _save(run: RunStep, point: str, tap: Tap, x: Tensor) -> None:
+    run.execution.save(point, tap.view(_flat(x)[run.rows]).clone(), run.start)
+
+
+@contextmanager
+def _passed_by(layer: nn.Module, *, as_tuple: bool) -> Iterator[None]:
+    """Let a layer give what it is given."""
+
+    def forward(*args: object, **kwargs: object) -> object:
+        x = given(args, kwargs)
+        return (x,) if as_tuple else x
+
+    layer.__dict__["forward"] = forward  # before the class's, which hooks go around all the same
+    try:
+        yield
+    finally:
+        del layer.__dict__["forward"]
 
 
 def _stop(*_: object) -> None:

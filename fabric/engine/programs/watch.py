@@ -43,6 +43,8 @@ class Seen:
     """Of routers, where they are known."""
     middle_reasons: dict[int, str]
     """Layers whose residual stream cannot be met in their middle, and why."""
+    tuples: frozenset[nn.Module]
+    """Modules that give a tuple, their tensor first."""
 
 
 class Watch:
@@ -53,6 +55,7 @@ class Watch:
         self._anatomy = anatomy
         self._heads: dict[int, Heads] = {}
         self._routes: dict[nn.Module, Route] = {}
+        self._tuples: set[nn.Module] = set()
         self._kept: dict[tuple[nn.Module, str], Tensor] = {}
 
     def run(self) -> Seen:
@@ -83,7 +86,7 @@ class Watch:
             for index, parts in enumerate(self._anatomy.layers)
             if (reason := self._middle_reason(parts))
         }
-        return Seen(self._heads, widths, self._routes, reasons)
+        return Seen(self._heads, widths, self._routes, reasons, frozenset(self._tuples))
 
     def _attend(
         self,
@@ -112,6 +115,8 @@ class Watch:
         x = output[0] if isinstance(output, tuple) else output
         assert isinstance(x, Tensor)
         self._kept[module, "out"] = x.clone()
+        if isinstance(output, tuple):
+            self._tuples.add(module)
         if isinstance(output, tuple) and len(output) == 3:
             route = route_of(*output)
             self._routes |= {} if route is None else {module: route}

@@ -11,17 +11,24 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 
 import httpx
 
 from fabric.engine.config import EngineConfig
+from fabric.engine.vllm.command import get_command
 from fabric.errors import ModelNotLoadable
 from fabric.messages import VllmOptions
+
+_logger = getLogger(__name__)
 
 _POLL_S = 0.2
 _STOP_S = 10.0
 """How long a server that was asked to end may take."""
+
+_NUM_PORTS = 3
+"""Ports that are tried one after the other."""
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
@@ -54,6 +61,7 @@ class VllmServer:
         self._name = name
         self._process: subprocess.Popen[bytes] | None = None
         self._key = ""
+        self._port = 0
         self.url = options.url or ""
         """Its address, without a path."""
 
@@ -69,12 +77,29 @@ class VllmServer:
             ModelNotLoadable: It ended, did not become healthy in time, or serves another model.
         """
         if self._options.url is None:
-            self._spawn()
-        elif self._options.key_path is not None:
+            return self._start_own()
+        if self._options.key_path is not None:
             try:
                 self._key = Path(self._options.key_path).expanduser().read_text().strip()
             except OSError as error:
                 raise self._refusal(f"its key cannot be read ({error})") from error
+        return self._reach()
+
+    def _start_own(self) -> ServerInfo:
+        # It binds its port itself, seconds after the port was seen to be free.
+        for _ in range(_NUM_PORTS - 1):
+            self._spawn()
+            try:
+                return self._reach()
+            except ModelNotLoadable:
+                if self.how_it_ended() is None or not _is_taken(self._port):
+                    raise
+                _logger.warning("port %d was taken meanwhile, another is tried", self._port)
+                self.close()
+        self._spawn()
+        return self._reach()
+
+    def _reach(self) -> ServerInfo:
         with httpx.Client(base_url=self.url, headers=self.headers, timeout=10.0) as http:
             self._wait_healthy(http)
             return self._describe(http)
@@ -100,25 +125,15 @@ class VllmServer:
         self._key = secrets.token_urlsafe(32)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+            self._port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
         config = self._config
-        options = {
-            "model": self._path,
-            "served-model-name": self._name,
-            "host": "127.0.0.1",
-            "port": port,
-            "dtype": config.dtype,
-            "max-num-seqs": config.max_rows,
-            "max-num-batched-tokens": max(config.step_tokens, config.max_rows),
-            "kv-cache-memory-bytes": config.cache_bytes,
-            "max-model-len": config.context_tokens,
-        }
-        given = [f"--{option}={value}" for option, value in options.items() if value is not None]
+        command = get_command(
+            self._options, config, path=self._path, name=self._name, port=self._port
+        )
         threads = {"OMP_NUM_THREADS": str(config.num_threads)} if config.num_threads else {}
-        command = [*self._options.command, *given, "--enable-prompt-tokens-details"]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fabric.engine.vllm.guard", *command, *self._options.args],
+            [sys.executable, "-m", "fabric.engine.vllm.guard", *command],
             stdin=subprocess.PIPE,
             stdout=sys.stderr.fileno() if _has_descriptor() else subprocess.DEVNULL,
             # The key is not an argument, which everybody on the node could read.
@@ -162,6 +177,16 @@ class VllmServer:
 
     def _refusal(self, reason: str) -> ModelNotLoadable:
         return ModelNotLoadable(model=self._name, reason=reason)
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
 
 
 def _has_descriptor() -> bool:

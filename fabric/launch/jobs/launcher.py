@@ -259,7 +259,7 @@ class Launcher:
         self._cancel_what_lingers()
 
     def _submit(self, replica: int, generation: int) -> None:
-        order = self._record.order
+        order, division = self._record.order, self._get_plan().division
         reply = self._hub.add_instance(
             order.model, order.machine, sharing=order.sharing, lifetime_s=LIFETIME_S
         )
@@ -270,7 +270,8 @@ class Launcher:
             session_url=self._record.hub_url.rstrip("/").replace("http", "ws", 1)
             + launch.session_path,
             direct_token=secrets.token_urlsafe(32),
-            options=order.options,
+            options=division.options,
+            join_s=order.join_s,
             status_path="chosen where it runs",
         )
         job = JobRecord(

@@ -112,6 +112,7 @@ class LocalLogin:
         folder = self._root / "LAUNCH"
         command = get_command(
             record.order,
+            record.ranks,
             folder / "jobs" / "INSTANCE.spec.json",
             folder / "jobs" / "INSTANCE.log",
             record.module,
@@ -132,8 +133,14 @@ class LocalLogin:
                 reason = "it was submitted before, and whoever did was killed before it had the id"
                 raise JobRefused(machine=record.order.machine, reason=reason)
             full = spec.model_copy(update={"status_path": str(folder.status_path(instance))})
+            if folder.launch() is None:
+                folder.write_launch(record)  # of a launcher elsewhere: the job reads it
             command = get_command(
-                record.order, folder.write_spec(full), folder.instance_log(instance), record.module
+                record.order,
+                record.ranks,
+                folder.write_spec(full),
+                folder.instance_log(instance),
+                record.module,
             )
             submission.begin()
             submitter = self._submitter(record, folder)

@@ -79,19 +79,22 @@ def _fit_devices(order: Order, shape: ModelShape, kind: NodeKind) -> Fit:
 
 def _fit_node(order: Order, shape: ModelShape, kind: NodeKind) -> Fit:
     weights = _weight_bytes(order, shape)
-    cache = order.options.cache_bytes or DEFAULT_CACHE_BYTES
+    options, nodes = order.options, order.nodes
+    num_ranks = max(nodes, options.tensor_parallel * options.pipeline_parallel)
+    cache = -(-num_ranks // nodes) * (options.cache_bytes or DEFAULT_CACHE_BYTES)
     # Reading and packing weights holds them twice for a moment.
-    needed = 2 * weights + cache
+    needed = 2 * weights // nodes + cache
     if kind.memory_gb is None:
         return Fit(text="not checked: the nodes' memory is not known", weight_bytes=weights)
     room = int(kind.memory_gb * 1e9 * (1 - NODE_RESERVE))
     if needed > room:
         reason = (
-            f"{shape.name} needs {gigabytes(needed)} while it loads, and a node has"
-            f" {gigabytes(room)} to spare; take a smaller dtype or another machine"
+            f"{shape.name} needs {gigabytes(needed)} of each node while it loads, and a node has"
+            f" {gigabytes(room)} to spare; take more --nodes, a smaller dtype or another machine"
         )
         raise LaunchImpossible(param="model", value=order.model, reason=reason)
-    text = f"{gigabytes(needed)} of {gigabytes(room)} on one node, processors only"
+    where = "one node" if nodes == 1 else f"each of {nodes} nodes"
+    text = f"{gigabytes(needed)} of {gigabytes(room)} on {where}, processors only"
     return Fit(text=text, weight_bytes=weights)
 
 

@@ -55,7 +55,7 @@ def _seen_of_instance(
         return {}  # the job's own end follows, and says how
     is_new = state is InstanceState.READY and job.ready_at is None
     if is_new and not joined:
-        return {"state": InstanceState.LOADING, "detail": "joining the pool"}
+        return {"state": InstanceState.LOADING, "detail": status.detail or "joining the pool"}
     changes: dict[str, object] = {"state": state}
     if state is not job.state or state is InstanceState.LOADING:
         changes["detail"] = status.detail
@@ -73,6 +73,8 @@ def _seen_of_end(job: JobRecord, sight: Sight, now: datetime, walltime_s: int) -
     word = state.word or "it is not known to the scheduler any more"
     if said is InstanceState.FAILED and status is not None:
         final, detail = InstanceState.FAILED, status.detail.rstrip(".")
+    elif state.word == "NODE_FAIL":
+        final, detail = InstanceState.FAILED, "its job ended: a node of it was lost"
     elif job.state in LEAVING:
         final, detail = InstanceState.STOPPED, job.detail or "it left"
     elif state.word == "TIMEOUT" or (over and job.ready_at is not None):

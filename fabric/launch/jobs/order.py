@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from fabric.config.endpoint import Name, Walltime, to_seconds
+from fabric.launch.jobs.staging import Wish
 from fabric.messages import EngineOptions
 from fabric.messages.request import ModelRef
 from fabric.messages.wire import Wire
@@ -16,6 +17,8 @@ Sharing = Literal["private", "project", "shared"]
 """Who may use an instance: the key or login that launched it, its project, or everybody."""
 
 MAX_REPLICAS = 16
+
+JOIN_S = 120.0
 
 
 def _in_utc(at: datetime) -> datetime:
@@ -36,6 +39,8 @@ class Order(Wire):
         sharing: Who may use the instances.
         keep_until: Jobs follow one another until then; ``None``: there is one generation.
         idle_stop_s: Ends an instance that had nothing to do for so long.
+        join_s: How long an instance that is ready may take to reach the hub.
+        staging: Whether weights are copied to the nodes' own disks: where it pays, or as said.
         options: How the engine is sized.
     """
 
@@ -49,6 +54,8 @@ class Order(Wire):
     sharing: Sharing = "project"
     keep_until: Annotated[datetime, AfterValidator(_in_utc)] | None = None
     idle_stop_s: float | None = Field(default=None, gt=0)
+    join_s: float = Field(default=JOIN_S, gt=0)
+    staging: Wish = "auto"
     options: EngineOptions = EngineOptions()
 
     @property

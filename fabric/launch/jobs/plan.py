@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,11 +14,13 @@ from fabric.config.system import Queue
 from fabric.errors import FabricError, LaunchImpossible, PlanError
 from fabric.launch.forecast import WaitForecast
 from fabric.launch.jobs.accounting import get_charge
+from fabric.launch.jobs.division import Division, get_division
 from fabric.launch.jobs.history import History
 from fabric.launch.jobs.limits import check_limits, choose_queue
 from fabric.launch.jobs.memory import Fit, get_fit
 from fabric.launch.jobs.order import Order
 from fabric.launch.jobs.queue import Scheduler
+from fabric.launch.jobs.staging import Staging, choose_staging, count_reads
 from fabric.launch.jobs.submit import get_warning_s
 from fabric.launch.waits import estimate_wait
 from fabric.planning import find_shape
@@ -40,6 +42,8 @@ class LaunchPlan:
         scheduler: What takes its jobs.
         queue: Where they go; ``None`` leaves it to the scheduler.
         fit: How the model fits the nodes.
+        division: How it is divided among their processes.
+        staging: Whether its weights are copied to the nodes' own disks.
         wait: How long a job should wait.
         load_s: How long an instance should take from its job's start until it is ready.
         charge: What the machine charges for one job at its longest, in its own unit; ``None``
@@ -52,6 +56,8 @@ class LaunchPlan:
     scheduler: Scheduler
     queue: str | None
     fit: Fit
+    division: Division
+    staging: Staging
     wait: WaitForecast
     load_s: float
     charge: float | None
@@ -96,7 +102,17 @@ def get_launch_plan(
     if name is not None and queue is not None:
         check_limits(order, name, queue)
     kind = system.nodes.get(queue.nodes) if queue is not None and queue.nodes else None
+    if scheduler == "local" and order.nodes > 1:
+        reason = "its jobs are processes of one machine"
+        raise LaunchImpossible(param="nodes", value=order.nodes, reason=reason)
     fit = get_fit(order, _find_shape(order, source), kind)
+    division = get_division(order, fit.plan)
+    staging = choose_staging(
+        num_bytes=fit.weight_bytes,
+        reads=count_reads(division.options, division.ranks),
+        storage=system.storage,
+        wish=order.staging,
+    )
     wait = history.forecast_wait(
         order.machine,
         name or "",
@@ -110,6 +126,8 @@ def get_launch_plan(
         scheduler=scheduler,
         queue=name,
         fit=fit,
+        division=division,
+        staging=staging,
         wait=wait,
         load_s=history.predict_load_s(order.machine, order.model, fit.weight_bytes),
         charge=get_charge(system, queue, num_nodes=order.nodes, elapsed_s=order.walltime_s),
@@ -129,12 +147,15 @@ def get_scheduler(site: SiteSpec) -> Scheduler:
     return _SCHEDULERS[site.system.scheduler]
 
 
-def get_command(order: Order, spec: Path, log: Path, module: str) -> list[str]:
-    """Return what a job of an order runs on its first node."""
+def get_command(
+    order: Order, ranks: Sequence[int], spec: Path, log: Path, module: str
+) -> list[str]:
+    """Return what a job of an order runs on its first node, with so many processes on each."""
     return [
         *(sys.executable, "-m", "fabric.launch.jobs.inblock", str(spec), str(log)),
         *("--walltime-s", str(order.walltime_s)),
         *("--warning-s", str(get_warning_s(order.walltime_s))),
+        *(("--ranks", *map(str, ranks)) if len(ranks) > 1 else ()),
         *(("--module", module) if module != "fabric.instance" else ()),
     ]
 

@@ -38,8 +38,8 @@ class LaunchRecord(Wire):
     """A launch: what was asked for and where.
 
     ``via`` says where the launcher is: on the login node, or elsewhere and at the machine's
-    endpoint there. ``module`` is what its jobs run by ``python -m``; ``stop`` says that its owner
-    wants it to end.
+    endpoint there. ``ranks`` counts the processes on each node of a job. ``module`` is what its
+    jobs run by ``python -m``; ``stop`` says that its owner wants it to end.
     """
 
     name: str
@@ -48,6 +48,7 @@ class LaunchRecord(Wire):
     queue: str | None
     hub_url: str
     via: Via = "login"
+    ranks: tuple[int, ...] = (1,)
     module: str = "fabric.instance"
     created_at: datetime
     state: InstanceState = InstanceState.PENDING
@@ -164,6 +165,11 @@ class LaunchFolder:
         return self.path / "scripts"
 
     @property
+    def manifests(self) -> Path:
+        """Where the digests of weights are kept, for all launches."""
+        return self.path.parent / "manifests"
+
+    @property
     def log_path(self) -> Path:
         """Where the process that watches the launch writes."""
         return self.path / "launcher.log"
@@ -245,11 +251,15 @@ class LaunchFolder:
             return not ours
 
     def _write(self, name: str, text: str) -> None:
-        path = self.path / name
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(temporary).replace(path)
+        write_whole(self.path / name, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all, for its owner alone."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    Path(temporary).replace(path)
 
 
 def _read(path: Path, model: type[_Record]) -> _Record | None:

@@ -121,7 +121,12 @@ def activation_patching(
             grid = session.sweep(corrupt, layer=some, position=plan.positions)
             for run, layer, position in grid:
                 at = point_at(point, layer)
-                run.place(at)[position] = base.place(at)[position]
+                if at == f"layers.{layer}.out" and layer < plan.layers[-1]:
+                    # Below the change it is the corrupt run: it enters with what that has there.
+                    run.start_at(layer + 1, other.place(at))
+                    run.place(f"layers.{layer + 1}.in")[position] = base.place(at)[position]
+                else:
+                    run.place(at)[position] = base.place(at)[position]
                 _difference(run, plan.answers).save("measure")
         return _Part(grid["measure"].array, float(ends[0]), float(ends[1]), (session.done,))
 

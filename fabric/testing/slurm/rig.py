@@ -156,7 +156,7 @@ class Slurm:
     def kill_node(self, name: str) -> None:
         """End a node's daemon and all that runs there, as a power cut would."""
         self._nodes.pop(name).kill()
-        for process in self._jobs_on(name):
+        for process in self.processes_on(name):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
@@ -187,7 +187,8 @@ class Slurm:
             check=False,
         )
 
-    def _jobs_on(self, name: str) -> list[psutil.Process]:
+    def processes_on(self, name: str) -> list[psutil.Process]:
+        """Return what jobs run on a node, the keepers of their steps left out."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):

@@ -90,6 +90,9 @@ class Slow:
     def __init__(self) -> None:
         self.let_go = threading.Event()
 
+    def recheck(self) -> None:
+        pass
+
     def recall(self, bearer: str, project: str | None) -> None:
         return None
 

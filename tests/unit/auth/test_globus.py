@@ -40,6 +40,7 @@ def test_member_of_one_group_acts_for_its_project(
         user="alice@example.edu",
         projects=("astro",),
         expires_at=clock.now + timedelta(hours=1),
+        groups=frozenset({campus.survey.id}),
     )
 
 
@@ -260,6 +261,23 @@ def test_left_group_and_deleted_mapping_count_within_a_minute(
     clock.advance(CACHE_S)
     with pytest.raises(NotAMember):
         tokens.authenticate(token)
+
+
+def test_a_changed_mapping_counts_without_a_question_to_globus(
+    campus: Campus, tokens: GlobusTokens, groups: Groups
+) -> None:
+    token = campus.token(campus.alice)
+    tokens.authenticate(token)
+    num_asked = campus.service.num_calls[INTROSPECT]
+    groups.add(campus.survey.id, "bio")
+    assert tokens.recall(token) is not None, "nobody has told it yet"
+    tokens.recheck()
+    assert tokens.recall(token, "bio") is None
+    assert tokens.authenticate(token, "bio").project == "bio"
+    groups.delete(campus.survey.id, "astro")
+    tokens.recheck()
+    assert tokens.authenticate(token).project == "bio"
+    assert campus.service.num_calls[INTROSPECT] == num_asked
 
 
 def test_known_caller_costs_globus_nothing(campus: Campus, tokens: GlobusTokens) -> None:

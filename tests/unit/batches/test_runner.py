@@ -55,7 +55,7 @@ class FakeAnswerer:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     at_once: int = 0
 
-    async def find(self, model: str) -> str:
+    async def find(self, _caller: Identity, model: str) -> str:
         if model != "m":
             raise UnknownModel(model=model, known=["m"])
         return "m@1"

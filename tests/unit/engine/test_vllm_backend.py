@@ -115,6 +115,45 @@ def test_moments_are_shared_among_the_tasks_that_are_there() -> None:
     assert load.decode_tokens_per_s > 0.0
 
 
+THIEF = """
+import pathlib, subprocess, sys
+port = next(word.partition("=")[2] for word in sys.argv if word.startswith("--port="))
+seen = pathlib.Path({folder!r}, "ports")
+with seen.open("a") as file:
+    print(port, file=file)
+if len(seen.read_text().split()) > 1:
+    sys.exit(3)
+holder = subprocess.Popen(
+    [sys.executable, "-c", {holder!r}, port],
+    stdin=open({fifo!r}), stdout=subprocess.PIPE, start_new_session=True,
+)
+holder.stdout.readline()
+sys.exit(1)
+"""
+HOLDER = """
+import socket, sys
+held = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_port_that_somebody_takes_first_is_chosen_anew(tiny: Path, tmp_path: Path) -> None:
+    """Another process binds it after it was chosen; the second server ends for another reason."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    held = os.open(fifo, os.O_RDWR)  # the holder of the port reads until this is closed
+    try:
+        code = THIEF.format(folder=str(tmp_path), fifo=str(fifo), holder=HOLDER)
+        engine = get_engine(tiny, command=(sys.executable, "-c", code))
+        with pytest.raises(ModelNotLoadable, match="ended with code 3"):
+            engine.start()
+        first, second = (tmp_path / "ports").read_text().split()
+        assert first != second
+    finally:
+        os.close(held)
+
+
 def test_options_reach_an_instance_as_text() -> None:
     options = EngineOptions(backend="vllm", vllm=VllmOptions(command=("vllm", "serve"), start_s=9))
     assert EngineOptions.model_validate_json(options.model_dump_json()) == options

@@ -24,6 +24,7 @@ from fabric.messages import (
     Token,
 )
 from fabric.testing.engine import FixedDelayEngine
+from fabric.testing.ports import reserved_port
 from fabric.testing.rig import InstanceProcess, get_spec, serve_hub_end, start_instance
 
 
@@ -156,6 +157,38 @@ async def test_instance_ends_with_its_parent(tmp_path) -> None:
                     pass
             await wait_exit(instance)
             assert time.monotonic() - began_at < 1.0
+
+
+async def test_a_parent_that_says_why_is_quoted(tmp_path) -> None:
+    with start_instance(get_spec(tmp_path)) as instance:
+        instance.wait_for(InstanceState.READY)
+        instance.process.stdin.write(b"The node n2 is lost.\n")
+        instance.process.stdin.close()
+        assert await wait_exit(instance, 60.0) == 1
+        status = instance.status()
+        assert (status.state, status.detail) == (InstanceState.FAILED, "The node n2 is lost.")
+
+
+async def test_a_hub_that_is_not_there_is_told_of_and_given_up(tmp_path) -> None:
+    with reserved_port() as port:
+        spec = get_spec(tmp_path, session_url=f"ws://127.0.0.1:{port}/v1/fabric/session")
+        with start_instance(spec.model_copy(update={"join_s": 2.0})) as instance:
+            assert await wait_exit(instance, 60.0) == 1
+            status = instance.status()
+            assert status.state == InstanceState.FAILED
+            assert f"ws://127.0.0.1:{port}" in status.detail
+            assert "from its node for 2 s" in status.detail
+
+
+async def test_a_hub_that_comes_late_is_joined(tmp_path) -> None:
+    async with serve_hub_end() as hub:
+        spec = get_spec(tmp_path, session_url=hub.url)
+        with start_instance(spec.model_copy(update={"join_s": 1.0})) as instance:
+            first = await hub.accept()
+            hub.connections[0].transport.abort()
+            second = await hub.accept(timeout_s=20.0)
+            assert second.hello.instance == first.hello.instance
+            assert instance.process.poll() is None
 
 
 async def test_instance_comes_back_after_the_connection_drops(tmp_path) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy import event, inspect, text
 
 import fabric.adapters
 import fabric.artifacts
+import fabric.audit
 import fabric.auth
 import fabric.batches
 import fabric.catalog

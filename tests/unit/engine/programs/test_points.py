@@ -35,6 +35,35 @@ def test_reads_of_every_point_equal_hooks_in_prefill_and_decoding(family, rig_of
         assert outcome.positions["r0"].get(point) == expected.positions.get(point), point
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_what_only_saves_modules_outputs_and_adds_to_them_gives_the_same(
+    family, rig_of, program_of
+):
+    rig = rig_of(family)
+    points = [p for p in rig.points() if p.endswith(".out") and p.startswith("layers.")]
+    runs = []
+    for alpha in (0.0, 2.0):
+        nodes = [{"op": "const", "name": "v"}]
+        nodes += [{"op": "write", "at": "layers.0.in", "x": 0, "mode": "add", "alpha": alpha}]
+        for point in points:
+            nodes.append({"op": "read", "at": point})
+            read = len(nodes) - 1
+            nodes.append({"op": "save", "name": point, "x": read})
+            nodes.append({"op": "save", "name": f"{point}.short", "x": read, "dtype": "bfloat16"})
+        runs.append({"nodes": nodes, "gen": {"max_tokens": 6}})
+    constants = {"v": torch.randn(rig.manifest.hidden)}
+    program = program_of(*runs, constants=constants)
+    outcome, expected = rig.run(program), rig.expect(program, constants)
+    assert outcome.end.type == "finished", outcome.end.failure.message
+    for i, name in enumerate(("r0", "r1")):
+        assert outcome.tokens[i] == expected[name].tokens
+        assert outcome.positions[name] == expected[name].positions
+        for point in points:
+            assert close(outcome.saves[name][point], expected[name].saves[point]), (name, point)
+            short = outcome.saves[name][f"{point}.short"]
+            assert torch.equal(short, outcome.saves[name][point].bfloat16())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_writes_at_every_point_change_the_logits_as_hooks_do(family, rig_of, program_of):
     rig = rig_of(family)

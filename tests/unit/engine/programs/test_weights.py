@@ -135,6 +135,38 @@ def test_parts_of_the_stack_run_alone(rig_of, program_of):
     same(rig.run(alone), rig.expect(alone, hidden))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3, windows", "mixtral"])
+def test_layers_below_all_entries_do_not_run(family, rig_of, program_of, monkeypatch):
+    rig = rig_of(family)
+    lower = {"id": "lower", "nodes": [{"op": "read", "at": "layers.0.out"},
+                                      {"op": "save", "name": "h", "x": 0}]}  # fmt: skip
+    whole = {"id": "whole", "nodes": LOGITS}
+    uppers = [
+        {"id": f"upper{i}", "nodes": LOGITS, "start_at": {"layer": 1, "x": "lower/h"},
+         "gen": {"max_tokens": 1}}
+        for i in range(3)
+    ]  # fmt: skip
+    outcome = rig.run(program_of(lower, whole, *uppers))
+    kind = next(type(part) for part in rig.model.modules() if hasattr(part, "layer_idx"))
+    ran, forward = set(), kind.forward
+
+    def seen(self, *args, **kwargs):
+        ran.add(self.layer_idx)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", seen)
+    constants = {"h": outcome.saves["lower"]["h"]}
+    entering = [{**run, "start_at": {"layer": 1, "x": "h"}} for run in uppers]
+    alone = rig.run(program_of(*entering, constants=constants))
+    assert ran == set(range(1, rig.manifest.num_layers))
+    rig.run(program_of(whole))
+    assert 0 in ran
+    expected = outcome.saves["whole"]["logits"]
+    for run in uppers:
+        assert torch.allclose(outcome.saves[run["id"]]["logits"], expected, atol=1e-5)
+        assert torch.allclose(alone.saves[run["id"]]["logits"], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_at_every_point_equal_autograd_over_hooks(family, rig_of, program_of):
     rig = rig_of(family)

@@ -75,7 +75,7 @@ def test_a_machine_without_a_scheduler_takes_no_launch(history: History) -> None
 
 def test_a_model_that_does_not_fit_is_refused_with_what_would(history: History) -> None:
     devices = {"devices": 4, "device": "NVIDIA A100", "device_memory_gb": 40}
-    machine = site(queues={"q": {"nodes": "n"}}, nodes={"n": devices})
+    machine = site(scheduler="pbspro", queues={"q": {"nodes": "n"}}, nodes={"n": devices})
     with pytest.raises(LaunchImpossible, match="node"):
         get_launch_plan(order(model="Llama-3.1-405B@1"), machine, history)
     plan = get_launch_plan(order(model="Llama-3-70B@1", nodes=2), machine, history)
@@ -99,7 +99,7 @@ def test_a_small_node_is_refused(history: History) -> None:
 
 def test_the_charge_is_the_machines_rule(history: History) -> None:
     charged = queue(units_per_node_hour=3.0, charge_factor=0.5)
-    machine = site(charge={"unit": "SU", "min_hours": 1.0}, **charged)
+    machine = site(scheduler="pbspro", charge={"unit": "SU", "min_hours": 1.0}, **charged)
     assert get_launch_plan(order(nodes=2), machine, history).charge == pytest.approx(3.0)
     longer = order(nodes=2, walltime="02:00:00")
     assert get_launch_plan(longer, machine, history).charge == pytest.approx(6.0)
@@ -131,10 +131,13 @@ def test_a_broken_line_of_the_history_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ncsa-delta", "alcf-polaris", "olcf-frontier"])
-def test_the_script_says_what_was_asked_for(name: str, tmp_path: Path) -> None:
+def test_the_script_says_what_was_asked_for(name: str, tmp_path: Path, history: History) -> None:
     spec = load_site(shipped_sites()[name])
-    asked = order(machine=name, account="m1234", nodes=1)
-    command = get_command(asked, tmp_path / "spec.json", tmp_path / "log", "fabric.instance")
+    queue = next(iter(spec.system.queues)) if spec.system else None
+    asked = order(machine=name, account="m1234", nodes=1, queue=queue, walltime="00:30:00")
+    plan = get_launch_plan(asked, spec, history)
+    paths = (tmp_path / "spec.json", tmp_path / "log")
+    command = get_command(plan.order, plan.division.ranks, *paths, "fabric.instance")
     script = ParslSubmitter(spec, asked, "debug", tmp_path / "scripts").render(command, "fabric-x")
     assert "fabric.launch.jobs.inblock" in script
     assert str(tmp_path / "spec.json") in script
@@ -146,6 +149,29 @@ def test_the_script_says_what_was_asked_for(name: str, tmp_path: Path) -> None:
     if name == "alcf-polaris":
         assert "# Submitted by: qsub -q debug -A m1234" in script
         assert "#PBS -l walltime=00:30:00" in script
+
+
+def test_a_job_of_several_nodes_says_how_its_model_is_divided(
+    tmp_path: Path, history: History
+) -> None:
+    nodes = {"memory_gb": 24, "devices": 0}
+    machine = site(scheduler="slurm", queues={"q": {"nodes": "n"}}, nodes={"n": nodes})
+    with pytest.raises(LaunchImpossible, match="take more --nodes"):
+        get_launch_plan(order(model="Llama-3-8B@1"), machine, history)
+    plan = get_launch_plan(order(model="Llama-3-8B@1", nodes=2), machine, history)
+    assert "on each of 2 nodes" in plan.fit.text
+    assert str(plan.division) == "1 tensor x 2 pipeline; by node 1 + 1"
+    paths = (tmp_path / "spec.json", tmp_path / "log")
+    command = get_command(plan.order, plan.division.ranks, *paths, "fabric.instance")
+    script = plan.get_submitter(tmp_path / "scripts").render(command, "fabric-x")
+    assert "#SBATCH --nodes=2" in script
+    assert "#SBATCH --ntasks-per-node=1" in script
+    assert "--ranks 1 1" in script
+
+
+def test_a_machine_of_one_node_takes_no_job_of_two(history: History) -> None:
+    with pytest.raises(LaunchImpossible, match="processes of one machine"):
+        get_launch_plan(order(nodes=2), site(), history)
 
 
 def test_a_local_script_is_shown_and_not_run(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""What runs inside a job, on a real Slurm: one model over two nodes, its weights on their disks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from fabric.testing.hub import RunningHub, running_hub
+from fabric.testing.slurm import Slurm, running_slurm
+from fabric.testing.slurm.user import User, states
+from fabric.testing.tiny_model import save_tiny_llama
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+MODEL = "tiny@1"
+REAL = "fabric.instance"
+TWO_NODES = ("--nodes", "2", "--dtype", "float32", "--max-rows", "4", "--wait")
+PROMPT = "a star"
+CONTEXT_TOKENS = 4096
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    # Sockets have short names; pytest's folders do not.
+    with tempfile.TemporaryDirectory(prefix="sl") as name, running_slurm(Path(name)) as slurm:
+        yield slurm
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shared") / "tiny"
+    return save_tiny_llama(path, max_position_embeddings=CONTEXT_TOKENS, eos_token_id=None)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Iterator[RunningHub]:
+    with running_hub(tmp_path_factory.mktemp("hub"), sites=()) as hub:
+        hub.catalog.add_model("tiny", "1", source=str(tiny_dir), context_tokens=CONTEXT_TOKENS)
+        yield hub
+
+
+@pytest.fixture
+def local_dir(tmp_path: Path) -> Path:
+    path = tmp_path / "nvme"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def user(hub: RunningHub, slurm: Slurm, tmp_path: Path, local_dir: Path) -> Iterator[User]:
+    rates = {"shared_read_gb_s": 1.0, "local_read_gb_s": 4.0, "local_write_gb_s": 2.0}
+    user = User(hub, slurm, tmp_path, system={"storage": rates | {"local_dir": str(local_dir)}})
+    try:
+        yield user
+    finally:
+        user.end_all()
+
+
+def on_node(slurm: Slurm, name: str, what: str) -> list[psutil.Process]:
+    """Return the processes of jobs on a node whose command names something."""
+    return [one for one in slurm.processes_on(name) if what in " ".join(one.cmdline())]
+
+
+def expected_answer(path: Path, num_tokens: int) -> str:
+    """Return what transformers answers, in one process."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    made = model.generate(ids, max_new_tokens=num_tokens, do_sample=False)
+    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def are_gone(processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    return not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_two_nodes_answer_as_one_process_does_and_drain_together(
+    user: User, slurm: Slurm, tiny_dir: Path, local_dir: Path
+) -> None:
+    args = (*TWO_NODES, "--copy-weights", "always")
+    launch = user.launch(*args, walltime="00:20:00", model=MODEL, module=REAL)
+    ranks = on_node(slurm, "n2", "fabric.engine.partition.follower")
+    assert len(ranks) == 1
+    assert not on_node(slurm, "n1", "fabric.engine.partition.follower")
+    answer = user.fabric.complete(PROMPT, model=MODEL, max_tokens=40, temperature=0)
+    assert answer.text == expected_answer(tiny_dir, 40)
+    (copy,) = (path for path in local_dir.glob("fabric-*/versions/*") if path.is_dir())
+    assert f"weights: in {copy}" in user.log_of(launch["jobs"][0])
+
+    stream = user.fabric.stream(PROMPT, model=MODEL, max_tokens=150, temperature=0)
+    text = next(stream).text
+    slurm.run("scancel", "--batch", "--signal=USR1", launch["jobs"][0]["job_id"])
+    rest = list(stream)
+    text += "".join(chunk.text for chunk in rest)
+    assert (text, rest[-1].finish_reason) == (expected_answer(tiny_dir, 150), "length")
+    after = user.wait(launch["name"], lambda shown: shown["ended_at"] is not None)
+    assert states(after) == ["stopped"], after
+    assert after["jobs"][0]["detail"] == "it was asked to leave"
+    assert are_gone(ranks)
+
+
+def test_an_agent_that_is_killed_ends_the_instance_with_the_reason(
+    user: User, slurm: Slurm
+) -> None:
+    launch = user.launch(*TWO_NODES, model=MODEL, module=REAL)
+    agents = on_node(slurm, "n2", "fabric.engine.partition.agent")
+    for agent in agents:
+        agent.kill()
+    after = user.wait(launch["name"], lambda shown: shown["ended_at"] is not None)
+    assert states(after) == ["failed"]
+    detail = after["jobs"][0]["detail"]
+    assert "The node n2 is lost to its job: the processes there ended with code" in detail
+
+
+def test_a_node_that_dies_ends_the_job_with_the_reason(user: User, slurm: Slurm) -> None:
+    launch = user.launch(*TWO_NODES, model=MODEL, module=REAL)
+    try:
+        slurm.kill_node("n2")
+        after = user.wait(launch["name"], lambda shown: shown["ended_at"] is not None)
+    finally:
+        slurm.start_node("n2")
+    assert states(after) == ["failed"]
+    assert "lost" in after["jobs"][0]["detail"], after
