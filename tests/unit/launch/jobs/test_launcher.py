@@ -44,7 +44,7 @@ class Told:
             instance=f"inst_{self.num_added}",
             site=machine,
             model=model,
-            source="x",
+            source="fixed-delay:",
             digest=None,
             token="t",
         )

@@ -44,7 +44,7 @@ def record(**changes: object) -> LaunchRecord:
 
 def spec(instance: str = "inst_1") -> InstanceSpec:
     launch = Launch(
-        instance=instance, site="here", model="m@1", source="x", digest=None, token=TOKEN
+        instance=instance, site="here", model="m@1", source="fixed-delay:", digest=None, token=TOKEN
     )
     return InstanceSpec(launch=launch, session_url=None, direct_token="d", status_path="later")
 

@@ -49,8 +49,8 @@ def has(available: str, unit: str = "node-hours") -> Ask:
 
 
 def test_what_remains_is_the_balance_less_the_charge_of_all_jobs(tmp_path: Path) -> None:
-    means = get_means(plan(tmp_path, nodes=2, replicas=3), has("10"))
-    assert means.charge == pytest.approx(2 * 0.5 * 2 * 3)
+    means = get_means(plan(tmp_path, replicas=6), has("10"))
+    assert means.charge == pytest.approx(2 * 0.5 * 6)
     assert means.remains == Decimal(4)
     means.check("here")
 

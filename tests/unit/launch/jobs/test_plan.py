@@ -163,7 +163,8 @@ def test_a_job_of_several_nodes_says_how_its_model_is_divided(
     assert str(plan.division) == "1 tensor x 2 pipeline; by node 1 + 1"
     paths = (tmp_path / "spec.json", tmp_path / "log")
     command = get_command(plan.order, plan.division.ranks, *paths, "fabric.instance")
-    script = plan.get_submitter(tmp_path / "scripts").render(command, "fabric-x")
+    submitter = ParslSubmitter(machine, plan.order, plan.queue, tmp_path / "scripts")
+    script = submitter.render(command, "fabric-x")
     assert "#SBATCH --nodes=2" in script
     assert "#SBATCH --ntasks-per-node=1" in script
     assert "--ranks 1 1" in script
