@@ -28,7 +28,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt requirements-models.txt
 
 install: $(STAMP)  ## Install everything into .venv.
 
-system:  ## Install RabbitMQ, Redis and Slurm (Debian) where they are missing.
+system:  ## Install RabbitMQ, Redis, Slurm and PostgreSQL (Debian) where they are missing.
 	@.ci/system
 
 demo: install $(if $(FEDERATION),system)  ## A hub and two sites answer, fail over, and show the bill (FEDERATION=globus: behind Globus Compute endpoints; slurm: in jobs of your own).

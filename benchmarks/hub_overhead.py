@@ -5,7 +5,10 @@ fixed delay, and this load generator. Closed-loop clients ask the instance by it
 by the hub in turns, within each round; what is compared is the same work at the same concurrency.
 Every request through the hub is authenticated, admitted, held, placed, settled and recorded.
 
-    python benchmarks/hub_overhead.py [--rounds 5] [--delay-ms 200] [--json FILE]
+With ``--litellm VENV`` LiteLLM's proxy stands beside it before an upstream of the same delay, asked
+in the same rounds: its added latency is that over its own upstream.
+
+    python benchmarks/hub_overhead.py [--rounds 5] [--delay-ms 200] [--litellm VENV] [--json FILE]
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
+import psutil
 import uvloop
+from hub_overhead_litellm import Peer, running_litellm
 
 from fabric.cli import processes
 from fabric.cli.federation import choose_port
@@ -63,6 +68,8 @@ class Rig:
     direct_url: str
     direct_token: str
     digest: str
+    hub_pid: int
+    peer: Peer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +138,7 @@ def running_rig(delay_s: float) -> Iterator[Rig]:
                 direct_url=status.direct_url,
                 direct_token=spec.direct_token,
                 digest=replica["digest"],
+                hub_pid=hub.pid,
             )
         finally:
             if instance is not None:
@@ -189,19 +197,41 @@ async def direct_client(rig: Rig, *, stream: bool):
         await channel.close()
 
 
-@contextlib.asynccontextmanager
-async def hub_client(rig: Rig, *, stream: bool):
-    """Give a function that asks the hub over a kept-alive connection of its own.
+def hub_client(rig: Rig, *, stream: bool):
+    """Give a function that asks the hub."""
+    fields = {"prompt": "one two three"}
+    return http_client(rig.base_url, "/v1/completions", rig.api_key, fields, stream=stream)
 
-    It speaks just enough HTTP/1.1 that the client's own cost stays small on both ways.
+
+def upstream_client(rig: Rig, *, stream: bool):
+    """Give a function that asks what is behind the peer."""
+    return chat_client(rig.peer.upstream_url, rig.peer.api_key, stream=stream)
+
+
+def litellm_client(rig: Rig, *, stream: bool):
+    """Give a function that asks the peer."""
+    return chat_client(rig.peer.proxy_url, rig.peer.api_key, stream=stream)
+
+
+def chat_client(base_url: str, api_key: str, *, stream: bool):
+    """Give a function that asks for a chat completion."""
+    fields = {"messages": [{"role": "user", "content": "one two three"}]}
+    return http_client(base_url, "/v1/chat/completions", api_key, fields, stream=stream)
+
+
+@contextlib.asynccontextmanager
+async def http_client(base_url: str, path: str, api_key: str, fields: dict, *, stream: bool):
+    """Give a function that asks over a kept-alive connection of its own.
+
+    It speaks just enough HTTP/1.1 that the client's own cost stays small on all ways.
     """
-    url = httpx.URL(rig.base_url)
+    url = httpx.URL(base_url)
     reader, writer = await asyncio.open_connection(url.host, url.port)
-    fields = {"model": MODEL, "prompt": "one two three", "max_tokens": MAX_TOKENS, "stream": stream}
+    fields = {"model": MODEL, "max_tokens": MAX_TOKENS, "stream": stream, **fields}
     body = json.dumps(fields).encode()
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {rig.api_key}\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {api_key}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     message = head.encode() + body
 
@@ -217,7 +247,7 @@ async def hub_client(rig: Rig, *, stream: bool):
         else:
             while chunk_size := int(await reader.readline(), 16):
                 chunk = await reader.readexactly(chunk_size + 2)
-                if not first_s and b'"text": "' in chunk.replace(b'":"', b'": "'):
+                if not first_s and b"word" in chunk:
                     first_s = time.perf_counter() - started
             await reader.readline()
         return Sample(first_s, time.perf_counter() - started)
@@ -260,15 +290,20 @@ def percentiles(values: list[float]) -> dict[str, float]:
 async def run(
     rig: Rig, *, clients: Sequence[int], rounds: int, requests_per_round: int, think_s: float
 ) -> list[dict[str, object]]:
-    """Measure every concurrency, the two ways in turns."""
+    """Measure every concurrency, all ways in turns."""
     ways = {"direct": direct_client, "hub": hub_client}
+    if rig.peer is not None:
+        ways |= {"upstream": upstream_client, "litellm": litellm_client}
+    servers = {"hub": rig.hub_pid} | ({"litellm": rig.peer.proxy_pid} if rig.peer else {})
     rows = []
     for num_clients in clients:
         for stream in (False, True):
             samples: dict[str, list[list[Sample]]] = {name: [] for name in ways}
+            cpu_s = dict.fromkeys(servers, 0.0)
             for turn in range(rounds):
                 order = list(ways) if turn % 2 else list(reversed(ways))
                 for name in order:
+                    before_s = cpu_s_of(servers.get(name))
                     part = await measure(
                         ways[name],
                         rig,
@@ -278,34 +313,86 @@ async def run(
                         think_s=think_s,
                     )
                     samples[name].append(part)
-            rows.append(summarize(num_clients, stream, samples))
+                    if name in servers:
+                        cpu_s[name] += cpu_s_of(servers[name]) - before_s
+            rows.append(summarize(num_clients, stream, samples, cpu_s))
             print_row(rows[-1])
     return rows
 
 
+def cpu_s_of(pid: int | None) -> float:
+    """Return the seconds of a core that a process and its children have taken."""
+    if pid is None:
+        return 0.0
+    process = psutil.Process(pid)
+    family = [process, *process.children(recursive=True)]
+    return sum(each.cpu_times().user + each.cpu_times().system for each in family)
+
+
 def summarize(
-    num_clients: int, stream: bool, samples: dict[str, list[list[Sample]]]
+    num_clients: int,
+    stream: bool,
+    samples: dict[str, list[list[Sample]]],
+    cpu_s: dict[str, float],
 ) -> dict[str, object]:
     """Return one row: percentiles of each way, their differences, and the spread over rounds."""
-
-    def of(name: str) -> list[float]:
-        return [s.first_s if stream else s.total_s for part in samples[name] for s in part]
-
-    direct, hub = percentiles(of("direct")), percentiles(of("hub"))
-    medians = [
-        statistics.median(s.first_s if stream else s.total_s for s in through)
-        - statistics.median(s.first_s if stream else s.total_s for s in straight)
-        for through, straight in zip(samples["hub"], samples["direct"], strict=True)
-    ]
-    return {
+    hub = compare(samples["direct"], samples["hub"], stream)
+    row = {
         "clients": num_clients,
         "measure": "first token" if stream else "whole answer",
-        "num_requests": len(of("hub")),
-        "direct_ms": direct,
-        "hub_ms": hub,
-        "added_ms": {name: hub[name] - direct[name] for name in hub},
-        "ratio_p50": hub["p50"] / direct["p50"],
-        "added_p50_ms_by_round": [value * 1e3 for value in medians],
+        "num_requests": sum(map(len, samples["hub"])),
+        "direct_ms": hub["without_ms"],
+        "hub_ms": hub["with_ms"],
+        "added_ms": hub["added_ms"],
+        "ratio_p50": hub["with_ms"]["p50"] / hub["without_ms"]["p50"],
+        "added_p50_ms_by_round": hub["added_p50_ms_by_round"],
+        "added_p99_ms_by_round": hub["added_p99_ms_by_round"],
+        "cpu_ms_per_request": cpu_s["hub"] * 1e3 / count(samples["hub"], num_clients),
+    }
+    if "litellm" in samples:
+        peer = compare(samples["upstream"], samples["litellm"], stream)
+        ratios = [
+            ours / theirs
+            for ours, theirs in zip(
+                hub["added_p99_ms_by_round"], peer["added_p99_ms_by_round"], strict=True
+            )
+        ]
+        row |= {
+            "litellm": peer
+            | {
+                "cpu_ms_per_request": cpu_s["litellm"]
+                * 1e3
+                / count(samples["litellm"], num_clients)
+            },
+            "ratio_added_p99": hub["added_ms"]["p99"] / peer["added_ms"]["p99"],
+            "ratio_added_p99_by_round": ratios,
+        }
+    return row
+
+
+def count(parts: list[list[Sample]], num_clients: int) -> int:
+    """Return the requests of all rounds, with the one by which each client begins."""
+    return sum(len(part) + num_clients for part in parts)
+
+
+def compare(without: list[list[Sample]], through: list[list[Sample]], stream: bool):
+    """Return the percentiles of two ways in milliseconds, and by how much the second is slower."""
+
+    def of(part: list[Sample]) -> list[float]:
+        return [s.first_s if stream else s.total_s for s in part]
+
+    before = percentiles([value for part in without for value in of(part)])
+    after = percentiles([value for part in through for value in of(part)])
+    rounds = [
+        (percentiles(of(one)), percentiles(of(other)))
+        for one, other in zip(without, through, strict=True)
+    ]
+    return {
+        "without_ms": before,
+        "with_ms": after,
+        "added_ms": {name: after[name] - before[name] for name in after},
+        "added_p50_ms_by_round": [other["p50"] - one["p50"] for one, other in rounds],
+        "added_p99_ms_by_round": [other["p99"] - one["p99"] for one, other in rounds],
     }
 
 
@@ -315,9 +402,19 @@ def print_row(row: dict[str, object]) -> None:
     print(
         f"{row['clients']:>7}  {row['measure']:<12}  {row['num_requests']:>8}"
         + "".join(f"  {added[name]:>7.2f}" for name in added)
-        + f"  {hub['p99']:>9.1f}  {row['ratio_p50']:>6.3f}",
+        + f"  {hub['p99']:>9.1f}  {row['ratio_p50']:>6.3f}  {row['cpu_ms_per_request']:>6.2f}",
         flush=True,
     )
+    if "litellm" in row:
+        peer = row["litellm"]
+        print(
+            " " * 9
+            + f"{'litellm':<22}"
+            + "".join(f"  {peer['added_ms'][name]:>7.2f}" for name in added)
+            + f"  {peer['with_ms']['p99']:>9.1f}  {'':>6}  {peer['cpu_ms_per_request']:>6.2f}"
+            f"   added p99, hub/litellm: {row['ratio_added_p99']:.3f}",
+            flush=True,
+        )
 
 
 def main() -> int:
@@ -328,14 +425,18 @@ def main() -> int:
     parser.add_argument("--delay-ms", type=float, default=200.0, help="until the first token")
     parser.add_argument("--think-ms", type=float, default=100.0, help="mean pause of a client")
     parser.add_argument("--clients", type=int, nargs="+", default=CONCURRENCIES)
+    parser.add_argument("--litellm", type=Path, metavar="VENV", help="an environment that has it")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
     print(f"upstream: {args.delay_ms:g} ms, {MAX_TOKENS} tokens; times in ms")
-    print("clients  measure       requests    +p50     +p95     +p99    hub p99  ratio p50")
+    print("clients  measure       requests    +p50     +p95     +p99    hub p99  ratio  CPU ms")
+    load_before = os.getloadavg()
     with (
         running_rig(args.delay_ms / 1e3) as rig,
+        peer_of(args.litellm, args.delay_ms / 1e3) as peer,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
+        rig = replace(rig, peer=peer)
         rows = runner.run(
             run(
                 rig,
@@ -352,6 +453,8 @@ def main() -> int:
                 "cpu": cpu_name(),
                 "cores": os.cpu_count(),
                 "python": platform.python_version(),
+                "load_average_before": load_before,
+                "load_average_after": os.getloadavg(),
             },
             "delay_ms": args.delay_ms,
             "think_ms": args.think_ms,
@@ -361,6 +464,16 @@ def main() -> int:
         }
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+@contextlib.contextmanager
+def peer_of(venv: Path | None, delay_s: float) -> Iterator[Peer | None]:
+    """Start the peer, if its environment was given."""
+    if venv is None:
+        yield None
+        return
+    with running_litellm(venv, delay_s) as peer:
+        yield peer
 
 
 def cpu_name() -> str:

@@ -10,6 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from fabric.testing.globus import Globus
+    from fabric.testing.postgres import Postgres
 
 # CPython 3.11 can fail with "AST constructor recursion depth mismatch" when a collection runs in
 # the middle of parsing a module, and collecting tests parses hundreds.
@@ -17,6 +18,11 @@ gc.disable()
 
 # A run in the background of a shell inherits an ignored SIGINT, and so would what tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--database postgresql`` runs on PostgreSQL what otherwise runs on SQLite."""
+    parser.addoption("--database", choices=("sqlite", "postgresql"), default="sqlite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,4 +52,13 @@ def globus(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Globus]":
     from fabric.testing.globus import running_globus
 
     with running_globus(tmp_path_factory.mktemp("rig")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def postgres() -> "Iterator[Postgres]":
+    """A PostgreSQL of this run's own, in which tests make databases."""
+    from fabric.testing.postgres import running_postgres
+
+    with running_postgres() as running:
         yield running

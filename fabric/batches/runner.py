@@ -29,6 +29,7 @@ from fabric.errors import (
     InsufficientBalance,
     NoReplica,
     NotFound,
+    Overloaded,
     StreamBroken,
     TooManyRequests,
     UnknownModel,
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Job:
     """A batch under way. ``stop`` is set when no more lines should be asked; ``errors`` say why,
-    if its caller did not ask for that."""
+    if its caller did not ask for that; ``waits`` while a line is to be asked and cannot yet."""
 
     batch: BatchRecord
     stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -55,6 +56,7 @@ class _Job:
     caller: Identity | None = None
     model: str = ""
     num_under_way: int = 0
+    waits: bool = False
     task: asyncio.Task[None] | None = None
 
 
@@ -235,13 +237,25 @@ class Runner:
 
     async def _turn(self, job: _Job) -> None:
         """Wait until one more line may be asked: of this batch, and of its model's spare rows."""
-        while not self._has_room(job):  # noqa: ASYNC110
-            await asyncio.sleep(LOOK_S)
+        job.waits = True
+        try:
+            while not self._has_room(job):  # noqa: ASYNC110
+                await asyncio.sleep(LOOK_S)
+        finally:
+            job.waits = False
 
     def _has_room(self, job: _Job) -> bool:
         if job.num_under_way >= self._settings.num_parallel:
             return False
-        model = job.model
+        model, expires_at = job.model, job.batch.expires_at
+        if any(
+            other.waits
+            and other.model == model
+            and other.batch.expires_at < expires_at
+            and other.num_under_way < self._settings.num_parallel
+            for other in self._jobs.values()
+        ):
+            return False
         rows, asked = self._answerer.rows(model), self._num_asked[model]
         if not rows.num_rows:
             return False
@@ -264,13 +278,14 @@ class Runner:
         while True:
             assert job.caller is not None
             seed = f"{batch.id}:{line.number}:{batch.life}:{tries}"
+            left_s = (batch.expires_at - utc_now()).total_seconds()
             try:
                 answer = await self._answerer.answer(
                     job.caller,
                     batch.endpoint,
                     body,
                     seed=seed,
-                    deadline_s=self._settings.line_deadline_s,
+                    deadline_s=max(1.0, min(self._settings.line_deadline_s, left_s)),
                 )
             except FabricError as error:
                 tries += 1
@@ -288,7 +303,7 @@ class Runner:
                 return
 
     def _is_worth_another(self, job: _Job, error: FabricError, tries: int) -> bool:
-        if isinstance(error, NoReplica | TooManyRequests):
+        if isinstance(error, NoReplica | Overloaded | TooManyRequests):
             return True
         if isinstance(error, InsufficientBalance):
             # What the batch's other lines hold, or held when a hub was killed, may come back.

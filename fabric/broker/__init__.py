@@ -3,11 +3,31 @@
 ``select`` and ``state`` are pure; ``admit`` and ``loop`` do the I/O.
 """
 
+from fabric.broker.attainment import Attained
+from fabric.broker.estimate import Duration, Estimate, SiteEstimate
 from fabric.broker.limits import Standing
+from fabric.broker.line import Waiting
 from fabric.broker.loop import Broker
 from fabric.broker.observe import Observer
 from fabric.broker.replicas import ReplicaView
 from fabric.broker.run import Run
 from fabric.broker.settings import BrokerSettings
+from fabric.broker.tiers import PROMISES, Promise, Tier, tier_of
 
-__all__ = ["Broker", "BrokerSettings", "Observer", "ReplicaView", "Run", "Standing"]
+__all__ = [
+    "PROMISES",
+    "Attained",
+    "Broker",
+    "BrokerSettings",
+    "Duration",
+    "Estimate",
+    "Observer",
+    "Promise",
+    "ReplicaView",
+    "Run",
+    "SiteEstimate",
+    "Standing",
+    "Tier",
+    "Waiting",
+    "tier_of",
+]

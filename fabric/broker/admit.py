@@ -27,14 +27,23 @@ from fabric.errors import (
     NoReplica,
     NotFound,
     NotGranted,
+    Overloaded,
     RateLimited,
     RateMissing,
     RequestInvalid,
     RequestOverLimit,
+    TierNotHeld,
     UnknownModel,
     UnknownSite,
 )
-from fabric.ledger import AllocationBalance, Ledger, Rate, charge_usu, max_charge_usu
+from fabric.ledger import (
+    AllocationBalance,
+    Ledger,
+    Rate,
+    charge_usu,
+    kv_block_s_bound,
+    max_charge_usu,
+)
 from fabric.messages import Placement, Request, TokensInput, Usage
 from fabric.sql import utc_now
 from fabric.sql.offload import Offload
@@ -182,14 +191,16 @@ class Admission:
             RateMissing: Nobody set a price for the model at a site where it may run.
             InsufficientBalance: No allocation covers the largest charge.
             NoReplica: None can serve it, and no wait could help.
+            Overloaded: It would have to wait for too long.
+            TierNotHeld: Its tier's promise cannot be held.
         """
         _require(identity, scope, bounds)
         permits = await self._rules.permits(identity)
         try:
             facts = await self._recent(permits, request.model)
             return await self._admit(identity, permits, request, facts, foresee, also, bounds)
-        except (NotGranted, RateLimited, RequestOverLimit):
-            # Newer prices and balances would not help.
+        except (NotGranted, RateLimited, RequestOverLimit, Overloaded, TierNotHeld):
+            # Newer prices would not help, and who is refused must not cost much.
             raise
         except FabricError:
             facts = await self._read(permits, request.model)
@@ -353,12 +364,15 @@ class Admission:
             )
             likely = likely.model_copy(update={"output_tokens": output_tokens} | most)
             likely_device_s = bounds.device_s / MARGIN
+        kept_s = kv_block_s_bound(n, prompt_tokens + output_tokens, request.deadline_s)
         total_usu = sum(one.available_usu for one in facts.allocations)
         offers = {}
         for site in allowed:
             if (rate := facts.rates.get(site)) is None:
                 continue
-            needed_usu = max_charge_usu(rate, tier, prompt_tokens, n * output_tokens, **most)
+            needed_usu = max_charge_usu(
+                rate, tier, prompt_tokens, n * output_tokens, kv_block_s=kept_s, **most
+            )
             payer = _payer(facts.allocations, site, needed_usu)
             available_usu = payer.available_usu if payer else 0
             offers[site] = Offer(
@@ -412,13 +426,11 @@ class Admission:
                     rates[site.name] = self._ledger.rate(version.ref, site.name)
                 except RateMissing:
                     continue
-        now = utc_now()
-        allocations = self._ledger.allocations(permits.project)
         return Facts(
             version=version,
             sites=tuple(site.name for site in sites),
             rates=rates,
-            allocations=tuple(one for one in allocations if one.is_open(now)),
+            allocations=tuple(self._ledger.payers(permits.project, permits.key_id)),
             hidden=frozenset(hidden),
             rules_version=rules_version,
             read_at=time.monotonic(),

@@ -11,6 +11,7 @@ from fabric.messages import InstanceState, Mode
 MAX_SCARCITY = 1_000.0
 MIN_SCARCITY = 0.1
 """What is about to lapse unspent is cheap, and never free."""
+NO_LIMIT = 2**31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,7 @@ class ReplicaSnapshot:
         load_s: Seconds until the model is loaded after that.
         modes: What it may be asked for.
         adapters: Whether it serves adapters.
+        max_in_flight: How many attempts this hub sends there at most at once.
         caches_prefixes: Whether it has been seen to reuse the beginning of a prompt.
     """
 
@@ -63,6 +65,7 @@ class ReplicaSnapshot:
     caches_prefixes: bool = False
     modes: tuple[Mode, ...] = ("query",)
     adapters: bool = False
+    max_in_flight: int = NO_LIMIT
 
     @property
     def cold_s(self) -> float:

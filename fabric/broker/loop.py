@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import cast
 
 from fabric.auth import Identity, Rulebook, TicketRecord
@@ -46,6 +47,7 @@ from fabric.broker.signals import (
     Void,
 )
 from fabric.broker.state import BrokerState
+from fabric.broker.tier_desk import TierDesk
 from fabric.catalog import Catalog
 from fabric.dispatch.protocol import Channel
 from fabric.errors import (
@@ -129,6 +131,7 @@ class Broker:
         )
         self.programs = ProgramDesk(self._state, self._admission)
         self.arrivals = ArrivalDesk(self._feed)
+        self.tiers = TierDesk(self._state, self._admission)
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()
         self._runs: dict[str, Run] = {}
@@ -221,6 +224,8 @@ class Broker:
             RateMissing: The model has no price where it may run.
             InsufficientBalance: No allocation covers the largest charge.
             NoReplica: None can serve it, and no wait could help.
+            Overloaded: It is predicted to come too late for its tier or its deadline.
+            TierNotHeld: No replica holds what its tier promises.
         """
         started_at = time.monotonic()
         await self.rules.current()
@@ -231,12 +236,14 @@ class Broker:
         self._admitting.add(request.id)
         try:
             scope = "query" if bounds is None else "program:read"
+            foresee = partial(self._foresee, project=identity.project)
             ticket = await self._admission.admit(
-                identity, request, self._foresee, scope=scope, bounds=bounds
+                identity, request, foresee, scope=scope, bounds=bounds
             )
             self._check_open(request)
-        except BaseException:
+        except BaseException as error:
             self._admission.leave(request.id)
+            self.tiers.refused(request, error)
             raise
         finally:
             self._admitting.discard(request.id)
@@ -292,8 +299,8 @@ class Broker:
             self._offload(self._admission.void, request.id)
             raise NoReplica(model=request.model, reasons={"hub": "it is shutting down"})
 
-    def _foresee(self, request: Request, context: Context) -> Placement | None:
-        return self._state.foresee(time.monotonic(), request, context)
+    def _foresee(self, request: Request, context: Context, *, project: str) -> Placement | None:
+        return self._state.foresee(time.monotonic(), request, context, project=project)
 
     # ---- raw calls ------------------------------------------------------------------------------
 
@@ -389,6 +396,7 @@ class Broker:
             self._conclusion.begin(instruction)
         outcome = instruction.outcome
         self._admission.leave(instruction.run_id, outcome.usage)
+        self.tiers.ended(outcome)
         self._observer.run_ended(
             outcome.ticket.name,
             outcome.state,

@@ -30,7 +30,7 @@ from fabric.errors import (
     SessionLost,
     TicketSpent,
 )
-from fabric.ledger import Ledger, charge_usu
+from fabric.ledger import Ledger, charge_usu, kv_block_s_bound
 from fabric.messages import Metered, Placement, Request, RunState, Usage
 from fabric.sql import utc_now
 from fabric.sql.offload import Offload
@@ -245,6 +245,8 @@ class Metering:
     def _write_lost(self) -> tuple[list[str], list[Outcome]]:
         with self._offload.database.transaction():
             released = self._ledger.release_expired()
+            if lapsed := self._ledger.expire():
+                logger.info("unused amounts lapsed", extra={"allocations": lapsed})
             found = (self._catalog.redemption(run) for run in released)
             lost = [one for one in found if one is not None and one.charge_usu is None]
             return released, [self._close(one, _lost(one)) for one in lost]
@@ -268,8 +270,11 @@ def _confined(request: Request, site: str) -> Request:
 
 
 def _bounded(usage: Usage, redeemed: RedemptionRecord) -> Usage:
-    """Return a reported usage cut to what was asked for."""
+    """Return a reported usage cut to what was asked for, and to the time since then."""
     prompt_tokens = min(usage.prompt_tokens, redeemed.prompt_tokens_bound)
+    row_tokens = redeemed.prompt_tokens_bound + redeemed.max_output_tokens
+    life_s = (redeemed.due_at - redeemed.created_at).total_seconds()
+    age_s = max(0.0, (utc_now() - redeemed.created_at).total_seconds())
     return usage.model_copy(
         update={
             "prompt_tokens": prompt_tokens,
@@ -277,6 +282,9 @@ def _bounded(usage: Usage, redeemed: RedemptionRecord) -> Usage:
             "output_tokens": min(usage.output_tokens, redeemed.max_output_tokens),
             "hook_bytes_in": min(usage.hook_bytes_in, redeemed.max_hook_bytes_in),
             "hook_bytes_out": min(usage.hook_bytes_out, redeemed.max_hook_bytes_out),
+            "kv_block_s": min(usage.kv_block_s, kv_block_s_bound(1, row_tokens, life_s)),
+            "queue_s": min(usage.queue_s, age_s),
+            "device_s": min(usage.device_s, age_s),
         }
     )
 

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from fabric.broker.progress import Progress
 from fabric.broker.signals import Outcome
 from fabric.errors import DeadlineExceeded, FabricError, StreamBroken
-from fabric.messages import RunState, Usage
+from fabric.messages import RunCompleted, RunState, Usage
 
 BACKOFF_S = 0.2
 
@@ -31,12 +31,49 @@ def get_outcome(
         first_token_s=since_start_s(run),
         total_s=now - run.started_at,
         failure_code=failure_code,
+        first_s=_first_s(run),
+        token_s=_token_s(run),
+    )
+
+
+def get_completed(run: Progress, outcome: Outcome) -> RunCompleted:
+    """Return what a completed run tells its client."""
+    placement = run.placement
+    assert placement is not None
+    return RunCompleted(
+        run=run.ticket.request.id,
+        model=run.ticket.model,
+        digest=run.ticket.digest,
+        adapter=run.ticket.adapter,
+        site=placement.site,
+        instance=placement.instance,
+        attempts=run.attempt,
+        finish_reasons=tuple(reason for reason in run.finishes if reason is not None),
+        usage=outcome.usage,
+        charge_usu=outcome.charge_usu,
+        first_token_s=outcome.first_token_s,
+        total_s=outcome.total_s,
+        placement=placement,
     )
 
 
 def since_start_s(run: Progress) -> float | None:
     """Return the seconds to the first token, if there was one."""
     return None if run.first_token_at is None else run.first_token_at - run.started_at
+
+
+def _first_s(run: Progress) -> float | None:
+    """Return the seconds to the first token, embedding or save."""
+    at = run.attempt_first_at if run.first_token_at is None else run.first_token_at
+    return None if at is None else at - run.started_at
+
+
+def _token_s(run: Progress) -> float | None:
+    """Return the mean seconds from token to token of a choice, if that says anything of us."""
+    num_steps = max(run.counts) - 1
+    if run.held_back or num_steps < 1 or run.first_token_at is None:
+        return None
+    return (run.last_token_at - run.first_token_at) / num_steps
 
 
 def too_late(run: Progress) -> DeadlineExceeded:

@@ -26,6 +26,7 @@ Rows = NDArray[np.intp]
 _COLUMNS = (
     *("overhead_s", "prefill_s", "decode_s", "max_rows", "num_busy", "num_in_flight", "share"),
     *("wait", "load", "failures", "cold_s", "ends_at", "context_tokens", "blocked_s"),
+    "max_in_flight",
 )
 
 
@@ -131,6 +132,7 @@ class Pool:
             np.inf if ends_in_s is None else self.now + ends_in_s,
             snapshot.context_tokens,
             0.0 if free else np.inf,
+            snapshot.max_in_flight,
         )
         self._note("failures", snapshot.instance, snapshot.failures > 0)
         self._note("cold_s", snapshot.instance, snapshot.cold_s > 0)

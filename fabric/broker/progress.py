@@ -19,10 +19,10 @@ class Progress:
 
     ``instance`` is set while, and only while, an attempt is live there; ``moving_to`` while the
     hold is being moved for a placement; ``waiting_since`` is when the run last began to wait for a
-    replica; ``served_site`` is the last that delivered something; ``held_back`` means that a slow
-    client, not the replica, set the pace; ``predicted`` is the replica as it was at ``sent_at``;
-    ``saved`` are the runs of a program that have returned all they save. The choices of a program
-    are its runs.
+    replica; ``in_line`` means that it has not had its turn yet; ``served_site`` is the last that
+    delivered something; ``held_back`` means that a slow client, not the replica, set the pace;
+    ``predicted`` is the replica as it was at ``sent_at``; ``saved`` are the runs of a program that
+    have returned all they save. The choices of a program are its runs.
     """
 
     ticket: Ticket
@@ -56,6 +56,7 @@ class Progress:
     saved_bytes: int = 0
     has_saves: bool = False
     held_back: bool = False
+    in_line: bool = False
     token_ids: list[int] = field(default_factory=list)
     num_before: int = 0
     counts: list[int] = field(init=False)
@@ -174,12 +175,14 @@ class Progress:
         if self.placement is not None:
             self.served_site = self.placement.site
 
-    def usage(self, reported: Usage | None) -> Usage:
+    def usage(self, reported: Usage | None, now: float) -> Usage:
         """Return what is charged: what arrived here, whatever a site may claim.
 
         Args:
             reported: What the last attempt says it consumed, if it said so. It can lower the count
                 of tokens and never raise it; a prompt counts once, however many attempts read it.
+                Nor has it taken longer than the attempt is old.
+            now: Seconds of the hub's clock.
         """
         prompt = self.prompt_tokens
         if reported is None:
@@ -189,15 +192,16 @@ class Progress:
                 hook_bytes_in=self._hook_bytes_in if self.delivered else 0,
                 hook_bytes_out=self.saved_bytes,
             )
-        prompt = min(prompt, reported.prompt_tokens)
+        prompt, age_s = min(prompt, reported.prompt_tokens), now - self.sent_at
         return Usage(
             prompt_tokens=prompt,
             cached_prompt_tokens=min(prompt, reported.cached_prompt_tokens),
             output_tokens=min(self.num_tokens, self.num_before + reported.output_tokens),
             hook_bytes_in=min(self._hook_bytes_in, reported.hook_bytes_in),
             hook_bytes_out=min(self.saved_bytes, reported.hook_bytes_out),
-            queue_s=reported.queue_s,
-            device_s=reported.device_s,
+            queue_s=min(reported.queue_s, age_s),
+            device_s=min(reported.device_s, age_s),
+            kv_block_s=min(self.ticket.kv_block_s_bound, reported.kv_block_s),
         )
 
     @property

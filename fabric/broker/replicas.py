@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
-from fabric.broker.facts import ReplicaSnapshot
+from fabric.broker.facts import NO_LIMIT, ReplicaSnapshot
 from fabric.broker.pool import Pool
 from fabric.broker.settings import BrokerSettings
 from fabric.messages import Hello, InstanceState, Limits, Load
@@ -23,6 +24,8 @@ CORRECTIONS = (0.25, 4.0)
 """Between these a replica's predictions are corrected."""
 DECAY_STEP_S = 1.0
 """How exactly the decay of failures is followed."""
+NUM_RATIOS = 64
+"""Latest answers whose observed over predicted seconds are kept."""
 FORGOTTEN = 0.01
 """So few recent failures are none."""
 
@@ -74,6 +77,8 @@ class Replica:
     start_wait_s: float = 0.0
     load_s: float = 0.0
     caches_prefixes: bool = False
+    max_in_flight: int = NO_LIMIT
+    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RATIOS))
     due_at: float = math.inf
 
     def ejected(self, now: float) -> bool:
@@ -122,6 +127,17 @@ class Replica:
             caches_prefixes=self.caches_prefixes,
             modes=hello.limits.modes,
             adapters=hello.limits.adapters,
+            max_in_flight=self.max_in_flight,
+        )
+
+    def measured(self, now: float) -> ReplicaSnapshot:
+        """Return the same with the rates that were last observed, however long ago."""
+        return replace(
+            self.snapshot(now),
+            overhead_s=self.overhead_s,
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
+            decode_tokens_per_s=self.decode_tokens_per_s,
+            correction=self.correction,
         )
 
     def view(self) -> ReplicaView:
@@ -175,6 +191,21 @@ class Fleet:
                 self._put(replica)
         return self._pool
 
+    def any_of(self, digest: str) -> ReplicaSnapshot | None:
+        """Return some replica of a version as it last was."""
+        rows = (self._pool.rows(group) for group in self._pool.groups.get(digest, {}).values())
+        return next((self._pool.snapshots[some[0]] for some in rows if len(some)), None)
+
+    def has_room(self, instance: str) -> bool:
+        """Whether an instance may have more attempts than it has."""
+        replica = self._replicas.get(instance)
+        return replica is not None and len(replica.in_flight) < replica.max_in_flight
+
+    def digests_of(self, instances: Iterable[str]) -> set[str]:
+        """Return the versions that instances serve."""
+        known = (self._replicas.get(one) for one in instances)
+        return {one.hello.digest for one in known if one is not None}
+
     def _advance(self, now: float) -> None:
         self._pool.now = max(now, self._pool.now)
 
@@ -199,6 +230,7 @@ class Fleet:
             joined_at=joined_at,
             ends_at=None if hello.deadline_s is None else now + hello.deadline_s,
             load=hello.load,
+            max_in_flight=hello.limits.max_rows * (1 if streams else self._settings.blind_factor),
         )
         self._advance(now)
         self._put(self._replicas[hello.instance])
@@ -326,6 +358,7 @@ class Fleet:
         replica.decode_tokens_per_s = _mean(replica.decode_tokens_per_s, decode_tokens_per_s)
         low, high = CORRECTIONS
         if ratio:
+            replica.ratios.append(ratio)
             replica.correction = _mean(replica.correction, min(high, max(low, ratio)))
         replica.caches_prefixes |= cached_tokens > 0
         replica.observed_at = now

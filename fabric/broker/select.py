@@ -51,6 +51,8 @@ class Decision:
     row: int
     ranking: Ranking
     is_trial: bool = False
+    full: str | None = None
+    """The replica that would have been better, had it a row free."""
 
     @property
     def chosen(self) -> ReplicaSnapshot:
@@ -71,6 +73,8 @@ class Decision:
         reason = _reason(chosen, candidates)
         if self.is_trial:
             reason = f"{chosen.site}: it is tried out, to know how fast it is"
+        elif self.full is not None:
+            reason = f"{chosen.site}: it has a row free, and {self.full} has none"
         return self._placement(reason, tuple(candidates))
 
     def _placement(self, reason: str, candidates: tuple[Candidate, ...]) -> Placement:

@@ -41,6 +41,14 @@ class BrokerSettings:
         prefix_replicas: How many replicas one beginning is sent to by preference.
         prefix_hit: How likely one of them has it still.
         explore: Share of the requests that try another replica than the best.
+        fair: Whether the hub keeps a line: a replica gets as many attempts as it has rows, and who
+            is next is decided by what each project and tier was given.
+        blind_factor: How many times its rows a replica may have whose channel does not tell at once
+            when one is free.
+        batch_share: The part of a replica's rows that batch work may take, if nobody else does.
+        introspection_share: The part that programs may take.
+        project_weights: How much of the whole is a project's, relative to others; 1 by default.
+        max_waiting: Requests that may wait for one version, whatever is predicted.
         max_table: Replicas up to which a placement tells of each; of a larger fleet it tells the
             best of each site, and how many the others are.
     """
@@ -70,4 +78,10 @@ class BrokerSettings:
     prefix_replicas: int = 2
     prefix_hit: float = 0.5
     explore: float = 0.01
+    fair: bool = True
+    blind_factor: int = 4
+    batch_share: float = 0.75
+    introspection_share: float = 0.5
+    project_weights: Mapping[str, float] = field(default_factory=dict)
+    max_waiting: int = 10_000
     max_table: int = 32

@@ -13,7 +13,7 @@ from fabric.broker.programs import ProgramBounds
 from fabric.broker.select import Offer
 from fabric.catalog import RedemptionRecord
 from fabric.errors import FabricError
-from fabric.ledger import Rate
+from fabric.ledger import Rate, kv_block_s_bound
 from fabric.messages import (
     Event,
     Hello,
@@ -69,6 +69,13 @@ class Ticket:
     def program(self) -> str | None:
         """The digest of the program, if it is one."""
         return None if self.bounds is None else self.bounds.program
+
+    @property
+    def kv_block_s_bound(self) -> float:
+        """The most block-seconds of the KV cache that it can keep."""
+        request = self.request
+        row_tokens = self.prompt_tokens_bound + self.max_output_tokens
+        return kv_block_s_bound(request.sampling.n, row_tokens, request.deadline_s)
 
     @property
     def name(self) -> str:
@@ -260,7 +267,11 @@ class Emit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a run ended, for its record. Times are seconds from when the request came in."""
+    """How a run ended, for its record. Times are seconds from when the request came in.
+
+    ``first_s`` is until the first thing it had to say, of whatever kind; ``token_s`` the mean time
+    from token to token, where the replica and not a slow client set the pace.
+    """
 
     ticket: Ticket | RedemptionRecord
     state: RunState
@@ -271,6 +282,8 @@ class Outcome:
     first_token_s: float | None
     total_s: float
     failure_code: str | None
+    first_s: float | None = None
+    token_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,8 @@ from hashlib import blake2b
 from fabric.broker.budget import RetryBudget
 from fabric.broker.coming import Arrivals
 from fabric.broker.cost import times_s
-from fabric.broker.outcome import backoff_s, broken, get_outcome, since_start_s, too_late
+from fabric.broker.line import Line
+from fabric.broker.outcome import backoff_s, broken, get_completed, get_outcome, too_late
 from fabric.broker.pool import Replicas
 from fabric.broker.progress import Progress
 from fabric.broker.replicas import Fleet
@@ -44,9 +45,12 @@ from fabric.broker.signals import (
     Void,
 )
 from fabric.errors import (
+    AuthError,
+    ConfigError,
     DeadlineExceeded,
     FabricError,
     FirstTokenTimeout,
+    LedgerError,
     NoReplica,
     ProtocolViolation,
     RequestCancelled,
@@ -61,7 +65,6 @@ from fabric.messages import (
     Placement,
     PromptScored,
     Request,
-    RunCompleted,
     RunFailed,
     RunState,
     Saves,
@@ -71,6 +74,12 @@ from fabric.messages import (
 )
 
 SILENCE_FACTOR = 4.0
+
+HUBS_OWN = (AuthError, ConfigError, LedgerError)
+"""What no instance has to say of a task: a client would take it for the hub's word."""
+
+MAX_FAILURE_CHARS = 2**16
+"""The longest error of an instance that is passed on."""
 
 Instructions = Iterator[Instruction]
 
@@ -104,27 +113,41 @@ class BrokerState:
         self._decide = decide
         self._salt_key = salt_key
         self._budget = RetryBudget(settings)
+        self.line = Line(settings, self.fleet)
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
-        if isinstance(event, AttemptEvent):
-            return list(self._on_attempt_event(event))
-        return list(self._others(event))
+        handled = (
+            self._on_attempt_event(event)
+            if isinstance(event, AttemptEvent)
+            else self._others(event)
+        )
+        done = list(handled)
+        if self.line.has_freed:
+            done += self._take_turns(event.now)
+        return done
 
-    def foresee(self, now: float, request: Request, context: Context) -> Placement | None:
-        """Return where a request would go now, or ``None`` if it would wait for a replica.
+    def foresee(
+        self, now: float, request: Request, context: Context, *, project: str
+    ) -> Placement | None:
+        """Return where a request would go now, or ``None`` if it would wait for a replica. It is
+        expected from now on.
 
         Raises:
             NoReplica: No wait could help.
+            Overloaded: It would have to wait for too long.
+            TierNotHeld: Its tier's promise cannot be held.
         """
         replicas = self.fleet.pool(now)
         try:
-            return self._decide(request, replicas, context).bare()
+            decision = self._decide(request, replicas, context)
         except NoReplica as error:
             may_come_back = self._may_wait(now) or may_come(request, replicas, context)
             if may_come_back or self.arrivals.in_time(request, context, now):
                 return None
             raise self.arrivals.told_in(error, request, context, now) from None
+        self.line.foresee(request, project, context, decision)
+        return decision.bare()
 
     def _others(self, event: StateEvent) -> Instructions:
         now = event.now
@@ -177,12 +200,18 @@ class BrokerState:
             waiting_since=event.now,
         )
         self._budget.deposit()
-        yield from self._place(run, event.now)
+        if self.line.join(run):
+            yield from self._place(run, event.now)
 
     def _place_waiting(self, now: float) -> Instructions:
         for run in list(self.runs.values()):
-            if run.instance is None and run.moving_to is None:
+            if run.instance is None and run.moving_to is None and not run.in_line:
                 yield from self._place(run, now)
+        yield from self._take_turns(now, everyone=True)
+
+    def _take_turns(self, now: float, *, everyone: bool = False) -> Instructions:
+        for run_id in self.line.turns(everyone=everyone):
+            yield from self._place(self.runs[run_id], now)
 
     def _place(self, run: Progress, now: float) -> Instructions:
         """Send a run that waits to the best replica, let it wait on, or end it.
@@ -193,7 +222,8 @@ class BrokerState:
         """
         request, context = run.ticket.request, self._context(run, now)
         awaited = not run.num_tokens and self.arrivals.in_time(request, context, now)
-        out_of_patience = not awaited and now - run.waiting_since >= self._settings.patience_s
+        waited_s = now - self.line.waits_since(run)
+        out_of_patience = not awaited and waited_s >= self._settings.patience_s
         no_budget = run.attempt > 0 and not self._budget.allows
         if not out_of_patience and (no_budget or run.seen_version == self.fleet.version):
             return
@@ -207,6 +237,10 @@ class BrokerState:
                 told = self.arrivals.told_in(error, request, context, now)
                 yield from self._end(run, now, run.last_error if run.num_tokens else told)
             return
+        if run.in_line:
+            if (turn := self.line.turn(run, decision, now)) is None:
+                return
+            decision = turn
         chosen = decision.chosen
         paused = chosen.instance in run.tried and now < run.retry_at
         if no_budget or paused:
@@ -245,6 +279,7 @@ class BrokerState:
         run.predicted = decision.chosen
         run.silent_until = self._silent_until(run, now)
         self.fleet.assign(now, placement.instance, run.ticket.request.id)
+        self.line.began(run)
         yield Emit(
             run_id=run.ticket.request.id,
             event=Placed(
@@ -371,6 +406,11 @@ class BrokerState:
         error = failed.failure.to_error()
         if run.cancel_until is not None:
             yield from self._end(run, now, RequestCancelled(), failed.usage)
+        elif isinstance(error, HUBS_OWN):
+            reason = f"the error {error.code}, which is the hub's own to tell"
+            yield from self._on_violation(run, now, reason)
+        elif len(failed.failure.model_dump_json()) > MAX_FAILURE_CHARS:
+            yield from self._on_violation(run, now, "an error that is too long")
         elif error.retryable or isinstance(error, RequestCancelled):
             yield from self._on_lost(run, now, error)
         else:
@@ -421,13 +461,14 @@ class BrokerState:
                     yield AbandonAttempt(run_id=run_id, attempt=run.attempt)
                 yield from self._end(run, now, too_late(run))
             elif run.instance is None:
-                if run.moving_to is None:
+                if run.moving_to is None and not run.in_line:
                     yield from self._place(run, now)
             elif run.silent_until is not None and now >= run.silent_until:
                 silence_s = round(now - run.sent_at, 1)
                 yield AbandonAttempt(run_id=run_id, attempt=run.attempt)
                 timeout = FirstTokenTimeout(instance=run.instance, timeout_s=silence_s)
                 yield from self._on_lost(run, now, timeout)
+        yield from self._take_turns(now, everyone=True)
 
     def _on_client_gone(self, run: Progress, now: float) -> Instructions:
         if run.instance is None:
@@ -441,34 +482,17 @@ class BrokerState:
     # ---- the end --------------------------------------------------------------------------------
 
     def _complete(self, run: Progress, now: float, reported: Usage | None) -> Instructions:
-        placement = run.placement
-        assert placement is not None
-        usage = run.usage(reported)
+        usage = run.usage(reported, now)
         charge_usu = run.charge_usu(usage)
-        completed = RunCompleted(
-            run=run.ticket.request.id,
-            model=run.ticket.model,
-            digest=run.ticket.digest,
-            adapter=run.ticket.adapter,
-            site=placement.site,
-            instance=placement.instance,
-            attempts=run.attempt,
-            finish_reasons=tuple(reason for reason in run.finishes if reason is not None),
-            usage=usage,
-            charge_usu=charge_usu,
-            first_token_s=since_start_s(run),
-            total_s=now - run.started_at,
-            placement=placement,
-        )
         outcome = get_outcome(run, now, RunState.COMPLETED, usage, charge_usu, None)
         yield from self._close(run, outcome)
-        yield Emit(run_id=completed.run, event=completed)
+        yield Emit(run_id=run.ticket.request.id, event=get_completed(run, outcome))
 
     def _end(
         self, run: Progress, now: float, error: FabricError | None, reported: Usage | None = None
     ) -> Instructions:
         assert error is not None
-        usage = run.usage(reported)
+        usage = run.usage(reported, now)
         charge_usu = run.charge_usu(usage)
         cancelled = isinstance(error, RequestCancelled)
         state = RunState.CANCELLED if cancelled else RunState.FAILED
@@ -486,6 +510,7 @@ class BrokerState:
     def _close(self, run: Progress, outcome: Outcome) -> Instructions:
         """Forget the run and its attempt, and settle or return its hold."""
         self._detach(run)
+        self.line.ended(run, outcome.usage, outcome.total_s)
         run_id = run.ticket.request.id
         run.state = outcome.state
         del self.runs[run_id]
@@ -497,4 +522,5 @@ class BrokerState:
     def _detach(self, run: Progress) -> None:
         if run.instance is not None:
             self.fleet.release(run.instance, run.ticket.request.id)
+            self.line.freed(run.instance, run.ticket.request.id)
             run.instance, run.silent_until = None, None

@@ -11,6 +11,7 @@ from fabric.catalog.records import (
     SiteRecord,
     SiteState,
     UsageSum,
+    UserSum,
     Visibility,
 )
 from fabric.catalog.view import CatalogView, Viewer
@@ -27,6 +28,7 @@ __all__ = [
     "SiteRecord",
     "SiteState",
     "UsageSum",
+    "UserSum",
     "Viewer",
     "Visibility",
 ]

@@ -16,6 +16,7 @@ from fabric.catalog.records import (
     SiteRecord,
     SiteState,
     UsageSum,
+    UserSum,
     Visibility,
 )
 from fabric.catalog.view import CatalogView, Viewer
@@ -323,6 +324,11 @@ class Catalog:
         """Return what the runs made in a period add up to, by model and site."""
         with self._database.read() as connection:
             return runs.usage(connection, project, since=since, until=until)
+
+    def users(self, project: str | None = None, *, since: datetime | None = None) -> list[UserSum]:
+        """Return who has asked, for any project or for one: the last to ask first."""
+        with self._database.read() as connection:
+            return runs.users(connection, project, since=since)
 
     # Raw calls
 

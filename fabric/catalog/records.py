@@ -142,6 +142,17 @@ class UsageSum:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UserSum:
+    """What one key or Globus login has asked for a project; ``last_at`` is its latest request."""
+
+    key_id: str
+    project: str
+    num_runs: int
+    charge_usu: int
+    last_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RedemptionRecord:
     """A raw call that a ticket was redeemed for: what its instance may be paid, and until when.
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from sqlalchemy import Connection, RowMapping, Select, bindparam, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from fabric.catalog.records import RunRecord, UsageSum
+from fabric.catalog.records import RunRecord, UsageSum, UserSum
 from fabric.catalog.tables import runs
 from fabric.errors import NotFound
 from fabric.messages import Placement, RunState, Usage
@@ -86,6 +86,23 @@ def usage(
         UsageSum(**{**row._mapping, **{name: int(row._mapping[name]) for name in whole}})
         for row in connection.execute(query)
     ]
+
+
+def users(connection: Connection, project: str | None, *, since: datetime | None) -> list[UserSum]:
+    """Return who asked, and how much. See ``Catalog.users``."""
+    query = select(
+        runs.c.key_id,
+        runs.c.project,
+        func.count().label("num_runs"),
+        func.sum(runs.c.charge_usu).label("charge_usu"),
+        func.max(runs.c.created_at).label("last_at"),
+    )
+    query = _period(query, project, since, None).group_by(runs.c.key_id, runs.c.project)
+    found = [
+        UserSum(**{**row._mapping, "charge_usu": int(row.charge_usu)})
+        for row in connection.execute(query)
+    ]
+    return sorted(found, key=lambda user: user.last_at, reverse=True)
 
 
 def _period(

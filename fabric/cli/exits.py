@@ -39,7 +39,7 @@ class Exit(IntEnum):
 EPILOG = """\b
 Exit codes:
   0    done
-  1    internal error
+  1    internal error; of doctor: something is wrong
   2    the command line was not understood
   3    refused: the request, a setting or an account does not allow it
   4    the API key is missing, not valid, or may not do this

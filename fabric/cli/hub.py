@@ -154,6 +154,7 @@ def get_broker_settings(hub: HubSettings) -> BrokerSettings:
         lease_s=hub.lease_s,
         first_token_timeout_s=hub.first_token_timeout_s,
         patience_s=hub.patience_s,
+        project_weights=hub.project_weights,
     )
 
 
@@ -241,7 +242,12 @@ def hub(
     port: int | None,
     output: Output,  # noqa: ARG001 - every command takes --format and -v
 ) -> None:
-    """Serve a hub in the foreground, until Ctrl-C or SIGTERM."""
+    """Serve a hub in the foreground, until Ctrl-C or SIGTERM.
+
+    \b
+    Example:
+      fabric-admin hub --host 127.0.0.1 --port 8642
+    """
     settings = load_settings(
         {
             "state_dir": state_dir,

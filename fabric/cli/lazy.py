@@ -14,6 +14,24 @@ from click.shell_completion import CompletionItem
 from fabric.cli.exits import reported
 
 
+class AliasedGroup(click.Group):
+    """A click group whose commands also answer to other names, which help does not list.
+
+    Args:
+        aliases: Other names, each with its command's.
+        *args: As for ``click.Group``.
+        **kwargs: As for ``click.Group``.
+    """
+
+    def __init__(self, *args: Any, aliases: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._aliases = aliases
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command by its name or another."""
+        return super().get_command(ctx, self._aliases.get(cmd_name, cmd_name))
+
+
 class LazyGroup(click.Group):
     """A click group over a table: name to module and one line of help.
 

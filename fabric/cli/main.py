@@ -28,6 +28,8 @@ _USER_TABLE = {
     "models": (f"{_COMMANDS}.models", "List the models."),
     "sites": (f"{_COMMANDS}.sites", "List the sites and their replicas."),
     "explain": (f"{_COMMANDS}.explain", "Show where a request would run, and why."),
+    "top": (f"{_COMMANDS}.top", "Watch sites, replicas, queues and spend."),
+    "estimate": (f"{_COMMANDS}.estimate", "Show what many requests would take and cost."),
     "plan": (f"{_COMMANDS}.plan", "Show what a model needs of devices, and how fast it could be."),
     "launch": (f"{_COMMANDS}.launch", "Bring an allocation: start a model in jobs of your own."),
     "instances": (f"{_COMMANDS}.instances", "List your launches and their jobs."),
@@ -40,6 +42,7 @@ _USER_TABLE = {
     "batch": (f"{_COMMANDS}.batch", "Have many requests answered from one file."),
     "ticket": (f"{_COMMANDS}.ticket", "Get a ticket for raw Globus Compute calls at a site."),
     "config": (f"{_COMMANDS}.config", "Show settings and where they come from."),
+    "completion": ("fabric.cli.completion", "Make a shell complete commands."),
 }
 
 _ADMIN_TABLE = {
@@ -47,15 +50,21 @@ _ADMIN_TABLE = {
     "site": (f"{_ADMIN}.site", "Places where models run."),
     "endpoint": (f"{_ADMIN}.endpoint", "The Globus Compute endpoint of a site."),
     "model": (f"{_ADMIN}.model", "Versions of models that may be asked."),
+    "replica": (f"{_ADMIN}.replica", "Instances that serve, or may join."),
     "function": (f"{_ADMIN}.function", "Functions registered with Globus Compute."),
     "project": (f"{_ADMIN}.project", "Who is charged."),
+    "user": (f"{_ADMIN}.user", "Who asks, and how much."),
     "key": (f"{_ADMIN}.key", "API keys of a project."),
     "grant": (f"{_ADMIN}.grant", "Who may use private models and sites."),
     "limit": (f"{_ADMIN}.limit", "Requests and tokens a minute, and how many at once."),
     "audit": (f"{_ADMIN}.audit", "What administrators changed."),
     "alloc": (f"{_ADMIN}.alloc", "What a project may spend at a site."),
     "rate": (f"{_ADMIN}.rate", "What tokens cost."),
+    "reconcile": (f"{_ADMIN}.reconcile", "Compare a centre's charges with what was billed."),
+    "tier": (f"{_ADMIN}.tier", "What haste costs."),
     "db": (f"{_ADMIN}.db", "The hub's database."),
+    "doctor": (f"{_ADMIN}.doctor", "Look for what is wrong, and say what to do."),
+    "completion": ("fabric.cli.completion", "Make a shell complete commands."),
 }
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}

@@ -8,10 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import click
 from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +63,38 @@ class Output:
         else:
             _print_plain(heads, cells)
 
+    def record(self, record: object) -> None:
+        """Print one record: as JSON, or a line for each field that says something."""
+        fields = to_json(record)
+        if self.is_json:
+            self.json(fields)
+            return
+        self.facts(
+            [
+                (name.replace("_", " "), shown(value))
+                for name, value in fields.items()
+                if value not in (None, "", {}, [])
+            ]
+        )
+
     def facts(self, facts: Sequence[tuple[str, object]]) -> None:
         """Print names and values."""
         width = max(len(name) for name, _ in facts)
         for name, value in facts:
             click.echo(click.style(name.ljust(width), fg="cyan") + f"  {value}")
+
+
+def shown(value: object) -> str:
+    """Return a value of a record as people read it, on one line."""
+    match value:
+        case None:
+            return ""
+        case list():
+            return " ".join(map(shown, value))
+        case dict():
+            return json.dumps(value, ensure_ascii=False)
+        case _:
+            return str(value)
 
 
 def note(text: str) -> None:
@@ -86,6 +118,11 @@ def short(identifier: str) -> str:
     return f"{kind}_{digits[:8]}" if len(digits) > 8 else identifier
 
 
+def short_digest(digest: str | None) -> str:
+    """Return enough of a digest such as ``sha256:5f70…`` to tell it from others."""
+    return "not reported yet" if digest is None else digest[:19]
+
+
 def to_json(data: object) -> Any:
     """Return data made of records, times and decimals as plain JSON."""
     match data:
@@ -99,7 +136,7 @@ def to_json(data: object) -> Any:
             return {str(key): to_json(value) for key, value in data.items()}
         case datetime():
             return data.isoformat()
-        case Decimal():
+        case Decimal() | UUID() | Path():
             return str(data)
         case _ if is_dataclass(data) and not isinstance(data, type):
             return to_json(asdict(data))
@@ -119,11 +156,19 @@ def _print_plain(heads: Sequence[Column], cells: Sequence[Sequence[str]]) -> Non
 
 
 def _print_rich(heads: Sequence[Column], cells: Sequence[Sequence[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
+
+    Console().print(get_rich_table(heads, cells))
+
+
+def get_rich_table(columns: Sequence[str | Column], rows: Sequence[Sequence[object]]) -> Table:
+    """Return a table as it is drawn on a terminal; it has at least one row."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
+    heads = [Column(column) if isinstance(column, str) else column for column in columns]
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     table = Table(box=SIMPLE_HEAD, header_style="bold cyan", padding=(0, 1, 0, 0))
     for index, head in enumerate(heads):
         table.add_column(
@@ -134,7 +179,7 @@ def _print_rich(heads: Sequence[Column], cells: Sequence[Sequence[str]]) -> None
         )
     for line in cells:
         table.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in line))
-    Console().print(table)
+    return table
 
 
 STATE_STYLES = {

@@ -15,6 +15,7 @@ from uuid import UUID
 import globus_compute_sdk
 import globus_sdk
 from globus_compute_sdk.errors import ComputeError
+from globus_compute_sdk.sdk._environments import get_web_service_url
 from globus_compute_sdk.sdk.auth.globus_app import get_globus_app
 from globus_compute_sdk.sdk.batch import Batch, UserRuntime, create_user_runtime
 from globus_compute_sdk.serialize import (
@@ -138,6 +139,11 @@ def get_client(
         return ServiceClient(
             _BudgetedAuthorizer(authorizer, budget or RequestBudget(ServiceLimits()))
         )
+
+
+def get_service_url() -> str:
+    """Return where the service is, as the SDK in this environment has it."""
+    return str(get_web_service_url())
 
 
 def get_pinned_runtime() -> UserRuntime:

@@ -6,15 +6,19 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import platformdirs
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fabric.config.state import StateDir
 from fabric.errors import SettingInvalid
 
 SITE_CONFIG_PATH = Path("/etc/fabric/config.yaml")
+
+
+Weight = Annotated[float, Field(gt=0.0, le=1_000.0)]
 
 
 class _Section(BaseModel):
@@ -27,6 +31,8 @@ class HubSettings(_Section):
     ``database_url`` is an SQLAlchemy URL; ``None`` means a SQLite file in the state directory.
     With the client id and secret of its registration at Globus Auth, a hub takes Globus logins
     whose tokens have ``globus_scope``; ``None`` means the registration's scope ``all``.
+    ``project_weights`` say how much of busy replicas is a project's, relative to others (1): a
+    mapping, or ``name=weight`` with commas between.
     """
 
     host: str = "127.0.0.1"
@@ -37,9 +43,17 @@ class HubSettings(_Section):
     lease_s: float = Field(default=60.0, gt=0)
     first_token_timeout_s: float = Field(default=60.0, gt=0)
     patience_s: float = Field(default=10.0, ge=0)
+    project_weights: Mapping[str, Weight] = {}
     globus_client_id: str | None = None
     globus_client_secret: str | None = None
     globus_scope: str | None = None
+
+    @field_validator("project_weights", mode="before")
+    @classmethod
+    def _read_weights(cls, given: object) -> object:
+        if not isinstance(given, str):
+            return given
+        return dict(pair.split("=", 1) for pair in given.split(",") if pair)
 
 
 class ClientSettings(_Section):

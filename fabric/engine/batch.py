@@ -225,7 +225,11 @@ class Batch:
         for run in runs:
             usage = run.row.active.usage
             device_s = shared_s * run.num_tokens / total + own_s.get(run, 0.0)
-            update: dict[str, float] = {"device_s": usage.device_s + device_s}
+            kv_block_s = len(run.row.blocks) * seconds
+            update: dict[str, float] = {
+                "device_s": usage.device_s + device_s,
+                "kv_block_s": usage.kv_block_s + kv_block_s,
+            }
             if run.draft:
                 update["drafted_tokens"] = usage.drafted_tokens + len(run.draft)
             run.row.active.usage = usage.model_copy(update=update)

@@ -18,7 +18,7 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        FilesFull, FileInUse, BatchOver, ArtifactsFull, LowRankInvalid,
     │                        AdapterInvalid, AdaptersFull,
     │                        PlanError (UnknownDevice, UnknownShape, ShapeInvalid, PlanImpossible)
-    ├── PlacementError       NoReplica, DeadlineExceeded
+    ├── PlacementError       NoReplica, Overloaded, TierNotHeld, DeadlineExceeded
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
     │                        RequestCancelled, ProtocolViolation, HubOutOfReach,
     │                        HubUnreachable, HubNotConnected, ServiceUnreachable, ServiceBusy,
@@ -36,7 +36,8 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── VersionError         DigestMismatch, FunctionDrifted, ManifestInvalid, ReplicationFailed,
     │                        DiskTooSmall
     └── LedgerError          InsufficientBalance, UnknownAccount, AllocationClosed, HoldNotOpen,
-                             ChargeExceedsHold, RateMissing, LedgerInconsistent, StorageFull,
+                             ChargeExceedsHold, RefundExceedsCharge, RateMissing, UnknownUnit,
+                             MeasurementInsufficient, LedgerInconsistent, StorageFull,
                              StorageBusy
 
 An error class carries ``code`` (stable, for programs), ``http_status`` and ``retryable`` (may the
@@ -141,10 +142,13 @@ from fabric.errors.ledger import (
     InsufficientBalance,
     LedgerError,
     LedgerInconsistent,
+    MeasurementInsufficient,
     RateMissing,
+    RefundExceedsCharge,
     StorageBusy,
     StorageFull,
     UnknownAccount,
+    UnknownUnit,
 )
 from fabric.errors.login import (
     AuthUnavailable,
@@ -187,12 +191,14 @@ from fabric.errors.routing import (
     HubOutOfReach,
     HubUnreachable,
     NoReplica,
+    Overloaded,
     PlacementError,
     ProtocolViolation,
     RequestCancelled,
     SessionLost,
     SessionRefused,
     StreamBroken,
+    TierNotHeld,
 )
 from fabric.errors.service import (
     CredentialsRefused,
@@ -276,6 +282,7 @@ __all__ = [
     "LoginRequired",
     "LowRankInvalid",
     "ManifestInvalid",
+    "MeasurementInsufficient",
     "ModelNotLoadable",
     "NoReplica",
     "NodeFailed",
@@ -283,6 +290,7 @@ __all__ = [
     "NotFound",
     "NotGranted",
     "NotRunning",
+    "Overloaded",
     "PackageMissing",
     "PayloadDamaged",
     "PayloadError",
@@ -306,6 +314,7 @@ __all__ = [
     "RankLost",
     "RateLimited",
     "RateMissing",
+    "RefundExceedsCharge",
     "ReplicationFailed",
     "RequestCancelled",
     "RequestInvalid",
@@ -333,6 +342,7 @@ __all__ = [
     "TicketInvalid",
     "TicketMissing",
     "TicketSpent",
+    "TierNotHeld",
     "TokenExpired",
     "TokenInvalid",
     "TooManyRequests",
@@ -344,6 +354,7 @@ __all__ = [
     "UnknownShape",
     "UnknownSite",
     "UnknownStore",
+    "UnknownUnit",
     "UnsupportedParameter",
     "VersionError",
     "WeightsMissing",

@@ -89,6 +89,53 @@ class ChargeExceedsHold(LedgerError):
         )
 
 
+class RefundExceedsCharge(LedgerError):
+    """More was to be given back than was charged; nothing was."""
+
+    code = "refund_exceeds_charge"
+
+    def __init__(self, *, run: str, amount_usu: int, charged_usu: int, refunded_usu: int) -> None:
+        super().__init__(
+            f"A refund of {amount_usu} micro-SU was asked for the run {run!r}, which was charged"
+            f" {charged_usu} and given back {refunded_usu}; refund at most the difference.",
+            run=run,
+            amount_usu=amount_usu,
+            charged_usu=charged_usu,
+            refunded_usu=refunded_usu,
+        )
+
+
+class UnknownUnit(LedgerError):
+    """Nobody has said what this unit is worth at that time."""
+
+    code = "unknown_unit"
+    http_status = 404
+
+    def __init__(self, *, unit: str, at: str) -> None:
+        super().__init__(
+            f"Nobody has said what the unit {unit!r} is worth on {at}; `fabric-admin rate unit add`"
+            " does.",
+            unit=unit,
+            at=at,
+        )
+
+
+class MeasurementInsufficient(LedgerError):
+    """The runs on record do not determine what is asked of them."""
+
+    code = "measurement_insufficient"
+
+    def __init__(self, *, model: str, site: str, num_runs: int, reason: str) -> None:
+        super().__init__(
+            f"The {num_runs} runs of {model!r} at {site!r} do not tell what a token takes:"
+            f" {reason}. Let more, and more different, requests run there, or widen the period.",
+            model=model,
+            site=site,
+            num_runs=num_runs,
+            reason=reason,
+        )
+
+
 class RateMissing(LedgerError):
     """Nobody has set what this model costs at this site."""
 

@@ -33,6 +33,52 @@ class NoReplica(PlacementError):
         )
 
 
+class Overloaded(PlacementError):
+    """So much waits already that the answer is predicted to come too late."""
+
+    code = "overloaded"
+    retryable = True
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        tier: str,
+        what: str,
+        predicted_s: float,
+        limit_s: float,
+        retry_after_s: float,
+    ) -> None:
+        super().__init__(
+            f"{model!r} is too busy for this {tier} request: its {what} is predicted in"
+            f" {predicted_s:g} s, and {limit_s:g} s is the limit; retry in {retry_after_s:g} s,"
+            " allow more time with deadline_s, or ask for another tier.",
+            model=model,
+            tier=tier,
+            what=what,
+            predicted_s=predicted_s,
+            limit_s=limit_s,
+            retry_after_s=retry_after_s,
+        )
+
+
+class TierNotHeld(PlacementError):
+    """No replica is fast enough for what the tier promises, busy or not."""
+
+    code = "tier_not_held"
+    retryable = False
+
+    def __init__(self, *, tier: str, predicted_s: float, limit_s: float) -> None:
+        super().__init__(
+            f"The first token of this request is predicted in {predicted_s:.1f} s even where nobody"
+            f" waits, and the tier {tier!r} promises {limit_s:g} s; ask for the tier 'standard', or"
+            " send a shorter prompt.",
+            tier=tier,
+            predicted_s=round(predicted_s, 3),
+            limit_s=limit_s,
+        )
+
+
 class DeadlineExceeded(PlacementError):
     """The request's deadline passed before it was done."""
 

@@ -32,6 +32,7 @@ from fabric.gateway import (
     refusals,
     session_route,
     ticket_routes,
+    tier_routes,
 )
 from fabric.gateway.access import undeclared
 from fabric.gateway.bodies import BodyLimit
@@ -40,6 +41,7 @@ from fabric.gateway.metrics import Metrics
 from fabric.gateway.outreach import Outreach
 from fabric.gateway.rate_headers import RateHeaders
 from fabric.gateway.request_ids import RequestIds
+from fabric.gateway.tier_metrics import Tiers
 from fabric.ledger import Ledger
 from fabric.sql import Offload
 
@@ -58,6 +60,7 @@ ROUTERS = (
     artifact_routes.router,
     artifact_routes.instances,
     ticket_routes.router,
+    tier_routes.router,
     launch_routes.router,
     own_instances.router,
     compute_routes.router,
@@ -141,4 +144,5 @@ def create_app(
     app.state.batches = batches
     app.state.adapters = adapters
     metrics.watch_replicas(broker.replicas)
+    metrics.registry.register(Tiers(broker.tiers.attained, broker.tiers.waiting))
     return app

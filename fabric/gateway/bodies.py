@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -14,6 +15,9 @@ from fabric.errors import BodyInvalid, BodyTooLarge, RequestCancelled
 from fabric.gateway.refusals import refusal_of
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
+
+PART_PREFIX = "Body"
+"""Sets what bodies are made of apart from replies of the same name."""
 
 
 class BodyLimit:
@@ -80,7 +84,27 @@ async def read_body(request: Request, model: type[BodyT]) -> BodyT:
         raise refusal_of(error) from None
 
 
-def documented(model: type[BaseModel]) -> dict[str, Any]:
-    """Return what OpenAPI says of a route that reads its body with ``read_body``."""
-    schema = {"application/json": {"schema": model.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": schema}}
+def documented(*models: type[BaseModel]) -> dict[str, Any]:
+    """Return what OpenAPI says of a route that reads its body as one of these with ``read_body``;
+    what they are made of is where ``with_parts`` puts it."""
+    template = f"#/components/schemas/{PART_PREFIX}{{model}}"
+    schemas = [model.model_json_schema(ref_template=template) for model in models]
+    schema = schemas[0]
+    if len(schemas) > 1:
+        parts = [schema.pop("$defs", {}) for schema in schemas]
+        schema = {
+            "anyOf": schemas,
+            "$defs": {name: one for some in parts for name, one in some.items()},
+        }
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def with_parts(openapi: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an OpenAPI document in which the parts of all ``documented`` bodies are found."""
+    whole: dict[str, Any] = deepcopy(dict(openapi))
+    parts = whole.setdefault("components", {}).setdefault("schemas", {})
+    for operation in (one for path in whole["paths"].values() for one in path.values()):
+        for content in operation.get("requestBody", {}).get("content", {}).values():
+            for name, part in content["schema"].pop("$defs", {}).items():
+                parts[PART_PREFIX + name] = part
+    return whole

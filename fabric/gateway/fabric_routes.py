@@ -16,7 +16,7 @@ from fabric.broker import ReplicaView
 from fabric.catalog import ModelVersion, RunRecord, SiteRecord
 from fabric.errors import RequestInvalid
 from fabric.gateway.access import Needs
-from fabric.gateway.bodies import read_body
+from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.hub import Hub, SiteReport, caller_of, hub_of
 from fabric.gateway.openai_models import ChatBody, CompletionBody
 from fabric.gateway.program_checks import prepare
@@ -138,7 +138,7 @@ async def list_versions(request: Request) -> Listing[Model]:
     return Listing(data=[_model(v, views) for v in await hub.offload(seen.models)])
 
 
-@router.post("/explain")
+@router.post("/explain", openapi_extra=documented(CompletionBody, ChatBody, ProgramBody))
 async def explain(request: Request) -> Placement:
     """Say where a completion, chat completion or program would run now, and what every candidate
     costs."""

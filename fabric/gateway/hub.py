@@ -30,10 +30,12 @@ class GatewaySettings:
         body_limit_bytes: The largest body it reads; a larger one is answered 413.
         heartbeat_s: How often instances are told to send heartbeats; three missed ones end a
             session.
+        recheck_s: How often it is looked up whether another process ended a replica's launch.
     """
 
     body_limit_bytes: int = 8 * 2**20
     heartbeat_s: float = 2.0
+    recheck_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from fabric.catalog import LaunchRecord
 from fabric.dispatch.protocol import Channel
-from fabric.errors import NotFound, SessionRefused
+from fabric.errors import FabricError, NotFound, SessionRefused
 from fabric.gateway.hub import Hub, SiteReport
 from fabric.messages import Hello, InstanceState
+
+DRAIN_S = 600.0
+"""How long an instance whose launch was ended may go on with what it runs."""
 
 
 async def check(hub: Hub, launch: LaunchRecord, hello: Hello) -> None:
@@ -61,7 +65,7 @@ async def serve(
         hub.broker.attach(channel)
         hub.reports[site] = SiteReport(state=InstanceState.READY, detail="")
         await _note(hub, instance, InstanceState.READY)
-        await channel.wait_closed()
+        await _wait_over(hub, channel)
     finally:
         if hub.channels.get(instance) is channel:
             del hub.channels[instance]
@@ -69,6 +73,30 @@ async def serve(
         state = InstanceState.STOPPED if channel.draining else InstanceState.LOST
         hub.reports[site] = SiteReport(state=state, detail="")
         await _note(hub, instance, state)
+
+
+async def _wait_over(hub: Hub, channel: Channel) -> None:
+    """Return once a channel is closed, or the instance's launch was ended and it has drained."""
+    closed = asyncio.ensure_future(channel.wait_closed())
+    try:
+        while not closed.done():
+            await asyncio.wait([closed], timeout=hub.settings.recheck_s)
+            if not closed.done() and await _is_ended(hub, channel.hello.instance):
+                await channel.drain("its launch was ended")
+                await asyncio.wait([closed], timeout=DRAIN_S)
+                return
+    finally:
+        closed.cancel()
+
+
+async def _is_ended(hub: Hub, instance: str) -> bool:
+    try:
+        launch = await hub.offload(hub.catalog.launch, instance)
+    except NotFound:  # its site was deleted
+        return True
+    except FabricError:  # the database is busy, which says nothing of the launch
+        return False
+    return launch.ended_at is not None
 
 
 async def _note(hub: Hub, instance: str, state: InstanceState) -> None:

@@ -1,26 +1,28 @@
-"""Allocations: what a project may spend at a site, and how amounts get there."""
+"""Allocations: what a project may spend, at which site, in which period, and by whom."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, Select, bindparam, insert, select, update
+from sqlalchemy import Connection, Select, bindparam, insert, or_, select, update
 
 from fabric.errors import AllocationClosed, Duplicate, RequestInvalid, UnknownAccount
-from fabric.ledger.posting import account_id, post
+from fabric.ledger.posting import account_id
 from fabric.ledger.records import AllocationBalance, is_open
 from fabric.ledger.tables import accounts, allocations
 
-GRANTS = "grants"
-"""Where granted amounts come from; the only account that goes negative."""
-
-ANY_SITE = "*"
+_OWN = ""
+"""The project of what is the fabric's own; no real one has this name."""
 
 _available = accounts.alias("available")
 _held = accounts.alias("held")
+_parents = allocations.alias("parents")
 _ALLOCATION = select(
     allocations.c.id,
+    allocations.c.project,
+    allocations.c.site,
+    allocations.c.parent_id,
     allocations.c.account_id,
     allocations.c.held_account_id,
     allocations.c.starts_at,
@@ -34,6 +36,9 @@ class AllocationRow:
 
     id: int
     name: str
+    project: str
+    site: str
+    parent_id: int | None
     account_id: int
     held_account_id: int
     starts_at: datetime | None
@@ -57,35 +62,42 @@ def open_allocation(
     connection: Connection,
     project: str,
     site: str,
+    period: str | None,
     starts_at: datetime | None,
     ends_at: datetime | None,
 ) -> str:
-    """Create an allocation with nothing in it and return its name.
-
-    Raises:
-        Duplicate: The project has one at this site.
-        RequestInvalid: A name is empty or holds a colon, or the times are in the wrong order.
-    """
-    for param, value in (("project", project), ("site", site)):
-        if not value or ":" in value:
-            raise RequestInvalid(param=param, value=value, reason="it is empty or holds a colon")
-    name = f"allocation:{project}:{site}"
+    """Create an allocation with nothing in it. See ``Ledger.open_allocation``."""
+    for param, value in (("project", project), ("site", site), ("period", period)):
+        if value is not None and (not value or ":" in value or "/" in value):
+            reason = "it is empty or holds a colon or a slash"
+            raise RequestInvalid(param=param, value=value, reason=reason)
+    name = f"allocation:{project}:{site}" + ("" if period is None else f":{period}")
     _check_times(starts_at, ends_at)
-    if connection.execute(_ALLOCATION, {"name": name}).first() is not None:
-        raise Duplicate(kind="allocation", name=name)
-    connection.execute(
-        insert(allocations),
-        {
-            "name": name,
-            "project": project,
-            "site": site,
-            "account_id": account_id(connection, name),
-            "held_account_id": account_id(connection, f"held:{name}"),
-            "starts_at": starts_at,
-            "ends_at": ends_at,
-        },
-    )
+    row = {"project": project, "site": site, "period": period}
+    _insert(connection, name, row | {"starts_at": starts_at, "ends_at": ends_at})
     return name
+
+
+def open_share(connection: Connection, parent: str, holder: str) -> str:
+    """Create a share with nothing in it. See ``Ledger.open_share``."""
+    if not holder or "/" in holder:
+        raise RequestInvalid(param="holder", value=holder, reason="it is empty or holds a slash")
+    row = find_allocation(connection, parent)
+    if row.parent_id is not None:
+        reason = "it is a share itself, which is not divided further"
+        raise RequestInvalid(param="allocation", value=parent, reason=reason)
+    name = f"{parent}/{holder}"
+    same = {"project": row.project, "site": row.site, "holder": holder, "parent_id": row.id}
+    times = {"starts_at": row.starts_at, "ends_at": row.ends_at}
+    _insert(connection, name, same | times)
+    return name
+
+
+def own_allocation(connection: Connection, name: str, site: str) -> AllocationRow:
+    """Return an allocation of the fabric's own, which no project has; opened if there is none."""
+    if connection.execute(_ALLOCATION, {"name": name}).first() is None:
+        _insert(connection, name, {"project": _OWN, "site": site}, may_go_negative=True)
+    return find_allocation(connection, name)
 
 
 def find_allocation(connection: Connection, name: str) -> AllocationRow:
@@ -103,48 +115,25 @@ def find_allocation(connection: Connection, name: str) -> AllocationRow:
 def set_times(
     connection: Connection, name: str, starts_at: datetime | None, ends_at: datetime | None
 ) -> None:
-    """Change when an allocation is open; ``None`` leaves a time as it is.
-
-    Raises:
-        UnknownAccount: There is none of this name.
-        RequestInvalid: The times are in the wrong order.
-    """
+    """Change when an allocation and its shares are open. See ``Ledger.modify_allocation``."""
     row = find_allocation(connection, name)
+    if row.parent_id is not None and (starts_at or ends_at):
+        reason = "it is a share, which is open when its allocation is"
+        raise RequestInvalid(param="allocation", value=name, reason=reason)
     starts_at, ends_at = starts_at or row.starts_at, ends_at or row.ends_at
     _check_times(starts_at, ends_at)
     connection.execute(
         update(allocations)
-        .where(allocations.c.id == row.id)
+        .where(or_(allocations.c.id == row.id, allocations.c.parent_id == row.id))
         .values(starts_at=starts_at, ends_at=ends_at)
-    )
-
-
-def grant(connection: Connection, name: str, amount_usu: int, at: datetime, memo: str) -> None:
-    """Move an amount from the grants into an allocation, or back where it is negative.
-
-    Raises:
-        UnknownAccount: There is no such allocation.
-        InsufficientBalance: More was to be taken back than is available.
-    """
-    row = find_allocation(connection, name)
-    post(
-        connection,
-        {
-            account_id(connection, GRANTS, may_go_negative=True): -amount_usu,
-            row.account_id: amount_usu,
-        },
-        kind="grant" if amount_usu >= 0 else "withdrawal",
-        at=at,
-        allocation_id=row.id,
-        memo=memo,
     )
 
 
 def balances(
     connection: Connection, *, project: str | None = None, name: str | None = None
 ) -> list[AllocationBalance]:
-    """Return allocations with their balances, in order of name."""
-    statement = _BALANCES
+    """Return projects' allocations with their balances, in order of name."""
+    statement = _BALANCES.where(allocations.c.project != _OWN)
     if project is not None:
         statement = statement.where(allocations.c.project == project)
     if name is not None:
@@ -152,11 +141,23 @@ def balances(
     return [AllocationBalance(**row._mapping) for row in connection.execute(statement)]
 
 
+def payers(
+    connection: Connection, project: str, caller: str, at: datetime
+) -> list[AllocationBalance]:
+    """Return what a caller may spend. See ``Ledger.payers``."""
+    found = [one for one in balances(connection, project=project) if one.is_open(at)]
+    shared = {one.parent for one in found if one.holder == caller}
+    return [one for one in found if one.holder == caller or not (one.holder or one.name in shared)]
+
+
 _BALANCES: Select[tuple[object, ...]] = (
     select(
         allocations.c.name,
         allocations.c.project,
         allocations.c.site,
+        allocations.c.period,
+        allocations.c.holder,
+        _parents.c.name.label("parent"),
         _available.c.balance_usu.label("available_usu"),
         _held.c.balance_usu.label("held_usu"),
         allocations.c.starts_at,
@@ -164,8 +165,21 @@ _BALANCES: Select[tuple[object, ...]] = (
     )
     .join(_available, allocations.c.account_id == _available.c.id)
     .join(_held, allocations.c.held_account_id == _held.c.id)
+    .outerjoin(_parents, allocations.c.parent_id == _parents.c.id)
     .order_by(allocations.c.name)
 )
+
+
+def _insert(
+    connection: Connection, name: str, row: dict[str, object], *, may_go_negative: bool = False
+) -> None:
+    if connection.execute(_ALLOCATION, {"name": name}).first() is not None:
+        raise Duplicate(kind="allocation", name=name)
+    ids = {
+        "account_id": account_id(connection, name, may_go_negative=may_go_negative),
+        "held_account_id": account_id(connection, f"held:{name}"),
+    }
+    connection.execute(insert(allocations), {"name": name} | row | ids)
 
 
 def _check_times(starts_at: datetime | None, ends_at: datetime | None) -> None:

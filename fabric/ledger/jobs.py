@@ -14,7 +14,7 @@ from sqlalchemy import Connection, RowMapping, Select, bindparam, insert, select
 from fabric.ledger.allocations import find_allocation
 from fabric.ledger.posting import post
 from fabric.ledger.records import JobCharge
-from fabric.ledger.tables import job_charges
+from fabric.ledger.tables import job_charges, journal
 
 _MILLIONTHS = 1_000_000
 _BY_JOB = select(job_charges).where(
@@ -22,6 +22,7 @@ _BY_JOB = select(job_charges).where(
     job_charges.c.launch == bindparam("of_launch"),
     job_charges.c.job_id == bindparam("of_job"),
 )
+_ENTRY = select(journal.c.id).where(journal.c.key == bindparam("of_key"))
 
 
 def find(connection: Connection, project: str, launch: str, job_id: str) -> JobCharge | None:
@@ -31,22 +32,29 @@ def find(connection: Connection, project: str, launch: str, job_id: str) -> JobC
     return None if row is None else _to_charge(row._mapping)
 
 
-def note(connection: Connection, job: JobCharge, *, allocation: str, at: datetime) -> None:
-    """Store what a job took. See ``Ledger.note_job``."""
-    journal_id = post(
+def note(connection: Connection, job: JobCharge, at: datetime) -> JobCharge:
+    """Store what a job took, and return what is stored of it. See ``Ledger.note_job``."""
+    if (known := find(connection, job.project, job.launch, job.job_id)) is not None:
+        return known
+    allocation = f"allocation:{job.project}:{job.site}"
+    key = f"job:{job.project}:{job.launch}:{job.job_id}"
+    post(
         connection,
         {},
         kind="memo",
         at=at,
         allocation_id=find_allocation(connection, allocation).id,
+        key=key,
         site=job.site,
         model=job.model,
         memo=describe(job),
     )
     values = {name: getattr(job, name) for name in _FIELDS}
     millionths = int((job.charge * _MILLIONTHS).to_integral_value())
+    journal_id = connection.execute(_ENTRY, {"of_key": key}).scalar_one()
     row = values | {"journal_id": journal_id, "charge_millionths": millionths}
     connection.execute(insert(job_charges), row)
+    return job
 
 
 def listed(connection: Connection, project: str | None, launch: str | None) -> list[JobCharge]:

@@ -9,7 +9,7 @@ from typing import NoReturn
 from sqlalchemy import Connection, bindparam, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from fabric.errors import InsufficientBalance, RequestInvalid
+from fabric.errors import Duplicate, InsufficientBalance, RequestInvalid
 from fabric.ledger.tables import accounts, entries, journal
 
 MAX_AMOUNT_USU = 10**15
@@ -32,6 +32,8 @@ _OPEN = {
     "sqlite": sqlite.insert(accounts).on_conflict_do_nothing(),
     "postgresql": postgresql.insert(accounts).on_conflict_do_nothing(),
 }
+_BY_KEY = select(journal.c.id, journal.c.kind).where(journal.c.key == bindparam("key"))
+_ENTRIES_OF = select(entries).where(entries.c.journal_id == bindparam("journal"))
 _ACCOUNT_ID = select(accounts.c.id).where(accounts.c.name == bindparam("name"))
 
 
@@ -42,25 +44,41 @@ def post(
     kind: str,
     at: datetime,
     allocation_id: int,
+    source_id: int | None = None,
     hold_id: str | None = None,
+    mends_id: int | None = None,
+    key: str | None = None,
     site: str | None = None,
     model: str | None = None,
     memo: str = "",
-) -> int:
-    """Write one journal row and its entries, and move the balances; return the row's id.
+) -> None:
+    """Write one journal row and its entries, and move the balances.
 
     Accounts are taken in order of id, so that two postings never wait for each other in a circle.
 
     Args:
         connection: The transaction it is part of.
         deltas_usu: The signed amount of each account, by account id. They sum to zero.
+        kind: What it is.
+        at: When.
+        allocation_id: Whose line it is on a statement.
+        source_id: The other allocation whose line it is.
+        hold_id: The run it belongs to.
+        mends_id: The journal row that it corrects.
+        key: Its name, if it has one: what was posted under it is not posted again.
+        site: Where the work was done.
+        model: What did it.
+        memo: Why.
 
     Raises:
         InsufficientBalance: An account would become negative; the caller's transaction is undone.
+        Duplicate: Something else was posted under this key.
     """
     if sum(deltas_usu.values()):
         raise AssertionError("A posting sums to zero.")
     ordered = sorted(deltas_usu.items())
+    if key is not None and is_posted(connection, key, kind, deltas_usu):
+        return
     for account, delta in ordered:
         if delta and not connection.execute(_MOVE, {"account": account, "delta": delta}).rowcount:
             _refuse(connection, account, delta)
@@ -68,7 +86,10 @@ def post(
         "kind": kind,
         "at": at,
         "allocation_id": allocation_id,
+        "source_id": source_id,
         "hold_id": hold_id,
+        "mends_id": mends_id,
+        "key": key,
         "site": site,
         "model": model,
         "memo": memo,
@@ -81,7 +102,6 @@ def post(
     ]
     if lines:
         connection.execute(_ENTRIES, lines)
-    return int(journal_id)
 
 
 def account_id(connection: Connection, name: str, *, may_go_negative: bool = False) -> int:
@@ -107,6 +127,25 @@ def check_amount(amount_usu: int, *, least: int = 0) -> None:
             value=amount_usu,
             reason=f"an amount is a whole number of micro-SU from {least} to {MAX_AMOUNT_USU}",
         )
+
+
+def is_posted(connection: Connection, key: str, kind: str, deltas_usu: Mapping[int, int]) -> bool:
+    """Return whether this very posting was made under this key before.
+
+    Raises:
+        Duplicate: Another was.
+    """
+    row = connection.execute(_BY_KEY, {"key": key}).first()
+    if row is None:
+        return False
+    written = {
+        entry.account_id: entry.amount_usu
+        for entry in connection.execute(_ENTRIES_OF, {"journal": row.id})
+    }
+    asked = {account: delta for account, delta in deltas_usu.items() if delta}
+    if (row.kind, written) != (kind, asked):
+        raise Duplicate(kind="posting", name=key)
+    return True
 
 
 def _refuse(connection: Connection, account: int, delta: int) -> NoReturn:

@@ -1,25 +1,25 @@
-"""Prices, and the one place where usage becomes money.
+"""Prices, and the one place where quantities become money.
 
-A charge is ``tier x (uncached x prompt rate + cached x cached rate + output x output rate)``, and
-of an intervention program also ``tier x (bytes in x hook-in rate + bytes out x hook-out rate +
-device microseconds x device rate / 1,000,000)``; computed exactly and rounded up to a whole
-micro-SU once, at the end.
+A charge is ``tier x sum(price x quantity)``, computed exactly and rounded up to a whole micro-SU
+once, at the end. A request pays for its uncached and cached prompt tokens, output tokens and the
+seconds it keeps blocks of the KV cache; an intervention program also for bytes in and out and for
+seconds of computing. Adapters' slots, fine-tuning and what is stored are charged by the day.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal, localcontext
 from fractions import Fraction
-from math import ceil
+from math import ceil, isfinite
 from types import MappingProxyType
 from typing import Final
 
-from sqlalchemy import Connection, bindparam, insert, select
+from sqlalchemy import Connection, Row, bindparam, delete, insert, select
 
-from fabric.errors import RateMissing, RequestInvalid
+from fabric.errors import NotFound, RateMissing, RequestInvalid
 from fabric.ledger.tables import rates
 from fabric.messages import Usage
 
@@ -28,16 +28,48 @@ TIERS: Final[Mapping[str, Decimal]] = MappingProxyType(
 )
 """What each tier multiplies a charge by."""
 
-MTOKEN = 1_000_000
-_MAX_PER_MTOKEN = 10**15
+MILLION = 1_000_000
+_MAX_PER_MILLION = 10**15
+
+
+KV_BLOCK_TOKENS = 16
+"""The tokens of a block of the KV cache, as it is priced."""
+
+_COLUMNS = {
+    "prompt_usu": "prompt_usu_per_mtoken",
+    "cached_prompt_usu": "cached_prompt_usu_per_mtoken",
+    "output_usu": "output_usu_per_mtoken",
+    "hook_in_usu": "hook_in_usu_per_mbyte",
+    "hook_out_usu": "hook_out_usu_per_mbyte",
+    "device_usu": "device_usu_per_million_s",
+    "kv_block_usu": "kv_block_usu_per_million_s",
+    "adapter_usu": "adapter_usu_per_million_h",
+    "fine_tune_usu": "fine_tune_usu_per_million_s",
+    "stored_usu": "stored_usu_per_million_gib_day",
+}
+"""Where each price is kept, in whole micro-SU per million."""
+
+PRICES = tuple(_COLUMNS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """Prices from a time on, in micro-SU per token, with at most six decimal places.
+    """Prices from a time on, in micro-SU, with at most six decimal places.
 
-    ``model`` and ``site`` say which row matched; ``*`` is a default. Programs pay ``hook_in_usu``
-    and ``hook_out_usu`` per byte and ``device_usu`` per second of computing, beside their tokens.
+    Attributes:
+        model: Which row matched; ``*`` is a default.
+        site: Likewise.
+        effective_from: From when on.
+        prompt_usu: For an uncached prompt token.
+        cached_prompt_usu: For a cached prompt token.
+        output_usu: For a generated token.
+        hook_in_usu: For a byte of a program's constants.
+        hook_out_usu: For a byte that a program saved.
+        device_usu: For a second that a program computed.
+        kv_block_usu: For a second that a block of the KV cache (16 tokens) is kept.
+        adapter_usu: For an hour that an adapter is kept in an instance's slot.
+        fine_tune_usu: For a second of a device that trains.
+        stored_usu: For a day that a GiB is stored.
     """
 
     model: str
@@ -49,6 +81,35 @@ class Rate:
     hook_in_usu: Decimal = Decimal(0)
     hook_out_usu: Decimal = Decimal(0)
     device_usu: Decimal = Decimal(0)
+    kv_block_usu: Decimal = Decimal(0)
+    adapter_usu: Decimal = Decimal(0)
+    fine_tune_usu: Decimal = Decimal(0)
+    stored_usu: Decimal = Decimal(0)
+
+
+def price_usu(rate: Rate, tier: str, quantities: Mapping[str, float | Decimal]) -> int:
+    """Return what quantities cost, in micro-SU. Those that are no integers are rounded up to a
+    millionth.
+
+    Args:
+        rate: The prices.
+        tier: A key of ``TIERS``.
+        quantities: How much of what each of ``PRICES`` is for.
+
+    Raises:
+        RequestInvalid: A quantity is negative or not finite.
+    """
+    with localcontext(prec=64):  # exact: whatever the price and the count
+        total = Decimal(0)
+        for name, quantity in quantities.items():
+            if not quantity:
+                continue
+            is_whole = isinstance(quantity, int)
+            if not (is_whole or isfinite(quantity)) or quantity < 0:
+                reason = "a quantity is a number from 0 on"
+                raise RequestInvalid(param=name, value=str(quantity), reason=reason)
+            total += getattr(rate, name) * (quantity if is_whole else _millionths(quantity))
+        return ceil(TIERS[tier] * total)
 
 
 def charge_usu(rate: Rate, tier: str, usage: Usage, *, device_s: float = 0.0) -> int:
@@ -63,13 +124,16 @@ def charge_usu(rate: Rate, tier: str, usage: Usage, *, device_s: float = 0.0) ->
         device_s: Seconds of computing that are priced: a program's, and no others'.
     """
     cached = min(usage.cached_prompt_tokens, usage.prompt_tokens)
-    return _total(
-        tier,
-        (rate.prompt_usu, usage.prompt_tokens - cached),
-        (rate.cached_prompt_usu, cached),
-        (rate.output_usu, usage.output_tokens),
-        *_hooks(rate, usage.hook_bytes_in, usage.hook_bytes_out, device_s),
-    )
+    quantities = {
+        "prompt_usu": usage.prompt_tokens - cached,
+        "cached_prompt_usu": cached,
+        "output_usu": usage.output_tokens,
+        "hook_in_usu": usage.hook_bytes_in,
+        "hook_out_usu": usage.hook_bytes_out,
+        "device_usu": device_s,
+        "kv_block_usu": usage.kv_block_s,
+    }
+    return price_usu(rate, tier, quantities)
 
 
 def max_charge_usu(
@@ -81,6 +145,7 @@ def max_charge_usu(
     hook_bytes_in: int = 0,
     hook_bytes_out: int = 0,
     device_s: float = 0.0,
+    kv_block_s: float = 0.0,
 ) -> int:
     """Return the most a request may cost, in micro-SU: what is held for it.
 
@@ -92,31 +157,54 @@ def max_charge_usu(
         hook_bytes_in: The most bytes a program is given.
         hook_bytes_out: The most bytes it may return.
         device_s: The most seconds of computing it is charged for.
+        kv_block_s: The most block-seconds it can keep; see ``kv_block_s_bound``.
     """
-    return _total(
-        tier,
-        (max(rate.prompt_usu, rate.cached_prompt_usu), prompt_tokens_bound),
-        (rate.output_usu, max_output_tokens),
-        *_hooks(rate, hook_bytes_in, hook_bytes_out, device_s),
-    )
+    dearer = max(rate.prompt_usu, rate.cached_prompt_usu)
+    quantities = {
+        "prompt_usu": prompt_tokens_bound,
+        "output_usu": max_output_tokens,
+        "hook_in_usu": hook_bytes_in,
+        "hook_out_usu": hook_bytes_out,
+        "device_usu": device_s,
+        "kv_block_usu": kv_block_s,
+    }
+    return price_usu(replace(rate, prompt_usu=dearer), tier, quantities)
+
+
+def kv_block_s_bound(num_rows: int, row_tokens: int, seconds: float) -> float:
+    """Return the most block-seconds that rows of so many tokens can keep in a time."""
+    return num_rows * ceil(row_tokens / KV_BLOCK_TOKENS) * seconds
 
 
 def insert_rate(connection: Connection, rate: Rate) -> None:
     """Store a rate."""
-    connection.execute(
-        insert(rates),
-        {
-            "model": rate.model,
-            "site": rate.site,
-            "effective_from": rate.effective_from,
-            "prompt_usu_per_mtoken": _to_mtoken("prompt_usu", rate.prompt_usu),
-            "cached_prompt_usu_per_mtoken": _to_mtoken("cached_prompt_usu", rate.cached_prompt_usu),
-            "output_usu_per_mtoken": _to_mtoken("output_usu", rate.output_usu),
-            "hook_in_usu_per_mbyte": _to_mtoken("hook_in_usu", rate.hook_in_usu),
-            "hook_out_usu_per_mbyte": _to_mtoken("hook_out_usu", rate.hook_out_usu),
-            "device_usu_per_million_s": _to_mtoken("device_usu", rate.device_usu),
-        },
+    prices = {column: to_million(name, getattr(rate, name)) for name, column in _COLUMNS.items()}
+    where = {"model": rate.model, "site": rate.site, "effective_from": rate.effective_from}
+    connection.execute(insert(rates), where | prices)
+
+
+def delete_rate(
+    connection: Connection, model: str, site: str, effective_from: datetime, now: datetime
+) -> None:
+    """Take back a rate that is not in effect yet. See ``Ledger.delete_rate``."""
+    if effective_from <= now:
+        reason = "it is in effect, and charges rest on it; set another one to follow it"
+        raise RequestInvalid(param="effective_from", value=str(effective_from), reason=reason)
+    deleted = connection.execute(
+        delete(rates).where(
+            rates.c.model == model,
+            rates.c.site == site,
+            rates.c.effective_from == effective_from,
+        )
     )
+    if not deleted.rowcount:
+        raise NotFound(kind="rate", name=f"{model} at {site} from {effective_from.isoformat()}")
+
+
+def listed(connection: Connection) -> list[Rate]:
+    """Return every rate, the newest of each model and site first."""
+    order = (rates.c.model, rates.c.site, rates.c.effective_from.desc())
+    return [_to_rate(row) for row in connection.execute(select(rates).order_by(*order))]
 
 
 _EFFECTIVE = select(rates).where(
@@ -144,44 +232,30 @@ def find_rate(connection: Connection, model: str, site: str, at: datetime) -> Ra
         found,
         key=lambda row: (models.index(row.model), sites.index(row.site), at - row.effective_from),
     )
-    return Rate(
-        model=row.model,
-        site=row.site,
-        effective_from=row.effective_from,
-        prompt_usu=_from_mtoken(row.prompt_usu_per_mtoken),
-        cached_prompt_usu=_from_mtoken(row.cached_prompt_usu_per_mtoken),
-        output_usu=_from_mtoken(row.output_usu_per_mtoken),
-        hook_in_usu=_from_mtoken(row.hook_in_usu_per_mbyte),
-        hook_out_usu=_from_mtoken(row.hook_out_usu_per_mbyte),
-        device_usu=_from_mtoken(row.device_usu_per_million_s),
-    )
+    return _to_rate(row)
 
 
-def _hooks(
-    rate: Rate, bytes_in: int, bytes_out: int, device_s: float
-) -> tuple[tuple[Decimal, int], ...]:
-    return (
-        (rate.hook_in_usu, bytes_in),
-        (rate.hook_out_usu, bytes_out),
-        (rate.device_usu / MTOKEN, ceil(device_s * MTOKEN)),
-    )
+def to_million(param: str, price: Decimal) -> int:
+    """Return a price as whole micro-SU per million.
 
-
-def _total(tier: str, *priced: tuple[Decimal, int]) -> int:
-    with localcontext(prec=64):  # exact: whatever the price and the count
-        return ceil(TIERS[tier] * sum((p * count for p, count in priced), Decimal(0)))
-
-
-def _to_mtoken(name: str, price: Decimal) -> int:
-    exact = Fraction(price) * MTOKEN if price.is_finite() else Fraction(-1)
-    if exact.denominator != 1 or not 0 <= exact <= _MAX_PER_MTOKEN:
+    Raises:
+        RequestInvalid: It is negative, over 1e9 or too finely divided.
+    """
+    exact = Fraction(price) * MILLION if price.is_finite() else Fraction(-1)
+    if exact.denominator != 1 or not 0 <= exact <= _MAX_PER_MILLION:
         raise RequestInvalid(
-            param=name,
+            param=param,
             value=str(price),
             reason="a price is 0 to 1e9 micro-SU a unit, with at most six decimal places",
         )
     return int(exact)
 
 
-def _from_mtoken(amount_usu: int) -> Decimal:
-    return Decimal(amount_usu) / MTOKEN
+def _to_rate(row: Row[tuple[object, ...]]) -> Rate:
+    columns = row._mapping
+    prices = {name: Decimal(columns[column]) / MILLION for name, column in _COLUMNS.items()}
+    return Rate(model=row.model, site=row.site, effective_from=row.effective_from, **prices)
+
+
+def _millionths(quantity: float | Decimal) -> Decimal:
+    return Decimal(ceil(quantity * MILLION)) / MILLION

@@ -8,6 +8,12 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Literal
 
+LineKind = Literal[
+    "grant", "withdrawal", "share", "return", "exchange", "charge", "refund", "expiry", "memo"
+]
+"""What changes what an allocation owns, or is noted beside it; holds only move it between its own
+accounts."""
+
 
 class HoldState(StrEnum):
     """Where a hold is in its life; all but the first are final."""
@@ -32,12 +38,17 @@ class AllocationBalance:
     """One allocation of a project at one site (``*``: at any) and what it has.
 
     ``available_usu`` can be held by new requests, ``held_usu`` is set aside for running ones;
-    their sum is what the project owns.
+    their sum is what the project owns. ``period`` tells it from others of the same project and
+    site. A share of the allocation ``parent`` is spent by its ``holder`` alone: the id of a key, or
+    ``globus:`` and a user's.
     """
 
     name: str
     project: str
     site: str
+    period: str | None = None
+    holder: str | None = None
+    parent: str | None = None
     available_usu: int
     held_usu: int
     starts_at: datetime | None
@@ -72,16 +83,28 @@ class Settlement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Refund:
+    """What was given back of a run's charge, and what is left of that."""
+
+    run: str
+    allocation: str
+    refunded_usu: int
+    charged_usu: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StatementLine:
     """One change of what a project owns.
 
-    ``amount_usu`` is positive for grants and negative (or 0) for charges; ``balance_usu`` is what
-    the allocation had after it, held amounts included. ``run``, ``site`` and ``model`` are those
-    of a charge. A ``memo`` changes nothing: it tells what the machine itself charges for ``job``.
+    ``amount_usu`` is positive for what came and negative (or 0) for what went; ``balance_usu`` is
+    what the allocation had after it, held amounts included. ``run``, ``site`` and ``model`` are
+    those of a charge; a refund ``mends`` the charge whose ``entry`` that is. A memo changes
+    nothing: it tells what the machine itself charges for ``job``.
     """
 
+    entry: int
     at: datetime
-    kind: Literal["grant", "withdrawal", "charge", "memo"]
+    kind: LineKind
     allocation: str
     amount_usu: int
     balance_usu: int
@@ -89,6 +112,7 @@ class StatementLine:
     site: str | None
     model: str | None
     memo: str
+    mends: int | None = None
     job: str | None = None
 
 

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import get_args
 
-from sqlalchemy import Connection, Select, func, select
+from sqlalchemy import Connection, Select, func, or_, select
 
 from fabric.ledger.allocations import balances
-from fabric.ledger.records import Statement, StatementLine
+from fabric.ledger.records import LineKind, Statement, StatementLine
 from fabric.ledger.tables import allocations, entries, job_charges, journal
 
-_KINDS = ("grant", "withdrawal", "charge", "memo")
-"""What changes what a project owns, and what is noted beside; holds and returns only move it
-between its own accounts."""
+_KINDS = get_args(LineKind)
 
 
 def statement(
     connection: Connection,
     project: str,
     *,
+    allocation: str | None,
     since: datetime | None,
     until: datetime | None,
     limit: int,
 ) -> Statement:
     """Return the newest ``limit`` lines of a period. See ``Ledger.statement``."""
-    current = balances(connection, project=project)
+    current = balances(connection, project=project, name=allocation)
     balance_usu = {a.name: a.available_usu + a.held_usu for a in current}
     if until is not None:
-        later = _lines(project).where(journal.c.at >= until).subquery()
+        later = _lines(project, allocation).where(journal.c.at >= until).subquery()
         totals = select(later.c.allocation, func.sum(later.c.amount_usu)).group_by(
             later.c.allocation
         )
         for name, total in connection.execute(totals):
             balance_usu[name] -= int(total)
-    period = _lines(project).order_by(journal.c.id.desc()).limit(limit + 1)
+    period = (
+        _lines(project, allocation).order_by(journal.c.id.desc(), allocations.c.id).limit(limit + 1)
+    )
     if since is not None:
         period = period.where(journal.c.at >= since)
     if until is not None:
@@ -44,6 +46,7 @@ def statement(
         amount_usu = int(row.amount_usu)
         lines.append(
             StatementLine(
+                entry=row.id,
                 at=row.at,
                 kind=row.kind,
                 allocation=row.allocation,
@@ -53,6 +56,7 @@ def statement(
                 site=row.site,
                 model=row.model,
                 memo=row.memo,
+                mends=row.mends_id,
                 job=row.job,
             )
         )
@@ -65,21 +69,25 @@ def statement(
     )
 
 
-def _lines(project: str) -> Select[tuple[object, ...]]:
+def _lines(project: str, allocation: str | None) -> Select[tuple[object, ...]]:
     own = (allocations.c.account_id, allocations.c.held_account_id)
     amount_usu = (
         select(func.coalesce(func.sum(entries.c.amount_usu), 0))
         .where(entries.c.journal_id == journal.c.id, entries.c.account_id.in_(own))
         .scalar_subquery()
     )
-    return (
+    either = or_(
+        journal.c.allocation_id == allocations.c.id, journal.c.source_id == allocations.c.id
+    )
+    query = (
         select(
             journal,
             allocations.c.name.label("allocation"),
             amount_usu.label("amount_usu"),
             job_charges.c.job_id.label("job"),
         )
-        .join(allocations, journal.c.allocation_id == allocations.c.id)
+        .join(allocations, either)
         .outerjoin(job_charges, job_charges.c.journal_id == journal.c.id)
         .where(allocations.c.project == project, journal.c.kind.in_(_KINDS))
     )
+    return query if allocation is None else query.where(allocations.c.name == allocation)

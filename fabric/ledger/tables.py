@@ -2,7 +2,8 @@
 
 ``accounts.balance_usu`` is a cache of the sum of an account's entries, written in the transaction
 that writes the entries; ``fabric.ledger.audit`` recomputes it. Entries and journal rows are never
-changed: triggers made by the migration refuse it.
+changed: triggers made by the migration refuse it. ``parent_id``, ``source_id`` and ``mends_id`` are
+ids of rows that are never deleted; SQLite could not take back a column with a constraint.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ allocations = Table(
     Column("name", Text, nullable=False, unique=True),
     Column("project", Text, nullable=False, index=True),
     Column("site", Text, nullable=False),
+    Column("period", Text),
+    Column("holder", Text),
+    Column("parent_id", BigInteger, index=True),
     Column("account_id", ForeignKey("accounts.id"), nullable=False),
     Column("held_account_id", ForeignKey("accounts.id"), nullable=False),
     Column("starts_at", UtcTime),
@@ -54,7 +58,10 @@ journal = Table(
     Column("at", UtcTime, nullable=False),
     Column("kind", Text, nullable=False),
     Column("allocation_id", ForeignKey("allocations.id"), nullable=False),
-    Column("hold_id", Text),
+    Column("source_id", BigInteger, index=True),
+    Column("hold_id", Text, index=True),
+    Column("mends_id", BigInteger, index=True),
+    Column("key", Text, index=True, unique=True),
     Column("site", Text),
     Column("model", Text),
     Column("memo", Text, nullable=False),
@@ -116,4 +123,27 @@ rates = Table(
     Column("hook_in_usu_per_mbyte", BigInteger, nullable=False, server_default="0"),
     Column("hook_out_usu_per_mbyte", BigInteger, nullable=False, server_default="0"),
     Column("device_usu_per_million_s", BigInteger, nullable=False, server_default="0"),
+    Column("kv_block_usu_per_million_s", BigInteger, nullable=False, server_default="0"),
+    Column("adapter_usu_per_million_h", BigInteger, nullable=False, server_default="0"),
+    Column("fine_tune_usu_per_million_s", BigInteger, nullable=False, server_default="0"),
+    Column("stored_usu_per_million_gib_day", BigInteger, nullable=False, server_default="0"),
+)
+
+units = Table(
+    "units",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("effective_from", UtcTime, primary_key=True),
+    Column("usu_per_million", BigInteger, nullable=False),
+)
+
+reconciled_jobs = Table(
+    "reconciled_jobs",
+    metadata,
+    Column("site", Text, primary_key=True),
+    Column("job", Text, primary_key=True),
+    Column("charge_usu", BigInteger, nullable=False),
+    Column("billed_usu", BigInteger, nullable=False),
+    Column("started_at", UtcTime, nullable=False),
+    Column("ended_at", UtcTime, nullable=False),
 )

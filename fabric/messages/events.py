@@ -30,7 +30,8 @@ class Usage(Wire):
     choices. Of ``drafted_tokens``, guessed in speculation, ``accepted_tokens`` became output.
     ``hook_bytes_in`` are a program's constants and artifacts, ``hook_bytes_out`` what it
     saved. ``device_s`` is the attempt's share of the engine's steps: each step's seconds divided
-    among its rows by their tokens.
+    among its rows by their tokens; ``kv_block_s`` sums the steps' seconds times the blocks of 16
+    tokens that its rows kept in the cache.
     """
 
     prompt_tokens: int = Field(default=0, ge=0)
@@ -42,6 +43,7 @@ class Usage(Wire):
     hook_bytes_out: int = Field(default=0, ge=0)
     queue_s: float = Field(default=0.0, ge=0.0)
     device_s: float = Field(default=0.0, ge=0.0)
+    kv_block_s: float = Field(default=0.0, ge=0.0)
 
 
 class Failure(Wire):

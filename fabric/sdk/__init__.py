@@ -32,27 +32,33 @@ from fabric.sdk.records import (
 )
 from fabric.sdk.results import Choice, Chunk, Completion, ToolCall, Usage
 from fabric.sdk.stream import AsyncStream, Stream
+from fabric.sdk.tiers import Attained, Duration, Estimate, Queue, SiteEstimate
 
 __all__ = [
     "Adapter",
     "Allocation",
     "AsyncFabric",
     "AsyncStream",
+    "Attained",
     "Batch",
     "Choice",
     "Chunk",
     "Completion",
+    "Duration",
     "EmbedOptions",
     "Embeddings",
+    "Estimate",
     "Fabric",
     "FabricFuture",
     "Message",
     "Model",
     "Options",
     "OwnInstance",
+    "Queue",
     "Replica",
     "Run",
     "Site",
+    "SiteEstimate",
     "Statement",
     "StatementLine",
     "Stream",

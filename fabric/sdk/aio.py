@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from fabric.errors import RequestInvalid
-from fabric.sdk import adapters, batches, instances, programs
+from fabric.sdk import adapters, batches, instances, programs, tiers
 from fabric.sdk.adapters import Adapter
 from fabric.sdk.batches import Batch
 from fabric.sdk.embeddings import Embeddings, EmbedOptions, build_bodies
@@ -19,6 +19,7 @@ from fabric.sdk.programs import OnEvent, ProgramOptions, ProgramResult, PromptTo
 from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
 from fabric.sdk.results import Completion, Json
 from fabric.sdk.stream import AsyncStream
+from fabric.sdk.tiers import Attained, Estimate, Queue
 
 if TYPE_CHECKING:
     import httpx
@@ -205,6 +206,35 @@ class AsyncFabric:
         """Return the sites with what runs there."""
         reply = await self._transport.get("/v1/fabric/sites")
         return tuple(Site.from_reply(item) for item in reply["data"])
+
+    async def slo(self) -> tuple[Attained, ...]:
+        """Return how far the promise of each tier was kept, over several windows."""
+        return await tiers.get_attained(self._transport)
+
+    async def queue(self) -> tuple[Queue, ...]:
+        """Return what waits at the hub for a row."""
+        return await tiers.get_queues(self._transport)
+
+    async def estimate(
+        self,
+        num_requests: int,
+        *,
+        prompt_tokens: int,
+        output_tokens: int,
+        model: str | None = None,
+        tier: Literal["interactive", "standard", "batch"] = "batch",
+        sites: Sequence[str] | None = None,
+    ) -> Estimate:
+        """Return what many requests would take and cost; see ``Fabric.estimate``."""
+        return await tiers.get_estimate(
+            self._transport,
+            model or await self._find_model(),
+            num_requests,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            tier=tier,
+            sites=sites,
+        )
 
     async def usage(self, *, since: str | None = None, limit: int | None = None) -> Statement:
         """Return the allocations of the caller's project and its latest charges.

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias, Unpack
 
 from fabric.sdk.adapters import Adapter
 from fabric.sdk.aio import AsyncFabric
@@ -20,6 +20,7 @@ from fabric.sdk.programs import OnEvent, ProgramOptions, ProgramResult, PromptTo
 from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
 from fabric.sdk.results import Completion, Json
 from fabric.sdk.stream import Stream
+from fabric.sdk.tiers import Attained, Estimate, Queue
 
 if TYPE_CHECKING:
     from fabric.messages import Placement, PointManifest, Program
@@ -227,6 +228,48 @@ class Fabric:
     def sites(self) -> tuple[Site, ...]:
         """Return the sites with what runs there."""
         return self._background.run(self._fabric.sites())
+
+    def slo(self) -> tuple[Attained, ...]:
+        """Return how far the promise of each tier was kept, over several windows."""
+        return self._background.run(self._fabric.slo())
+
+    def queue(self) -> tuple[Queue, ...]:
+        """Return what waits at the hub for a row."""
+        return self._background.run(self._fabric.queue())
+
+    def estimate(
+        self,
+        num_requests: int,
+        *,
+        prompt_tokens: int,
+        output_tokens: int,
+        model: str | None = None,
+        tier: Literal["interactive", "standard", "batch"] = "batch",
+        sites: Sequence[str] | None = None,
+    ) -> Estimate:
+        """Return what many requests would take and cost, by site. Nothing is run.
+
+        Args:
+            num_requests: How many there are.
+            prompt_tokens: Of each of them.
+            output_tokens: That each generates.
+            model: ``name`` or ``name@revision``.
+            tier: What they would be asked as.
+            sites: Where they may run.
+
+        Raises:
+            FabricError: Such a request would be refused.
+        """
+        return self._background.run(
+            self._fabric.estimate(
+                num_requests,
+                prompt_tokens=prompt_tokens,
+                output_tokens=output_tokens,
+                model=model,
+                tier=tier,
+                sites=sites,
+            )
+        )
 
     def usage(self, *, since: str | None = None, limit: int | None = None) -> Statement:
         """Return the allocations of the caller's project and its latest charges.

@@ -29,7 +29,8 @@ def _as_is(value: Any) -> Any:
     return value
 
 
-def _each(cls: type[Record]) -> Callable[[Any], Any]:
+def each(cls: type[Record]) -> Callable[[Any], Any]:
+    """Return what reads a list of records."""
     return lambda items: tuple(cls.from_reply(item) for item in items)
 
 
@@ -77,7 +78,7 @@ class Replica(Record):
 class Model(Record):
     """One version of a model; ``digest`` is of its tensors, once an instance has reported it."""
 
-    nested = {"replicas": _each(Replica)}
+    nested = {"replicas": each(Replica)}
 
     id: str
     name: str
@@ -92,7 +93,7 @@ class Model(Record):
 class Site(Record):
     """A place where models run; ``detail`` is what it last said of a launch in progress."""
 
-    nested = {"replicas": _each(Replica)}
+    nested = {"replicas": each(Replica)}
 
     name: str
     display: str
@@ -127,13 +128,17 @@ class Allocation(Record):
     held_usu: int
     starts_at: str | None
     ends_at: str | None
+    period: str | None = None
+    holder: str | None = None
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatementLine(Record):
     """One line of a statement: a grant is positive, a charge negative.
 
-    A memo is 0: it tells what a machine charges its own account for ``job``, in words.
+    A refund ``mends`` the charge that has this ``entry``. A memo is 0: it tells what a machine
+    charges its own account for ``job``, in words.
     """
 
     at: str
@@ -145,6 +150,8 @@ class StatementLine(Record):
     site: str | None
     model: str | None
     memo: str
+    entry: int | None = None
+    mends: int | None = None
     job: str | None = None
 
 
@@ -155,7 +162,7 @@ class Statement(Record):
     ``complete`` is false where older lines were left out by the limit.
     """
 
-    nested = {"allocations": _each(Allocation), "lines": _each(StatementLine)}
+    nested = {"allocations": each(Allocation), "lines": each(StatementLine)}
 
     project: str
     allocations: tuple[Allocation, ...]

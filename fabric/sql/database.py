@@ -21,7 +21,7 @@ BUSY_TIMEOUT_S = 10.0
 """How long a transaction waits for another process's before it gives up."""
 
 _SETTING = "hub.database_url"
-_FULL = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "53100"})
+_FULL = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE", "53100"})
 _BUSY = frozenset({"SQLITE_BUSY", "SQLITE_BUSY_SNAPSHOT", "55P03", "40001", "40P01"})
 
 
@@ -32,7 +32,8 @@ class Database:
     group the calls of several rooms into one commit; reads inside a read share its snapshot.
 
     Args:
-        url: An SQLAlchemy URL of a SQLite file or a PostgreSQL database.
+        url: An SQLAlchemy URL of a SQLite file or a PostgreSQL database; psycopg is the driver of
+            the latter unless it names another.
     """
 
     def __init__(self, url: str) -> None:
@@ -54,7 +55,10 @@ class Database:
             if is_sqlite and url.database is not None:
                 os.close(os.open(url.database, os.O_RDWR | os.O_CREAT, 0o600))
             engine = create_engine(url, pool_pre_ping=not is_sqlite)
-        except (OSError, ArgumentError, ImportError, NoSuchModuleError) as error:
+        except ImportError as error:
+            reason = f"{error}; PostgreSQL needs `pip install fabric-inference[postgres]`"
+            raise self._unusable(reason) from error
+        except (OSError, ArgumentError, NoSuchModuleError) as error:
             raise self._unusable(str(error)) from error
         if is_sqlite:
             event.listen(engine, "connect", _configure_sqlite)
@@ -149,6 +153,8 @@ class Database:
             raise self._unusable("it is not a database URL") from error
         if url.get_backend_name() not in ("sqlite", "postgresql"):
             raise self._unusable("only sqlite and postgresql are supported")
+        if url.drivername == "postgresql":
+            url = url.set(drivername="postgresql+psycopg")
         if url.get_backend_name() == "sqlite":
             if url.database in (None, "", ":memory:"):
                 raise self._unusable("a database in memory would be another one in every thread")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, func, inspect, select, text
 
 from fabric.errors import SettingInvalid
 from fabric.sql.database import Database
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+
+_LOCK = 0x666162726963
+"""What processes that migrate one PostgreSQL database take in turn; any number would do."""
 
 
 def migrate(database: Database, revision: str = "head") -> None:
@@ -28,7 +31,7 @@ def migrate(database: Database, revision: str = "head") -> None:
         SettingInvalid: The database was migrated by a newer release.
         StorageFull: The disk is full; the schema is as before.
     """
-    revisions = sorted(path.stem for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))
+    revisions = _get_revisions()
     target = {"head": revisions[-1], "base": None}.get(revision, revision)
     with database.read() as connection:
         if current_revision(connection) == target:
@@ -37,6 +40,8 @@ def migrate(database: Database, revision: str = "head") -> None:
     from alembic import command
 
     with database.transaction() as connection:
+        if connection.dialect.name == "postgresql":  # SQLite lets one writer in by itself
+            connection.execute(select(func.pg_advisory_xact_lock(_LOCK)))
         current = current_revision(connection)
         if current is not None and current not in revisions:
             raise SettingInvalid(
@@ -48,6 +53,12 @@ def migrate(database: Database, revision: str = "head") -> None:
         forward = target is not None and (current is None or current < target)
         move = command.upgrade if forward else command.downgrade
         move(alembic_config(connection), target or "base")
+
+
+def is_current(database: Database) -> bool:
+    """Return whether an open database has this release's schema."""
+    with database.read() as connection:
+        return current_revision(connection) == _get_revisions()[-1]
 
 
 def current_revision(connection: Connection) -> str | None:
@@ -64,3 +75,7 @@ def alembic_config(connection: Connection) -> Config:
     config = Config(attributes={"connection": connection})
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     return config
+
+
+def _get_revisions() -> list[str]:
+    return sorted(path.stem for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))

@@ -415,6 +415,10 @@ class FixedDelayEngine:
             hook_bytes_out=job.hook_bytes_out,
             queue_s=started_at - job.submitted_at,
             device_s=num_steps * self.token_s + (self.first_token_s if job.program else 0.0),
+            kv_block_s=num_steps
+            * self.token_s
+            * job.num_rows
+            * -(-(job.prompt_tokens + job.position) // 16),
         )
         if error is None:
             reasons = (self._reason(job),) * job.num_rows

@@ -143,6 +143,7 @@ class HubOptions(TypedDict, total=False):
         batches: The settings of batches.
         artifacts: The settings of artifacts.
         tokens: Makes what takes Globus logins, over the hub's database; none by default.
+        database_url: Its database; a SQLite file in the directory by default.
     """
 
     sites: Sequence[str]
@@ -153,6 +154,7 @@ class HubOptions(TypedDict, total=False):
     batches: BatchSettings
     artifacts: ArtifactSettings
     tokens: Callable[[Database], GlobusTokens]
+    database_url: str
 
 
 @asynccontextmanager
@@ -165,7 +167,8 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
     """
     sites = options.get("sites", ("alpha", "beta"))
     get_engine = options.get("engine", FixedDelayEngine)
-    with Database(f"sqlite:///{directory / 'hub.sqlite'}") as database:
+    url = options.get("database_url", f"sqlite:///{directory / 'hub.sqlite'}")
+    with Database(url) as database:
         migrate(database)
         keys, catalog, ledger = Keys(database), Catalog(database), Ledger(database)
         api_key = _seed(keys, catalog, ledger, sites, options.get("grant_usu", 10**12))

@@ -1,7 +1,8 @@
 """``python -m fabric.testing.vllm_server``: vLLM's protocol in front of our own ``TorchEngine``.
 
 It takes the arguments and speaks the routes of vLLM's server that ``fabric.engine.vllm`` uses, as
-vLLM 0.32 does; every answer is computed. Where no vLLM can be installed the backend runs on this.
+vLLM 0.32 does; every answer is computed, over several nodes by our own ranks. Where no vLLM can be
+installed the backend runs on this.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import hmac
 import json
 import os
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -298,13 +300,32 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--served-model-name", required=True)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=int)
     parser.add_argument("--dtype", default="float32")
     for sized in ("max-num-seqs", "max-num-batched-tokens", "kv-cache-memory-bytes"):
         parser.add_argument(f"--{sized}", type=int, required=True)
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--enable-prompt-tokens-details", action="store_true")
+    for one in ("tensor-parallel-size", "pipeline-parallel-size", "nnodes"):
+        parser.add_argument(f"--{one}", type=int, default=1)
+    for one in ("node-rank", "master-port"):
+        parser.add_argument(f"--{one}", type=int, default=0)
+    parser.add_argument("--master-addr")
+    parser.add_argument("--headless", action="store_true")
     given = parser.parse_args()
+    num_ranks = given.tensor_parallel_size * given.pipeline_parallel_size
+    local_ranks = num_ranks // given.nnodes
+    rendezvous = f"{given.master_addr}:{given.master_port}"
+    if given.headless:
+        station = {
+            "--rendezvous": rendezvous,
+            "--num-ranks": num_ranks,
+            "--first-rank": given.node_rank * local_ranks,
+            "--local-ranks": local_ranks,
+        }
+        words = [str(word) for pair in station.items() for word in pair]
+        agent = [sys.executable, "-m", "fabric.engine.partition.agent", *words]
+        os.execv(sys.executable, agent)  # noqa: S606
     engine = TorchEngine(
         ModelSource.parse(given.model),
         EngineConfig(
@@ -314,6 +335,10 @@ def main() -> None:
             max_rows=given.max_num_seqs,
             step_tokens=given.max_num_batched_tokens,
             context_tokens=given.max_model_len,
+            tensor_parallel=given.tensor_parallel_size,
+            pipeline_parallel=given.pipeline_parallel_size,
+            rendezvous=rendezvous if given.nnodes > 1 else None,
+            local_ranks=local_ranks if given.nnodes > 1 else None,
         ),
         name=given.served_model_name,
     )

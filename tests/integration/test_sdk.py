@@ -1,10 +1,12 @@
-"""The client against a real hub with two sites."""
+"""The client against a real hub with two sites, over each kind of database."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import as_completed
+from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -23,18 +25,25 @@ from fabric.errors import (
 )
 from fabric.sdk import AsyncFabric, Fabric
 from fabric.testing.engine import FixedDelayEngine, word
-from fabric.testing.hub import RunningHub, running_hub, wait_until
+from fabric.testing.hub import HubOptions, RunningHub, running_hub, wait_until
 
 
 def words(count: int) -> str:
     return "".join(word(position) for position in range(count))
 
 
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> HubOptions:
+    """Where hubs keep their books: a file of their own, or a database they find again."""
+    if request.param == "sqlite":
+        return {}
+    return {"database_url": request.getfixturevalue("postgres").create(uuid4().hex)}
+
+
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
-    with running_hub(
-        tmp_path_factory.mktemp("hub"), engine=lambda: FixedDelayEngine(token_s=0.005)
-    ) as hub:
+def hub(tmp_path_factory: pytest.TempPathFactory, database: HubOptions) -> Iterator[RunningHub]:
+    engine = partial(FixedDelayEngine, token_s=0.005)
+    with running_hub(tmp_path_factory.mktemp("hub"), engine=engine, **database) as hub:
         yield hub
 
 
@@ -217,9 +226,11 @@ def test_a_row_that_fails_is_reported_in_the_stream(tmp_path: Path) -> None:
         assert stream.text == words(3)
 
 
-def test_a_seeded_stream_survives_the_death_of_its_site(tmp_path: Path) -> None:
+def test_a_seeded_stream_survives_the_death_of_its_site(
+    tmp_path: Path, database: HubOptions
+) -> None:
     with (
-        running_hub(tmp_path, engine=lambda: FixedDelayEngine(token_s=0.01)) as hub,
+        running_hub(tmp_path, engine=lambda: FixedDelayEngine(token_s=0.01), **database) as hub,
         Fabric(hub.base_url, hub.api_key) as fabric,
         fabric.stream("a", max_tokens=60, seed=1, sites=["alpha", "beta"]) as stream,
     ):

@@ -20,8 +20,8 @@ def audit() -> None:
     """What administrators changed: who, what, before, after and when.
 
     \b
-    Note what `verify` prints somewhere else, and give it back later:
-      fabric-admin audit verify --noted 5d3c...
+    Note what `verify` prints somewhere else, and give it back later. Example:
+      fabric-admin audit verify --noted 5d3c
     """
 
 
@@ -30,7 +30,12 @@ def audit() -> None:
 @click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True)
 @database_options
 def show(since: datetime | None, limit: int, books: Books, output: Output) -> None:
-    """List the latest changes, newest first; --format json has the rows."""
+    """List the latest changes, newest first; --format json has the rows.
+
+    \b
+    Example:
+      fabric-admin audit show --since 2030-01-01
+    """
     entries = books.audit.entries(since=since, limit=limit)
     if output.is_json:
         output.json(entries)
@@ -45,7 +50,12 @@ def show(since: datetime | None, limit: int, books: Books, output: Output) -> No
 @click.option("--noted", metavar="SHA256", help="What an earlier check printed.")
 @database_options
 def verify(noted: str | None, books: Books, output: Output) -> None:
-    """Check that no entry was changed, taken out or put in; print the last one's hash."""
+    """Check that no entry was changed, taken out or put in; print the last one's hash.
+
+    \b
+    Example:
+      fabric-admin audit verify > audit.sha256
+    """
     num_entries, sha256 = books.audit.verify(noted_sha256=noted)
     if output.is_json:
         output.json({"entries": num_entries, "sha256": sha256})

@@ -20,6 +20,10 @@ def balance(site: str, project: str, token_file: IO[str] | None, output: Output)
     """Ask the centre of SITE (a name, or a site's file) what a project has left there.
 
     Commands of a centre are there on its login nodes only.
+
+    \b
+    Example:
+      fabric-admin alloc balance alcf-polaris --project astro
     """
     import asyncio
 

@@ -7,8 +7,8 @@ import os
 import pwd
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,6 +41,58 @@ class Books:
     ledger: Ledger
 
 
+@contextmanager
+def open_books(
+    database_url: str | None,
+    *,
+    around: Callable[[Database], AbstractContextManager[None]] | None = None,
+) -> Iterator[Books]:
+    """Open the hub's database, brought to this release's schema.
+
+    What the running command changes is in the audit log.
+
+    Args:
+        database_url: Where it is; ``None`` for what the settings say.
+        around: Holds all that is done, the migration included.
+
+    Raises:
+        SettingInvalid: It cannot be opened, or is a newer release's.
+    """
+    from fabric.audit import recording
+    from fabric.config import StateDir, load_settings
+    from fabric.sql import Database, migrate
+
+    settings = load_settings({"hub.database_url": database_url})
+    if settings.hub.database_url is None:
+        StateDir(settings.state_dir).create()
+    with (
+        Database(settings.get_database_url()) as database,
+        around(database) if around else nullcontext(),
+    ):
+        migrate(database)
+        _, _, command = click.get_current_context().command_path.partition(" ")
+        with recording(database, who=_who(), what=command):
+            yield get_books(database)
+
+
+def get_books(database: Database) -> Books:
+    """Return the rooms over an open database of this release's schema."""
+    from fabric.audit import AuditLog
+    from fabric.auth import Grants, Groups, Keys
+    from fabric.catalog import Catalog
+    from fabric.ledger import Ledger
+
+    return Books(
+        database=database,
+        keys=Keys(database),
+        groups=Groups(database),
+        grants=Grants(database),
+        audit=AuditLog(database),
+        catalog=Catalog(database),
+        ledger=Ledger(database),
+    )
+
+
 def database_options(function: Command) -> Command:
     """Add ``--database`` to ``output_options``; the function gets ``books`` and ``output``.
 
@@ -51,30 +103,8 @@ def database_options(function: Command) -> Command:
     @click.option("--database", "database_url", metavar="URL", help="The hub's database.")
     @functools.wraps(function)
     def wrapper(*args: Any, database_url: str | None, **kwargs: Any) -> Any:
-        from fabric.audit import AuditLog, recording
-        from fabric.auth import Grants, Groups, Keys
-        from fabric.catalog import Catalog
-        from fabric.config import StateDir, load_settings
-        from fabric.ledger import Ledger
-        from fabric.sql import Database, migrate
-
-        settings = load_settings({"hub.database_url": database_url})
-        if settings.hub.database_url is None:
-            StateDir(settings.state_dir).create()
-        with Database(settings.get_database_url()) as database:
-            migrate(database)
-            books = Books(
-                database=database,
-                keys=Keys(database),
-                groups=Groups(database),
-                grants=Grants(database),
-                audit=AuditLog(database),
-                catalog=Catalog(database),
-                ledger=Ledger(database),
-            )
-            _, _, command = click.get_current_context().command_path.partition(" ")
-            with recording(database, who=_who(), what=command):
-                return function(*args, books=books, **kwargs)
+        with open_books(database_url) as books:
+            return function(*args, books=books, **kwargs)
 
     return wrapper  # type: ignore[return-value]
 
@@ -88,14 +118,18 @@ def _who() -> str:
     return f"cli:{user}@{socket.gethostname()}"
 
 
+DRY_RUN = "fabric.cli.dry_run"
+"""Set in the context's ``meta`` while what a command does will be undone."""
+
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 
 
 def confirm(question: str, *, yes: bool) -> None:
     """Ask before something is lost; end the command unless the answer is yes.
 
-    Where nobody can answer, ``--yes`` is needed.
+    Where nobody can answer, ``--yes`` is needed. A dry run loses nothing and asks nothing.
     """
+    yes = yes or DRY_RUN in click.get_current_context().meta
     if not yes and not (sys.stdin.isatty() and click.confirm(question, err=True)):
         click.echo("Nothing was changed; -y does it without asking.", err=True)
         click.get_current_context().exit(Exit.REFUSED)

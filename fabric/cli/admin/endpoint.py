@@ -1,4 +1,4 @@
-"""``fabric-admin endpoint``: the one group here that needs no database."""
+"""``fabric-admin endpoint``: needs no database, but to show which endpoints the hub knows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from uuid import UUID
 
 import click
 
+from fabric.cli.admin.database import Books, database_options
 from fabric.cli.options import Command, output_options
 from fabric.cli.output import Column, Output, note
 
@@ -23,12 +24,41 @@ def endpoint() -> None:
     \b
     A site's file says under `endpoint` how blocks are started: scheduler, queue,
     account, walltime. From it come the files an endpoint needs:
-      fabric-admin endpoint check FILE      would it work, and what may callers do?
+      fabric-admin endpoint check FILE      would it work, what may callers do?
       fabric-admin endpoint install FILE    write it under ~/.globus_compute
       globus-compute-endpoint start NAME    start it; it tells its id
-    FILE is a site's file, or the name of one that `fabric-admin site list-shipped`
-    lists.
+    FILE is a site's file, or a name that `fabric-admin site list-shipped` lists.
+
+    \b
+    Example:
+      fabric-admin endpoint install anvil.yaml --dry-run
     """
+
+
+@endpoint.command()
+@database_options
+def show(books: Books, output: Output) -> None:
+    """List the endpoints of the sites that the hub knows.
+
+    \b
+    Example:
+      fabric-admin endpoint show --format json
+    """
+    found = [
+        {"site": site.name, "channel": one["channel"], "endpoint_id": one["endpoint_id"]}
+        for site in books.catalog.sites()
+        for one in [site.facts.get("executor")]
+        if isinstance(one, dict) and one["kind"] == "globus-compute"
+    ]
+    if output.is_json:
+        output.json(found)
+        return
+    output.table(
+        ["SITE", Column("ENDPOINT", whole=True), "CHANNEL"],
+        [(one["site"], one["endpoint_id"], one["channel"]) for one in found],
+        empty="No site has one; `executor` in a site's file names it, and"
+        " `fabric-admin site modify SITE --file FILE` tells the hub.",
+    )
 
 
 def _site_options(function: Command) -> Command:
@@ -64,7 +94,12 @@ def _load(file: str) -> SiteSpec:
 def render(
     site: SiteSpec, functions: tuple[UUID, ...], out: Path | None, dry_run: bool, output: Output
 ) -> None:
-    """Print an endpoint's files, or write them to --out."""
+    """Print an endpoint's files, or write them to --out.
+
+    \b
+    Example:
+      fabric-admin endpoint render anvil.yaml
+    """
     from fabric.compute.endpoint import get_endpoint_files
     from fabric.compute.endpoint_install import get_endpoint_directory, install
 
@@ -90,6 +125,10 @@ def check(site: SiteSpec, functions: tuple[UUID, ...], output: Output) -> None:
     Run it where the endpoint will run. Loads the configuration, renders the template for every
     value callers may choose, and sees that it refuses everything else. Exits with 3 when something
     would not work.
+
+    \b
+    Example:
+      fabric-admin endpoint check anvil.yaml
     """
     from fabric.compute.endpoint_check import check_endpoint
     from fabric.errors import EndpointInvalid
@@ -127,6 +166,10 @@ def install(
 
     What is replaced stays beside it as *.bak. Files that were edited by hand are left alone unless
     --force is given. An endpoint that runs reads its files when it is restarted.
+
+    \b
+    Example:
+      fabric-admin endpoint install anvil.yaml --dry-run
     """
     from fabric.compute import endpoint_install
     from fabric.compute.endpoint import get_endpoint_files

@@ -8,7 +8,9 @@ from uuid import UUID
 
 import click
 
-from fabric.cli.admin.database import Books, confirm, database_options, day, yes_option
+from fabric.cli.admin.change import Change, change_options
+from fabric.cli.admin.database import Books, database_options, day, yes_option
+from fabric.cli.lazy import AliasedGroup
 from fabric.cli.output import Column, Output, note
 
 if TYPE_CHECKING:
@@ -16,9 +18,14 @@ if TYPE_CHECKING:
     from fabric.compute.functions import FunctionSource
 
 
-@click.group()
+@click.group(cls=AliasedGroup, aliases={"register": "add", "list": "show", "retire": "delete"})
 def function() -> None:
-    """Functions registered with Globus Compute."""
+    """Functions registered with Globus Compute.
+
+    \b
+    Example:
+      fabric-admin function add --dry-run
+    """
 
 
 @function.command()
@@ -29,7 +36,7 @@ def function() -> None:
 @click.option("--force", is_flag=True, help="Also what is registered and has not changed.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @database_options
-def register(
+def add(
     names: tuple[str, ...],
     public: bool,
     group: UUID | None,
@@ -42,7 +49,11 @@ def register(
     """Register functions of this release, all of them by default, and record their ids.
 
     What is registered in the same way from the same source keeps its id. Without --public, --group
-    and --endpoint they are for this login alone.
+    and --endpoint they are for this login alone. `register` is the same.
+
+    \b
+    Example:
+      fabric-admin function add infer --group 6c91e6eb-085c-11e6-a7a5-22000bf2d559
     """
     from fabric import __version__
     from fabric.compute.functions import register, shipped_function, shipped_functions
@@ -76,11 +87,27 @@ def register(
     note(f"Registered {len(new)}; {len(sources) - len(new)} had not changed.")
 
 
-@function.command("list")
+@function.command()
+@click.argument("function_ref", metavar="[NAME|ID]", required=False)
 @click.option("--all", "with_retired", is_flag=True, help="Also those that are retired.")
 @database_options
-def list_(with_retired: bool, books: Books, output: Output) -> None:
-    """List the registered functions; those whose source this release has changed are named."""
+def show(function_ref: str | None, with_retired: bool, books: Books, output: Output) -> None:
+    """List the registered functions, or show one as the service has it.
+
+    The list names those whose source this release has changed. One that is shown is compared with
+    what this release ships; the command ends with code 3 if they differ.
+
+    \b
+    Example:
+      fabric-admin function show infer
+    """
+    if function_ref is None:
+        _list(with_retired, books, output)
+    else:
+        _show(function_ref, books, output)
+
+
+def _list(with_retired: bool, books: Books, output: Output) -> None:
     from fabric.compute.functions import check_source, shipped_function
     from fabric.errors import FunctionDrifted
 
@@ -94,14 +121,7 @@ def list_(with_retired: bool, books: Books, output: Output) -> None:
                 note(drifted.message)
 
 
-@function.command()
-@click.argument("function_ref", metavar="NAME|ID")
-@database_options
-def show(function_ref: str, books: Books, output: Output) -> None:
-    """Show a function as the service has it, and compare it with what this release ships.
-
-    Ends with code 3 if they differ.
-    """
+def _show(function_ref: str, books: Books, output: Output) -> None:
     from fabric.compute.functions import check_source, fetch_source, shipped_functions
 
     record = _resolve(books, function_ref)
@@ -130,16 +150,27 @@ def show(function_ref: str, books: Books, output: Output) -> None:
 @function.command()
 @click.argument("function_ref", metavar="NAME|ID")
 @yes_option
-@database_options
-def retire(function_ref: str, yes: bool, books: Books, output: Output) -> None:
-    """Delete a function at the service: calls of its id fail from now on."""
+@change_options
+def delete(function_ref: str, yes: bool, books: Books, change: Change) -> None:
+    """Delete a function at the service: calls of its id fail from now on.
+
+    Its record stays, as retired; `retire` is the same.
+
+    \b
+    Example:
+      fabric-admin function delete infer --dry-run
+    """
     from fabric.compute.functions import retire
 
-    record = _resolve(books, function_ref)
-    confirm(f"Retire the function {record.name} ({record.id})?", yes=yes)
-    retire(_get_client(), UUID(record.id))
-    record = books.catalog.retire_function(record.id)
-    output.json(_to_json(record)) if output.is_json else note(f"Retired {record.name}.")
+    before = _resolve(books, function_ref)
+    change.confirm(f"Retire the function {before.name} ({before.id})?", yes=yes)
+    if not change.is_dry_run:
+        retire(_get_client(), UUID(before.id))
+    after = books.catalog.retire_function(before.id)
+    if change.output.is_json and not change.is_dry_run:
+        change.output.json(_to_json(after))
+    else:
+        change.tell("retired", f"function {after.name}", after, before=before)
 
 
 def _get_client() -> Any:
@@ -197,9 +228,9 @@ def _print(records: list[FunctionRecord], output: Output) -> None:
         output.json([_to_json(record) for record in records])
         return
     output.table(
-        ["FUNCTION", Column("ID", whole=True), "SHA256", "RELEASE", "CALLERS", "STATE"],
-        [(r.name, r.id, r.sha256[:12], r.fabric_version, _callers(r), _state(r)) for r in records],
-        empty="None is registered; `fabric-admin function register` does it.",
+        ["FUNCTION", Column("ID", whole=True), "CALLERS", "STATE"],
+        [(r.name, r.id, r.visibility, _state(r)) for r in records],
+        empty="None is registered; `fabric-admin function add` does it.",
     )
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 import click
 
+from fabric.cli.admin.change import undoable_options
 from fabric.cli.admin.database import Books, confirm, database_options, yes_option
 from fabric.cli.output import Output, note
 
@@ -26,7 +27,7 @@ def grant() -> None:
     """Who may use private models and sites, and for what.
 
     \b
-    A model or site is public until its first grant:
+    A model or site is public until its first grant. Example:
       fabric-admin grant add project:astro --model llama-70b --mode query
     SUBJECT is project:NAME, key:ID, user:NAME@DOMAIN, group:UUID, or * for
     everybody. Hubs act by a change within a second.
@@ -39,7 +40,7 @@ def grant() -> None:
 @click.option("--site", metavar="NAME", help="A site, or with --model where that may be used.")
 @mode_option
 @tier_option
-@database_options
+@undoable_options
 def add(
     subject: str,
     model: str | None,
@@ -49,7 +50,12 @@ def add(
     books: Books,
     output: Output,
 ) -> None:
-    """Let SUBJECT use a model, or a site; it is private from now on."""
+    """Let SUBJECT use a model, or a site; it is private from now on.
+
+    \b
+    Example:
+      fabric-admin grant add project:astro --model llama-70b --mode query
+    """
     what = books.grants.add(
         subject, model=model, site=site, modes=modes or MODES, tiers=tiers or TIERS
     )
@@ -70,7 +76,12 @@ def show(
     books: Books,
     output: Output,
 ) -> None:
-    """List the grants and what is private, or show one grant."""
+    """List the grants and what is private, or show one grant.
+
+    \b
+    Example:
+      fabric-admin grant show --model llama-70b
+    """
     found = books.grants.grants(subject=subject, model=model, site=site)
     records = [books.grants.grant(grant_id)] if grant_id else found
     if output.is_json:
@@ -95,11 +106,16 @@ def show(
 @click.argument("grant_id")
 @mode_option
 @tier_option
-@database_options
+@undoable_options
 def modify(
     grant_id: str, modes: tuple[str, ...], tiers: tuple[str, ...], books: Books, output: Output
 ) -> None:
-    """Change what a grant allows: the modes, the tiers, or both."""
+    """Change what a grant allows: the modes, the tiers, or both.
+
+    \b
+    Example:
+      fabric-admin grant modify grant_0a1b2c3d --tier batch
+    """
     record = books.grants.modify(grant_id, modes=modes or None, tiers=tiers or None)
     output.json(record) if output.is_json else note(f"Changed the grant {grant_id}.")
 
@@ -107,9 +123,14 @@ def modify(
 @grant.command()
 @click.argument("grant_id")
 @yes_option
-@database_options
+@undoable_options
 def delete(grant_id: str, yes: bool, books: Books, output: Output) -> None:
-    """Take a grant back; what it was of stays private."""
+    """Take a grant back; what it was of stays private.
+
+    \b
+    Example:
+      fabric-admin grant delete grant_0a1b2c3d --yes
+    """
     record = books.grants.grant(grant_id)
     confirm(f"Take the grant {grant_id} from {record.subject}?", yes=yes)
     record = books.grants.delete(grant_id)
@@ -119,9 +140,14 @@ def delete(grant_id: str, yes: bool, books: Books, output: Output) -> None:
 @grant.command()
 @kind_argument
 @click.argument("name")
-@database_options
+@undoable_options
 def close(kind: Literal["model", "site"], name: str, books: Books, output: Output) -> None:
-    """Make a model or site private before anybody has a grant of it."""
+    """Make a model or site private before anybody has a grant of it.
+
+    \b
+    Example:
+      fabric-admin grant close model llama-70b
+    """
     books.grants.close(kind, name)
     output.json({"private": [kind, name]}) if output.is_json else note(f"{name} is private.")
 
@@ -130,11 +156,16 @@ def close(kind: Literal["model", "site"], name: str, books: Books, output: Outpu
 @kind_argument
 @click.argument("name")
 @yes_option
-@database_options
+@undoable_options
 def open_(
     kind: Literal["model", "site"], name: str, yes: bool, books: Books, output: Output
 ) -> None:
-    """Make a private model or site public again; its grants stay on record."""
+    """Make a private model or site public again; its grants stay on record.
+
+    \b
+    Example:
+      fabric-admin grant open site anvil --yes
+    """
     confirm(f"Let everybody use the {kind} {name}?", yes=yes)
     books.grants.open(kind, name)
     output.json({"public": [kind, name]}) if output.is_json else note(f"{name} is public.")

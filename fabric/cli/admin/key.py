@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import click
 
-from fabric.cli.admin.database import (
-    UTC_TIME,
-    Books,
-    confirm,
-    database_options,
-    day,
-    yes_option,
-)
+from fabric.cli.admin.change import Change, change_options
+from fabric.cli.admin.database import UTC_TIME, Books, database_options, yes_option
 from fabric.cli.output import Column, Output, note, to_json
+
+if TYPE_CHECKING:
+    from fabric.auth import KeyRecord
 
 PROGRAM_SCOPES = ("program:read", "program:write", "program:gradient", "program:weights")
 SCOPES = click.Choice(["query", "admin", "site", "launch", *PROGRAM_SCOPES])
@@ -22,17 +20,30 @@ SCOPES = click.Choice(["query", "admin", "site", "launch", *PROGRAM_SCOPES])
 
 @click.group()
 def key() -> None:
-    """API keys of a project."""
+    """API keys of a project.
+
+    \b
+    Example:
+      fabric-admin key add astro --label laptop --expires 2030-01-01
+    """
 
 
 @key.command()
 @click.argument("project")
 @click.option("--label", default="", metavar="TEXT", help="What it is for.")
-@click.option("--scope", "scopes", type=SCOPES, multiple=True, default=["query"], show_default=True)
+@click.option(
+    "--scope",
+    "scopes",
+    type=SCOPES,
+    multiple=True,
+    default=["query"],
+    metavar="SCOPE",
+    help=f"What it may do: {', '.join(SCOPES.choices)}. Repeatable; query by default.",
+)
 @click.option("--site", help="The site an agent's key (--scope site) is bound to.")
 @click.option("--max-concurrent", type=click.IntRange(min=1), help="Requests at once.")
 @click.option("--expires", "expires_at", type=UTC_TIME, help="When it ends (UTC).")
-@database_options
+@change_options
 def add(
     project: str,
     label: str,
@@ -41,20 +52,29 @@ def add(
     max_concurrent: int | None,
     expires_at: datetime | None,
     books: Books,
-    output: Output,
+    change: Change,
 ) -> None:
-    """Add a key to PROJECT and print it: this is the only time it can be seen."""
+    """Add a key to PROJECT and print it: this is the only time it can be seen.
+
+    Each call makes another key, whatever its label.
+
+    \b
+    Example:
+      fabric-admin key add astro --scope site --site anvil > anvil.key
+    """
     if site is not None:
         books.catalog.get_site(site)
     limit = {} if max_concurrent is None else {"max_concurrent": max_concurrent}
     record, secret = books.keys.add_key(
         project, label=label, scopes=scopes, site=site, expires_at=expires_at, **limit
     )
-    if output.is_json:
-        output.json({**to_json(record), "key": secret})
-        return
-    note(f"Added the key {record.id} of {project}. Keep it now: it is not shown again.")
-    click.echo(secret)
+    if change.is_dry_run:
+        change.tell("added", f"key of {project}", record)
+    elif change.output.is_json:
+        change.output.json({**to_json(record), "key": secret})
+    else:
+        note(f"The key {record.id} of {project} was added. Keep it now: it is not shown again.")
+        click.echo(secret)
 
 
 @key.command()
@@ -62,33 +82,39 @@ def add(
 @click.option("--project", help="Only the keys of this project.")
 @database_options
 def show(key_id: str | None, project: str | None, books: Books, output: Output) -> None:
-    """List the keys, or show one; never the secret."""
-    records = [books.keys.key(key_id)] if key_id else books.keys.keys(project)
+    """List the keys, or show one; never the secret.
+
+    \b
+    Example:
+      fabric-admin key show --project astro
+    """
+    if key_id:
+        output.record(books.keys.key(key_id))
+        return
+    records = books.keys.keys(project)
     if output.is_json:
-        output.json(records[0] if key_id else records)
+        output.json(records)
         return
     output.table(
-        [
-            *("KEY", "PROJECT", "LABEL", "SCOPES", "SITE"),
-            *(Column("AT ONCE", numeric=True), "EXPIRES (UTC)", "REVOKED (UTC)"),
-        ],
-        [
-            (
-                *(k.id, k.project, k.label, " ".join(sorted(k.scopes)), k.site),
-                *(k.max_concurrent, day(k.expires_at, "never"), day(k.revoked_at)),
-            )
-            for k in records
-        ],
+        [Column("KEY", whole=True), "PROJECT", "LABEL", "SCOPES", "SITE", "ENDS (UTC)"],
+        [(k.id, k.project, k.label, " ".join(sorted(k.scopes)), k.site, _ends(k)) for k in records],
     )
 
 
 @key.command()
 @click.argument("key_id")
-@click.option("--label", metavar="TEXT")
-@click.option("--scope", "scopes", type=SCOPES, multiple=True, help="Replaces the old ones.")
-@click.option("--max-concurrent", type=click.IntRange(min=1))
+@click.option("--label", metavar="TEXT", help="What it is for.")
+@click.option(
+    "--scope",
+    "scopes",
+    type=SCOPES,
+    multiple=True,
+    metavar="SCOPE",
+    help="Replaces the old ones; repeatable.",
+)
+@click.option("--max-concurrent", type=click.IntRange(min=1), help="Requests at once.")
 @click.option("--expires", "expires_at", type=UTC_TIME, help="When it ends (UTC).")
-@database_options
+@change_options
 def modify(
     key_id: str,
     label: str | None,
@@ -96,26 +122,45 @@ def modify(
     max_concurrent: int | None,
     expires_at: datetime | None,
     books: Books,
-    output: Output,
+    change: Change,
 ) -> None:
-    """Change a key."""
-    record = books.keys.modify(
+    """Change a key; running hubs notice within a minute.
+
+    \b
+    Example:
+      fabric-admin key modify 5b1e0c7a94d2 --max-concurrent 8
+    """
+    before = books.keys.key(key_id)
+    after = books.keys.modify(
         key_id,
         label=label,
         scopes=scopes or None,
         max_concurrent=max_concurrent,
         expires_at=expires_at,
     )
-    output.json(record) if output.is_json else note(f"Changed the key {key_id}.")
+    change.tell("changed", f"key {key_id}", after, before=before)
 
 
 @key.command()
 @click.argument("key_id")
 @yes_option
-@database_options
-def delete(key_id: str, yes: bool, books: Books, output: Output) -> None:
-    """Revoke a key for good; running hubs notice within a minute."""
-    record = books.keys.key(key_id)
-    confirm(f"Revoke the key {key_id} ({record.label or 'no label'})?", yes=yes)
-    record = books.keys.revoke(key_id)
-    output.json(record) if output.is_json else note(f"Revoked the key {key_id}.")
+@change_options
+def delete(key_id: str, yes: bool, books: Books, change: Change) -> None:
+    """Revoke a key for good; running hubs notice within a minute.
+
+    \b
+    Example:
+      fabric-admin key delete 5b1e0c7a94d2 --yes
+    """
+    before = books.keys.key(key_id)
+    change.confirm(f"Revoke the key {key_id} ({before.label or 'no label'})?", yes=yes)
+    after = books.keys.revoke(key_id)
+    change.tell("revoked", f"key {key_id}", after, before=before)
+
+
+def _ends(key: KeyRecord) -> str:
+    if key.revoked_at is not None:
+        return "revoked"
+    if key.expires_at is None:
+        return "never"
+    return "expired" if key.expires_at <= datetime.now(UTC) else f"{key.expires_at:%Y-%m-%d}"

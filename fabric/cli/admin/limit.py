@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from fabric.cli.admin.change import undoable_options
 from fabric.cli.admin.database import Books, confirm, database_options, yes_option
 from fabric.cli.output import Column, Output, note
 from fabric.errors import Duplicate, NotFound
@@ -22,7 +23,7 @@ def limit() -> None:
 
     \b
     SUBJECT is project:NAME, key:ID or user:NAME@DOMAIN; with * in place of the
-    name it holds for each that has no limit of its own:
+    name it holds for each that has no limit of its own. Example:
       fabric-admin limit add 'key:*' --requests 600 --tokens 200000
     """
 
@@ -32,7 +33,7 @@ def limit() -> None:
 @bounds[0]
 @bounds[1]
 @bounds[2]
-@database_options
+@undoable_options
 def add(
     subject: str,
     requests: int | None,
@@ -41,7 +42,12 @@ def add(
     books: Books,
     output: Output,
 ) -> None:
-    """Limit SUBJECT."""
+    """Limit SUBJECT.
+
+    \b
+    Example:
+      fabric-admin limit add project:astro --requests 600 --concurrent 32
+    """
     with books.database.transaction():
         if books.grants.limits(subject):
             raise Duplicate(kind="limit", name=subject)
@@ -55,7 +61,12 @@ def add(
 @click.argument("subject", required=False)
 @database_options
 def show(subject: str | None, books: Books, output: Output) -> None:
-    """List the limits, or show one."""
+    """List the limits, or show one.
+
+    \b
+    Example:
+      fabric-admin limit show project:astro
+    """
     records = books.grants.limits(subject)
     if subject is not None and not records:
         raise NotFound(kind="limit", name=subject)
@@ -72,7 +83,7 @@ def show(subject: str | None, books: Books, output: Output) -> None:
 @bounds[0]
 @bounds[1]
 @bounds[2]
-@database_options
+@undoable_options
 def modify(
     subject: str,
     requests: int | None,
@@ -81,7 +92,12 @@ def modify(
     books: Books,
     output: Output,
 ) -> None:
-    """Change a limit; what is left out stays as it is."""
+    """Change a limit; what is left out stays as it is.
+
+    \b
+    Example:
+      fabric-admin limit modify project:astro --tokens 200000
+    """
     with books.database.transaction():
         if not (found := books.grants.limits(subject)):
             raise NotFound(kind="limit", name=subject)
@@ -97,9 +113,14 @@ def modify(
 @limit.command()
 @click.argument("subject")
 @yes_option
-@database_options
+@undoable_options
 def delete(subject: str, yes: bool, books: Books, output: Output) -> None:
-    """Take a limit away."""
+    """Take a limit away.
+
+    \b
+    Example:
+      fabric-admin limit delete project:astro --yes
+    """
     confirm(f"Take away the limit of {subject}?", yes=yes)
     record = books.grants.delete_limit(subject)
     output.json(record) if output.is_json else note(f"{subject} has no limit any more.")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import click
 
-from fabric.cli.admin.database import Books, confirm, database_options, day, yes_option
+from fabric.cli.admin.change import Change, change_options
+from fabric.cli.admin.database import Books, database_options, day, yes_option
 from fabric.cli.admin.project_group import group
-from fabric.cli.output import Output, note
+from fabric.cli.output import Output
 
 
 @click.group()
 def project() -> None:
-    """Who is charged."""
+    """Who is charged: what owns keys, allocations and runs.
+
+    \b
+    Example:
+      fabric-admin project add astro --title "Astronomy"
+    """
 
 
 project.add_command(group)
@@ -19,22 +25,39 @@ project.add_command(group)
 
 @project.command()
 @click.argument("name")
-@click.option("--title", default="", metavar="TEXT")
-@database_options
-def add(name: str, title: str, books: Books, output: Output) -> None:
-    """Add a project."""
-    record = books.keys.add_project(name, title=title)
-    output.json(record) if output.is_json else note(f"Added the project {name}.")
+@click.option("--title", default="", metavar="TEXT", help="What people read.")
+@change_options
+def add(name: str, title: str, books: Books, change: Change) -> None:
+    """Add a project.
+
+    \b
+    Example:
+      fabric-admin project add astro --title "Astronomy"
+    """
+    change.add(
+        f"project {name}",
+        lambda: books.keys.add_project(name, title=title),
+        lambda: books.keys.project(name),
+        {"title": title or None},
+    )
 
 
 @project.command()
 @click.argument("name", required=False)
 @database_options
 def show(name: str | None, books: Books, output: Output) -> None:
-    """List the projects, or show one."""
-    records = [books.keys.project(name)] if name else books.keys.projects()
+    """List the projects, or show one.
+
+    \b
+    Example:
+      fabric-admin project show astro
+    """
+    if name:
+        output.record(books.keys.project(name))
+        return
+    records = books.keys.projects()
     if output.is_json:
-        output.json(records[0] if name else records)
+        output.json(records)
         return
     rows = [(p.name, p.title, day(p.created_at)) for p in records]
     output.table(["PROJECT", "TITLE", "CREATED (UTC)"], rows)
@@ -42,21 +65,33 @@ def show(name: str | None, books: Books, output: Output) -> None:
 
 @project.command()
 @click.argument("name")
-@click.option("--title", required=True, metavar="TEXT")
-@database_options
-def modify(name: str, title: str, books: Books, output: Output) -> None:
-    """Change a project's title."""
-    record = books.keys.modify_project(name, title=title)
-    output.json(record) if output.is_json else note(f"Changed the project {name}.")
+@click.option("--title", required=True, metavar="TEXT", help="What people read.")
+@change_options
+def modify(name: str, title: str, books: Books, change: Change) -> None:
+    """Change a project's title.
+
+    \b
+    Example:
+      fabric-admin project modify astro --title "Astronomy and Astrophysics"
+    """
+    before = books.keys.project(name)
+    after = books.keys.modify_project(name, title=title)
+    change.tell("changed", f"project {name}", after, before=before)
 
 
 @project.command()
 @click.argument("name")
 @yes_option
-@database_options
-def delete(name: str, yes: bool, books: Books, output: Output) -> None:
-    """Forget a project and its keys; its charges stay on record."""
+@change_options
+def delete(name: str, yes: bool, books: Books, change: Change) -> None:
+    """Forget a project and its keys; its charges stay on record.
+
+    \b
+    Example:
+      fabric-admin project delete astro --dry-run
+    """
     record = books.keys.project(name)
-    confirm(f"Delete the project {name} and its {len(books.keys.keys(name))} keys?", yes=yes)
+    num_keys = len(books.keys.keys(name))
+    change.confirm(f"Delete the project {name} and its {num_keys} keys?", yes=yes)
     books.keys.delete_project(name)
-    output.json(record) if output.is_json else note(f"Deleted the project {name}.")
+    change.tell("deleted", f"project {name} (with {num_keys} keys)", record)

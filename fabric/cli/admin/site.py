@@ -7,15 +7,22 @@ from typing import IO, Literal
 
 import click
 
-from fabric.cli.admin.database import Books, confirm, database_options, yes_option
+from fabric.cli.admin.change import Change, change_options
+from fabric.cli.admin.database import Books, database_options, yes_option
 from fabric.cli.admin.site_files import list_shipped, validate
 from fabric.cli.options import output_options
-from fabric.cli.output import Output, note
+from fabric.cli.output import Output
+from fabric.errors import RequestInvalid
 
 
 @click.group()
 def site() -> None:
-    """Places where models run."""
+    """Places where models run.
+
+    \b
+    Example:
+      fabric-admin site add --file anvil.yaml
+    """
 
 
 site.add_command(validate)
@@ -26,36 +33,48 @@ site.add_command(list_shipped)
 @click.argument("name", required=False)
 @click.option("--file", type=click.Path(path_type=Path), help="A site file, instead of NAME.")
 @click.option("--display", metavar="TEXT", help="What people read; the name by default.")
-@database_options
+@change_options
 def add(
     name: str | None,
     file: Path | None,
     display: str | None,
     books: Books,
-    output: Output,
+    change: Change,
 ) -> None:
-    """Add a site, by NAME or from its file."""
-    from fabric.config import load_site
+    """Add a site, by NAME or from its file.
 
+    \b
+    Example:
+      fabric-admin site add --file anvil.yaml
+    """
     if (name is None) == (file is None):
         raise click.UsageError("Give either NAME or --file.")
-    if file is not None:
-        spec = load_site(file)
-        facts = spec.model_dump(mode="json")
-        record = books.catalog.add_site(spec.name, display=display or spec.title, facts=facts)
-    else:
-        record = books.catalog.add_site(str(name), display=display or "")
-    output.json(record) if output.is_json else note(f"Added the site {record.name}.")
+    facts, title = _read(file)
+    name, display = str(name or facts["name"]), display or title
+    change.add(
+        f"site {name}",
+        lambda: books.catalog.add_site(name, display=display, facts=facts),
+        lambda: books.catalog.get_site(name),
+        {"display": display or None, "facts": facts or None},
+    )
 
 
 @site.command()
 @click.argument("name", required=False)
 @database_options
 def show(name: str | None, books: Books, output: Output) -> None:
-    """List the sites, or show one."""
-    records = [books.catalog.get_site(name)] if name else books.catalog.sites()
+    """List the sites, or show one with what its file said of it.
+
+    \b
+    Example:
+      fabric-admin site show anvil
+    """
+    if name:
+        output.record(books.catalog.get_site(name))
+        return
+    records = books.catalog.sites()
     if output.is_json:
-        output.json(records[0] if name else records)
+        output.json(records)
         return
     rows = [(s.name, s.state, s.display) for s in records]
     output.table(["SITE", "STATE", "DISPLAY"], rows)
@@ -63,31 +82,60 @@ def show(name: str | None, books: Books, output: Output) -> None:
 
 @site.command()
 @click.argument("name")
-@click.option("--display", metavar="TEXT")
-@click.option("--state", type=click.Choice(["enabled", "disabled"]))
-@database_options
+@click.option("--file", type=click.Path(path_type=Path), help="Its file, which has changed.")
+@click.option("--display", metavar="TEXT", help="What people read.")
+@click.option("--state", type=click.Choice(["enabled", "disabled"]), help="May it be asked?")
+@change_options
 def modify(
     name: str,
+    file: Path | None,
     display: str | None,
     state: Literal["enabled", "disabled"] | None,
     books: Books,
-    output: Output,
+    change: Change,
 ) -> None:
-    """Change a site; a disabled one gets no new requests."""
-    record = books.catalog.modify_site(name, display=display, state=state)
-    output.json(record) if output.is_json else note(f"Changed the site {name}.")
+    """Change a site; a disabled one gets no new requests.
+
+    \b
+    Example:
+      fabric-admin site modify anvil --state disabled
+    """
+    before = books.catalog.get_site(name)
+    facts, title = _read(file)
+    if facts and facts["name"] != name:
+        raise RequestInvalid(param="file", value=str(file), reason=f"it is of {facts['name']!r}")
+    after = books.catalog.modify_site(
+        name, display=display or title or None, state=state, facts=facts or None
+    )
+    change.tell("changed", f"site {name}", after, before=before)
 
 
 @site.command()
 @click.argument("name")
 @yes_option
-@database_options
-def delete(name: str, yes: bool, books: Books, output: Output) -> None:
-    """Forget a site; its instances can no longer join."""
+@change_options
+def delete(name: str, yes: bool, books: Books, change: Change) -> None:
+    """Forget a site; its instances can no longer join.
+
+    \b
+    Example:
+      fabric-admin site delete anvil --dry-run
+    """
     record = books.catalog.get_site(name)
-    confirm(f"Delete the site {name} and its launches?", yes=yes)
+    num_launches = len(books.catalog.launches(site=name))
+    change.confirm(f"Delete the site {name} and its {num_launches} launches?", yes=yes)
     books.catalog.delete_site(name)
-    output.json(record) if output.is_json else note(f"Deleted the site {name}.")
+    change.tell("deleted", f"site {name} (with {num_launches} launches)", record)
+
+
+def _read(file: Path | None) -> tuple[dict[str, object], str]:
+    """Return what a site's file says of it, and its title; nothing where there is no file."""
+    if file is None:
+        return {}, ""
+    from fabric.config import load_site
+
+    spec = load_site(file)
+    return spec.model_dump(mode="json"), spec.title
 
 
 @site.command()
@@ -111,6 +159,10 @@ def run(
     """Run a site's agent in the foreground: it keeps the models of the site FILE up.
 
     SIGTERM and Ctrl-C drain its instances and end its block.
+
+    \b
+    Example:
+      fabric-admin site run anvil.yaml --token-file anvil.key
     """
     import asyncio
 

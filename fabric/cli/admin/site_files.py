@@ -38,6 +38,10 @@ def validate(files: tuple[str, ...], everything: bool, output: Output) -> None:
 
     Everything that is wrong is listed with its field and value; then the exit code is 3. To try an
     endpoint with Globus Compute's own programs, use `fabric-admin endpoint check`.
+
+    \b
+    Example:
+      fabric-admin site validate anvil.yaml
     """
     if everything == bool(files):
         raise click.UsageError("Give either FILEs and NAMEs or --all.")
@@ -51,7 +55,7 @@ def validate(files: tuple[str, ...], everything: bool, output: Output) -> None:
             (path.stem, path) if (path := Path(file)).exists() else (file, find_site(file))
             for file in files
         ]
-    reports = [_inspect(name, path) for name, path in named]
+    reports = [inspect_file(name, path) for name, path in named]
     if output.is_json:
         output.json(reports)
     else:
@@ -66,7 +70,12 @@ def validate(files: tuple[str, ...], everything: bool, output: Output) -> None:
 @click.command("list-shipped")
 @output_options
 def list_shipped(output: Output) -> None:
-    """List the sites that are found by name, those that ship and your own."""
+    """List the sites that are found by name, those that ship and your own.
+
+    \b
+    Example:
+      fabric-admin site list-shipped --format json
+    """
     from fabric.config import get_site_files, inspect_site
 
     found = [(file, inspect_site(file.path)[0]) for file in get_site_files().values()]
@@ -87,7 +96,8 @@ def list_shipped(output: Output) -> None:
     )
 
 
-def _inspect(name: str, path: Path) -> FileReport:
+def inspect_file(name: str, path: Path) -> FileReport:
+    """Return everything that is wrong in a site's file, or in the endpoint that comes of it."""
     from fabric.config import inspect_site
 
     spec, problems = inspect_site(path)

@@ -9,26 +9,32 @@ import click
 from fabric.cli.money import su
 from fabric.cli.options import client_options
 from fabric.cli.output import Column, Output, note, short
+from fabric.cli.statement_csv import to_csv
 
 if TYPE_CHECKING:
     from fabric.sdk import Fabric
+    from fabric.sdk.records import Allocation
 
 
 @click.command()
 @click.option("--since", type=click.DateTime(), help="Only what was charged since then (UTC).")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True)
+@click.option("--csv", "as_csv", is_flag=True, help="Print lines for a spreadsheet.")
 @client_options
-def usage(since: object, limit: int, fabric: Fabric, output: Output) -> None:
+def usage(since: object, limit: int, as_csv: bool, fabric: Fabric, output: Output) -> None:
     """Show what your project may spend, and what it was charged."""
     statement = fabric.usage(since=f"{since:%Y-%m-%dT%H:%M:%SZ}" if since else None, limit=limit)
     if output.is_json:
         output.json(statement)
         return
+    if as_csv:
+        click.echo(to_csv(statement.lines), nl=False)
+        return
     output.table(
         ["SITE", Column("AVAILABLE SU", numeric=True), Column("HELD SU", numeric=True), "ENDS"],
         [
             (
-                "any" if account.site == "*" else account.site,
+                _place(account),
                 su(account.available_usu),
                 su(account.held_usu),
                 account.ends_at[:19] if account.ends_at else "never",
@@ -60,3 +66,10 @@ def usage(since: object, limit: int, fabric: Fabric, output: Output) -> None:
     )
     if not statement.complete:
         note("There are older lines; --limit shows more.")
+
+
+def _place(account: Allocation) -> str:
+    """Return where an allocation may be spent, and what tells it from others there."""
+    where = "any" if account.site == "*" else account.site
+    share = f"share of {account.holder}" if account.holder else None
+    return ", ".join(part for part in (where, account.period, share) if part)

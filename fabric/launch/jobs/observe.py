@@ -74,7 +74,7 @@ def _seen_of_end(job: JobRecord, sight: Sight, now: datetime, walltime_s: int) -
     if said is InstanceState.FAILED and status is not None:
         final, detail = InstanceState.FAILED, status.detail.rstrip(".")
     elif state.word == "NODE_FAIL":
-        final, detail = InstanceState.FAILED, "its job ended: a node of it was lost"
+        final, detail = InstanceState.FAILED, "its job ended: NODE_FAIL, a node of it was lost"
     elif job.state in LEAVING:
         final, detail = InstanceState.STOPPED, job.detail or "it left"
     elif state.word == "TIMEOUT" or (over and job.ready_at is not None):
@@ -82,7 +82,7 @@ def _seen_of_end(job: JobRecord, sight: Sight, now: datetime, walltime_s: int) -
     elif over:
         final = InstanceState.FAILED
         detail = "its walltime was over before it was ready; ask for more"
-    elif said is InstanceState.STOPPED and job.ready_at is not None:
+    elif said is InstanceState.STOPPED and job.ready_at is not None and state.word != "FAILED":
         final, detail = InstanceState.STOPPED, "it was asked to leave"
     else:
         reason = f" ({state.reason})" if state.reason else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 
@@ -100,6 +100,8 @@ class Simulator:
             bandwidth_bytes_per_s=world.bandwidth_bytes_per_s,
             bandwidths_bytes_per_s=world.bandwidths_bytes_per_s,
         )
+        # Others' ways to choose have no line at the hub.
+        self._settings = replace(self._settings, fair=policy == "fabric")
         self._env = simpy.Environment()
         self._state = BrokerState(
             self._settings, started_at=LONG_AGO, decide=BASELINES[policy](world)

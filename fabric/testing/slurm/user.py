@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class User:
         folder: Where the user's files are.
         hub_url: How the user reaches the hub, if not at its own address.
         system: What the machine's file says beside ``SYSTEM``.
+        models: The models that it names.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class User:
         *,
         hub_url: str | None = None,
         system: Mapping[str, Any] = {},
+        models: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         _, self.key = hub.keys.add_key(PROJECT, scopes=("query", "launch"))
         self.slurm = slurm
@@ -72,6 +74,7 @@ class User:
             "name": MACHINE,
             "title": "A Slurm of the tests' own",
             "system": {**SYSTEM, **system},
+            "models": list(models),
             "endpoint": {"scheduler": "slurm", "walltime": "00:10:00", "exclusive": False},
         }
         (sites / f"{MACHINE}.yaml").write_text(yaml.safe_dump(site))

@@ -261,3 +261,23 @@ async def test_a_project_with_many_batches_does_not_keep_others_waiting(bench: B
             connection.execute(update(table).where(last).values(project="other"))
         await until(lambda: room.book.get(many[-1].id).life == 1)
         assert sum(room.book.get(batch.id).life for batch in many[:-1]) == 2
+
+
+async def test_the_batch_that_is_due_first_gets_the_rows_first(bench: Bench) -> None:
+    bench.answerer.num_rows = 0
+    async with bench.batches() as room:
+        late, soon = await bench.create(room, 6), await bench.create(room, 6)
+        await until(lambda: room.book.get(soon.id).status == "in_progress")
+        await until(lambda: room.book.get(late.id).status == "in_progress")
+    with bench.database.transaction() as connection:
+        due_at = late.expires_at - timedelta(hours=1)
+        connection.execute(update(table).where(table.c.id == soon.id).values(expires_at=due_at))
+    async with bench.batches() as room:
+        await until(lambda: all(room.book.get(one.id).life == 2 for one in (late, soon)))
+        bench.answerer.num_rows = 1
+        await bench.over(room, late)
+        assert (await bench.over(room, soon)).num_completed == 6
+    order = [seed.partition(":")[0] for seed in bench.answerer.charged]
+    # Whichever was taken up first may have had one row before the other waited.
+    assert order[1:6] == [soon.id] * 5
+    assert order[7:] == [late.id] * 5

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from decimal import Decimal
+
 import pytest
 
 from fabric.broker.signals import (
@@ -22,6 +25,8 @@ from fabric.errors import (
     ContextExceeded,
     EngineStopped,
     FabricError,
+    InsufficientBalance,
+    KeyInvalid,
     RequestCancelled,
 )
 from fabric.messages import (
@@ -300,6 +305,7 @@ def test_a_client_that_leaves_pays_for_what_was_computed() -> None:
     [cancel] = rig.feed(ClientGone(now=rig.now, run_id="run_1"))
     assert isinstance(cancel, CancelAttempt)
     assert rig.token(sent, 1) == []
+    rig.now += 1.0
     out = rig.fail(sent, RequestCancelled(), prompt_tokens=3, output_tokens=2, device_s=0.5)
     assert only(out, Settle).outcome.usage == Usage(prompt_tokens=3, output_tokens=2, device_s=0.5)
     assert only(out, Settle).outcome.state is RunState.CANCELLED
@@ -331,8 +337,37 @@ def test_inflated_usage_is_charged_as_what_arrived() -> None:
     assert sent is not None
     rig.accept(sent, prompt_tokens=1_000_000)
     rig.token(sent, 0, "stop")
-    out = rig.finish(sent, 900, prompt_tokens=1_000_000, device_s=1e6)
+    rig.now += 1.0
+    out = rig.finish(sent, 900, prompt_tokens=1_000_000, device_s=1e6, queue_s=1e6)
     assert only(out, Settle).outcome.charge_usu == 5 * 1 + 1 * 10
+    assert only(out, Settle).outcome.usage.device_s == 1.0
+    assert only(out, Settle).outcome.usage.queue_s == 1.0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyInvalid(), InsufficientBalance(account="a", needed_usu=2, available_usu=1)],
+    ids=lambda error: error.code,
+)
+def test_an_instance_does_not_speak_for_the_hub(error: FabricError) -> None:
+    rig = Rig("alpha", "beta")
+    rig.fail(admit(rig), error)
+    rig.tick(1.0)
+    assert len(rig.all(SendTask)) == 2
+
+
+def test_a_cache_is_charged_for_no_longer_than_the_request_could_keep_it() -> None:
+    rig = Rig("alpha")
+    ticket = make_ticket(offers=[offer("alpha", max_charge_usu=10**9)])
+    prices = {site: replace(rate, kv_block_usu=Decimal(1)) for site, rate in ticket.rates.items()}
+    held = replace(ticket, rates=prices, held_usu=10**9)
+    rig.feed(Admitted(now=rig.now, started_at=rig.now, ticket=held))
+    [sent] = rig.all(SendTask)
+    rig.accept(sent)
+    rig.token(sent, 0, "stop")
+    outcome = only(rig.finish(sent, 1, kv_block_s=1e12), Settle).outcome
+    assert outcome.usage.kv_block_s == held.kv_block_s_bound < 1e6
+    assert outcome.charge_usu < 10**6
 
 
 def test_a_charge_never_exceeds_the_hold() -> None:

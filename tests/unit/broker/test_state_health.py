@@ -47,8 +47,7 @@ def test_failures_in_a_row_eject_a_replica_and_one_trial_brings_it_back() -> Non
     # While the trial runs, nothing else is sent there.
     assert rig.admit("run_b", sites=("alpha",)) is None
     rig.token(trial, 0, "stop")
-    rig.finish(trial, 1)
-    assert only(rig.tick(0.1), SendTask).run_id == "run_b"
+    assert only(rig.finish(trial, 1), SendTask).run_id == "run_b"
 
 
 def test_a_failed_trial_puts_the_replica_out_again() -> None:
@@ -102,7 +101,7 @@ def test_the_only_replica_gets_a_pause_before_it_is_asked_again() -> None:
 
 
 def test_the_loss_of_a_site_fails_over_a_burst_at_once() -> None:
-    rig = Rig("alpha")
+    rig = Rig("alpha", fair=False)
     lost = [rig.admit(f"run_{number}") for number in range(32)]
     rig.join("beta")
     rig.leave("alpha-1")

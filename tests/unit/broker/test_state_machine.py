@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
 from decimal import Decimal
+from typing import Literal
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -42,6 +43,7 @@ from fabric.messages import (
     Failure,
     Finished,
     Hello,
+    InstanceState,
     Limits,
     Load,
     Request,
@@ -101,6 +103,9 @@ class Broker(RuleBasedStateMachine):
         self.sent: dict[tuple[str, int], SendTask] = {}
         self.live: dict[str, SendTask] = {}
         self.moving: set[str] = set()
+        self.moved: set[str] = set()
+        self.has_ticked = False
+        self.rooms: dict[str, int] = {}
         self.closings: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
         self.positions: dict[tuple[str, int], list[int]] = defaultdict(list)
@@ -108,6 +113,7 @@ class Broker(RuleBasedStateMachine):
     # ---- the books ------------------------------------------------------------------------------
 
     def feed(self, event: StateEvent) -> None:
+        self.has_ticked = False
         for out in self.state.handle(event):
             run_id = out.run_id
             assert not self.ends[run_id], "an instruction for a run that has ended"
@@ -116,6 +122,9 @@ class Broker(RuleBasedStateMachine):
                     assert run_id not in self.live, "two live attempts"
                     assert self.digests[instance] == task.digest == DIGEST
                     assert task.attempt <= 3
+                    if task.attempt == 1 and run_id not in self.moved:
+                        there = sum(one.instance == instance for one in self.live.values())
+                        assert there < self.rooms[instance], "more than there are rows for"
                     emitted = self.positions[run_id, 0]
                     assert task.prefix == tuple(emitted) or not task.prefix
                     assert task.prefix or not emitted, "delivered tokens would come again"
@@ -124,6 +133,7 @@ class Broker(RuleBasedStateMachine):
                     del self.live[run_id]
                 case MoveHold():
                     self.moving.add(run_id)
+                    self.moved.add(run_id)
                 case Settle(outcome=outcome) | Void(outcome=outcome):
                     self.closings[run_id] += 1
                     assert 0 <= outcome.charge_usu <= HELD_USU
@@ -148,25 +158,27 @@ class Broker(RuleBasedStateMachine):
     @initialize()
     def all_sites_join(self) -> None:
         for site in SITES:
-            self.join(site, 1, DIGEST, streams=True)
+            self.join(site, 1, DIGEST, streams=True, max_rows=2)
 
     @rule(
         site=st.sampled_from(SITES),
         number=st.integers(1, 2),
         digest=st.sampled_from([DIGEST, DIGEST, DIGEST, "sha256:bb"]),
         streams=st.booleans(),
+        max_rows=st.sampled_from([1, 4]),
     )
-    def join(self, site: str, number: int, digest: str, *, streams: bool) -> None:
+    def join(self, site: str, number: int, digest: str, *, streams: bool, max_rows: int) -> None:
         instance = f"{site}-{number}"
         if any(one.instance == instance for one in self.live.values()):
             return
         self.digests[instance] = digest
+        self.rooms[instance] = max_rows if streams else 4 * max_rows
         hello = Hello(
             instance=instance,
             site=site,
             model="smol@1",
             digest=digest,
-            limits=Limits(context_tokens=64, max_rows=4, cache_tokens=256),
+            limits=Limits(context_tokens=64, max_rows=max_rows, cache_tokens=256),
             dtype="float32",
             engine="test",
         )
@@ -190,8 +202,17 @@ class Broker(RuleBasedStateMachine):
         sampling=st.sampled_from(SAMPLINGS),
         deadline_s=st.sampled_from([3.0, 60.0]),
         sites=st.sampled_from([None, ("alpha",), ("beta", "gamma")]),
+        tier=st.sampled_from(["interactive", "standard", "standard", "batch"]),
+        project=st.sampled_from(["astro", "bio"]),
     )
-    def admit(self, sampling: Sampling, deadline_s: float, sites: tuple[str, ...] | None) -> None:
+    def admit(
+        self,
+        sampling: Sampling,
+        deadline_s: float,
+        sites: tuple[str, ...] | None,
+        tier: Literal["interactive", "standard", "batch"],
+        project: str,
+    ) -> None:
         run_id = f"run_{len(self.requests)}"
         request = self.requests[run_id] = Request(
             id=run_id,
@@ -200,10 +221,11 @@ class Broker(RuleBasedStateMachine):
             sampling=sampling,
             deadline_s=deadline_s,
             sites=sites,
+            tier=tier,
         )
         ticket = Ticket(
             request=request,
-            project="astro",
+            project=project,
             key_id="key",
             created_at=datetime(2026, 1, 1, tzinfo=UTC),
             model="smol@1",
@@ -307,6 +329,7 @@ class Broker(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.feed(Tick(now=self.now))
+        self.has_ticked = True
 
     # ---- the promises ---------------------------------------------------------------------------
 
@@ -326,12 +349,34 @@ class Broker(RuleBasedStateMachine):
         for instance in {one.hello.instance for one in self.state.fleet}:
             assert counted[instance] == live[instance]
 
+    @invariant()
+    def those_in_line_are_those_that_had_no_turn(self) -> None:
+        in_line = {run_id for run_id, run in self.state.runs.items() if run.in_line}
+        assert sum(one.num_waiting for one in self.state.line.waiting()) == len(in_line)
+        assert not in_line & (self.live.keys() | self.moving)
+
+    @invariant()
+    def nobody_waits_where_all_is_idle(self) -> None:
+        """What could go anywhere has gone, once time has passed, unless nowhere takes it."""
+        if self.live or self.state.runs.keys() & self.moving or not self.has_ticked:
+            return
+        ready = [
+            one
+            for one in self.state.fleet.pool(self.now).snapshots
+            if one.digest == DIGEST and one.state is InstanceState.READY and not one.ejected
+        ]
+        for run_id, run in self.state.runs.items():
+            allowed = self.requests[run_id].sites or SITES
+            assert not run.in_line or not any(one.site in allowed for one in ready)
+
     def teardown(self) -> None:
         self.now += 100.0
         self.feed(Tick(now=self.now))
         assert not self.state.runs
         assert not self.live
         assert set(self.ends) == set(self.requests)
+        assert not self.state.line.waiting()
+        assert not self.state.line._turns
 
 
 Broker.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

@@ -50,7 +50,7 @@ def admin(tmp_path: Path) -> Admin:
 
 def test_nothing_is_registered_at_first(admin: Admin) -> None:
     assert admin.json("list") == []
-    assert "fabric-admin function register" in admin.run("list").stderr
+    assert "fabric-admin function add" in admin.run("list").stderr
 
 
 def test_a_dry_run_tells_what_would_be_registered(admin: Admin) -> None:

@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
+from uuid import UUID
 
 import click
 import pytest
@@ -45,6 +47,13 @@ def test_amounts_survive_being_written_and_read(amount_usu: int) -> None:
 def test_what_is_no_amount_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter):
         SU.convert(text, None, None)
+
+
+def test_records_become_plain_json(capsys: pytest.CaptureFixture[str]) -> None:
+    id = UUID("6c91e6eb-085c-11e6-a7a5-22000bf2d559")
+    Output(is_json=True).json({"id": id, "path": Path("/a/b"), "at": datetime(2030, 1, 1)})
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"id": str(id), "path": "/a/b", "at": "2030-01-01T00:00:00"}
 
 
 def test_a_plain_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,3 +112,17 @@ def test_secrets_of_globus_registrations_are_masked_whole(tmp_path: Path) -> Non
     origins = resolve(tmp_path, **dict.fromkeys(names, secret)).origins
     for name in ("client.globus_client_secret", "hub.globus_client_secret"):
         assert origins[name].value == "***"
+
+
+def test_project_weights_are_a_mapping_or_pairs(tmp_path: Path) -> None:
+    settings = resolve(tmp_path, user="hub: {project_weights: {astro: 2}}")
+    assert settings.hub.project_weights == {"astro": 2.0}
+    settings = resolve(tmp_path, FABRIC_HUB_PROJECT_WEIGHTS="astro=2,bio=0.5")
+    assert settings.hub.project_weights == {"astro": 2.0, "bio": 0.5}
+
+
+@pytest.mark.parametrize("given", ["astro", "astro=much", "astro=0", "astro=-1", "astro=nan"])
+def test_weights_that_are_none_are_refused_by_name(tmp_path: Path, given: str) -> None:
+    with pytest.raises(SettingInvalid) as refused:
+        resolve(tmp_path, FABRIC_HUB_PROJECT_WEIGHTS=given)
+    assert refused.value.detail["setting"] == "hub.project_weights"

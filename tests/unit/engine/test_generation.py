@@ -131,6 +131,15 @@ def test_usage_and_order_of_events(tiny):
     assert heard.events[0].prompt_tokens == 5
 
 
+def test_blocks_of_the_cache_are_counted_for_as_long_as_they_are_kept(tiny):
+    one_block = tiny.greedy("a" * 4, 8, ignore_eos=True).finished.usage
+    assert one_block.kv_block_s == pytest.approx(one_block.device_s)
+    two_blocks = tiny.greedy("b" * 17, 8, ignore_eos=True).finished.usage
+    assert two_blocks.kv_block_s == pytest.approx(2 * two_blocks.device_s)
+    grows = tiny.greedy("c" * 12, 12, ignore_eos=True).finished.usage
+    assert grows.device_s < grows.kv_block_s < 2 * grows.device_s
+
+
 def test_no_limit_goes_to_the_end_of_the_context(tiny):
     heard = tiny.ask([1] * 200, temperature=0.0, ignore_eos=True)
     assert heard.finished.usage.output_tokens == tiny.engine.info.limits.context_tokens - 200

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from fabric import __version__
 from fabric.errors import StorageBusy
 from fabric.messages import Placement
+from fabric.messages.session import PROTOCOL
 from fabric.testing.hub import RunningHub, wait_until
 
 GOOD = {"model": "fixed", "prompt": "one two", "max_tokens": 3}
@@ -128,9 +132,10 @@ def test_usage_since_a_time_leaves_out_what_was_before(client: httpx.Client) -> 
 
 def test_health_counts_ready_replicas(hub: RunningHub) -> None:
     reply = httpx.get(f"{hub.base_url}/healthz")
+    told = {"release": __version__, "protocol": PROTOCOL}
     assert (reply.status_code, reply.json()) == (
         200,
-        {"status": "ok", "replicas": 2, "database": "ok"},
+        {"status": "ok", "replicas": 2, "database": "ok", **told},
     )
 
 
@@ -210,6 +215,14 @@ def test_the_schema_describes_the_bodies(hub: RunningHub) -> None:
     schema = httpx.get(f"{hub.base_url}/openapi.json").json()
     body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]
     assert "messages" in body["content"]["application/json"]["schema"]["properties"]
+
+
+def test_all_that_the_schema_refers_to_is_in_it(hub: RunningHub) -> None:
+    text = httpx.get(f"{hub.base_url}/openapi.json").text
+    named = set(re.findall(r'"\$ref": ?"([^"]+)"', text))
+    parts = json.loads(text)["components"]["schemas"]
+    assert len(named) > 30
+    assert {one.removeprefix("#/components/schemas/") for one in named} <= parts.keys()
 
 
 def test_whoami_tells_how_long_a_key_lasts_and_whose_it_is(hub: RunningHub) -> None:

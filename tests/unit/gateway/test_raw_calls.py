@@ -439,7 +439,9 @@ def test_an_instance_cannot_charge_a_program_more_than_was_held(priced, launch) 
         held = balance(priced)[1]
         much = dict.fromkeys(("prompt_tokens", "output_tokens", "hook_bytes_out"), 10**9)
         instance.report(asked.id, **much, device_s=10**6)
-    assert balance(priced) == (GRANT_USU - held, 0)
+    available_usu, still_held_usu = balance(priced)
+    assert still_held_usu == 0
+    assert GRANT_USU - held <= available_usu < GRANT_USU
 
 
 def test_a_ticket_permits_what_its_key_does(priced, launch) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import httpx
 import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from fabric.catalog import Catalog
+from fabric.gateway import GatewaySettings
 from fabric.messages import Hello, InstanceState, Limits
 from fabric.messages.session import MAX_FRAME_BYTES, PROTOCOL
+from fabric.sql import Database
 from fabric.testing.fixed_programs import get_manifest
-from fabric.testing.hub import MODEL, RunningHub, wait_until
+from fabric.testing.hub import MODEL, RunningHub, running_hub, wait_until
 
 DIGEST = "sha256:" + "0" * 64
 LIMITS = Limits(context_tokens=64, max_rows=1, cache_tokens=64)
@@ -269,3 +273,25 @@ def test_an_agents_report_shows_while_nothing_is_ready(
         socket.recv(timeout=10)
         wait_until(lambda: gamma() == ("ready", ""))
     wait_until(lambda: gamma()[0] in ("lost", "stopped"))
+
+
+@pytest.mark.parametrize("deleted", ["replica", "site"])
+def test_a_launch_that_another_process_ends_drains_its_instance(
+    tmp_path: Path, deleted: str
+) -> None:
+    settings = GatewaySettings(recheck_s=0.1)
+    with (
+        running_hub(tmp_path, gateway=settings) as hub,
+        Database(f"sqlite:///{tmp_path / 'hub.sqlite'}") as database,
+    ):
+        ended = hub.sites["alpha"].instance
+        others = Catalog(database)
+        if deleted == "replica":
+            others.end_launch(ended, "wrong weights")
+        else:
+            others.delete_site("alpha")
+        wait_until(lambda: {view.site for view in hub.broker.replicas()} == {"beta"}, timeout_s=60)
+        headers = {"Authorization": f"Bearer {hub.api_key}"}
+        body = {"model": MODEL, "prompt": "x", "max_tokens": 1}
+        reply = httpx.post(f"{hub.base_url}/v1/completions", headers=headers, json=body, timeout=30)
+        assert reply.json()["fabric"]["site"] == "beta"

@@ -6,6 +6,15 @@ import pytest
 from fabric.ledger import Ledger
 from fabric.sql import Database
 
+BACKENDS = ("sqlite", "postgresql")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The ledger is tested on each kind of database, but for what says otherwise itself."""
+    marked = {one.args[0] for one in metafunc.definition.iter_markers("parametrize")}
+    if "new_url" in metafunc.fixturenames and "new_url" not in marked:
+        metafunc.parametrize("new_url", BACKENDS, indirect=True)
+
 
 class Clock:
     """A wall clock that moves when it is told to."""

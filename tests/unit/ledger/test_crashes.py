@@ -1,4 +1,4 @@
-import runpy
+import json
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -11,62 +11,51 @@ from fabric.ledger import Ledger
 from fabric.sql import Database, utc_now
 
 RIG = Path(__file__).parent / "crash_rig.py"
-ALLOCATION, OTHER = "allocation:astro:*", "allocation:astro:alpha"
-
-Books = tuple[tuple[int, int], tuple[int, int], int]
-
-
-def books(ledger: Ledger) -> Books:
-    """What is available and held in both allocations, and how many lines the statement has."""
-    ledger.verify()
-    allocations = [ledger.allocation(name) for name in (ALLOCATION, OTHER)]
-    balances = [(each.available_usu, each.held_usu) for each in allocations]
-    return (balances[0], balances[1], len(ledger.statement("astro").lines))
+ALLOCATION = "allocation:astro:*"
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
     ("operation", "after"),
     [
-        ("hold", ((800, 200), (500, 0), 2)),
-        ("settle", ((930, 0), (500, 0), 3)),
-        ("move", ((1000, 0), (450, 50), 2)),
-        ("void", ((1000, 0), (500, 0), 2)),
-        ("release", ((1000, 0), (500, 0), 2)),
+        ("hold", [[700, 200], [100, 0], [460, 0], [5]]),
+        ("settle", [[830, 0], [100, 0], [460, 0], [6]]),
+        ("move", [[900, 0], [100, 0], [410, 50], [5]]),
+        ("void", [[900, 0], [100, 0], [460, 0], [5]]),
+        ("release", [[900, 0], [100, 0], [460, 0], [5]]),
+        ("grant", [[900, 100], [100, 0], [460, 0], [6]]),
+        ("share", [[700, 100], [200, 0], [460, 0], [7]]),
+        ("refund", [[800, 100], [100, 0], [490, 0], [6]]),
+        ("exchange", [[700, 100], [100, 0], [560, 0], [7]]),
+        ("expire", [[0, 100], [0, 0], [460, 0], [8]]),
     ],
 )
 def test_process_killed_at_any_step_leaves_all_or_nothing(
-    database: Database, tmp_path: Path, operation: str, after: Books
+    database: Database, new_url: str, operation: str, after: list[list[int]]
 ) -> None:
-    ledger = Ledger(database, clock=lambda: datetime(2026, 1, 1, tzinfo=UTC))
-    for site, amount_usu in (("*", 1000), ("alpha", 500)):
-        ledger.grant(ledger.open_allocation("astro", site), amount_usu)
-    ledger.hold("open", allocation=ALLOCATION, amount_usu=100, lease_s=60)
-    before = books(ledger)
-    database.close()
-    repeat = runpy.run_path(str(RIG))["OPERATIONS"][operation]
-    copies = tmp_path / "copies"
-    copies.mkdir()
+    ledger = Ledger(database, clock=lambda: NOW)
+    fabric_wide = ledger.open_allocation("astro", "*", ends_at=NOW + timedelta(days=1))
+    site = ledger.open_allocation("astro", "alpha")
+    share = ledger.open_share(fabric_wide, "key")
+    for name, amount_usu in ((fabric_wide, 1000), (site, 500), (share, 100)):
+        ledger.grant(name, amount_usu)
+    ledger.hold("open", allocation=fabric_wide, amount_usu=100, lease_s=60)
+    ledger.hold("settled", allocation=site, amount_usu=40, lease_s=60)
+    ledger.settle("settled", 40, site="alpha")
+    before = [[800, 100], [100, 0], [460, 0], [5]]
     ran = subprocess.run(
-        [sys.executable, RIG, tmp_path / "fabric.db", copies, operation],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, RIG, new_url, operation], capture_output=True, text=True, check=True
     )
-    *killed, last = ran.stdout.split()
-    assert (set(killed), last) == ({"killed"}, "done")
-    assert len(killed) > 4
-    for step, _ in enumerate(killed, start=1):
-        with Database(f"sqlite:///{copies / f'{step}.db'}") as copy:
-            restarted = Ledger(copy)
-            assert books(restarted) == before
-            repeat(restarted)
-            assert books(restarted) == after
-    with Database(f"sqlite:///{copies / f'{len(killed) + 1}.db'}") as copy:
-        assert books(Ledger(copy)) == after
-    database.open()
+    *killed, (was_killed, books) = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert (was_killed, books) == (False, after)
+    assert len(killed) > 5
+    assert {was_killed for was_killed, _ in killed} == {True}
+    assert [books for _, books in killed if books != before] == [
+        after
+    ]  # killed once it was written
 
 
-def test_two_processes_share_one_ledger(database: Database, tmp_path: Path) -> None:
+def test_two_processes_share_one_ledger(database: Database, new_url: str) -> None:
     program = """
 import sys
 from fabric.errors import InsufficientBalance
@@ -95,7 +84,7 @@ print(num_charged)
     ledger.hold("shared", allocation=ALLOCATION, amount_usu=5, lease_s=60)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program, database.url, name], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", program, new_url, name], stdout=subprocess.PIPE, text=True
         )
         for name in ("alpha", "beta")
     ]
@@ -109,7 +98,7 @@ print(num_charged)
     assert charges.count("shared") == 1
 
 
-def test_hold_of_a_killed_hub_comes_back_after_its_lease(database: Database) -> None:
+def test_hold_of_a_killed_hub_comes_back_after_its_lease(database: Database, new_url: str) -> None:
     program = """
 import os, signal, sys
 from fabric.ledger import Ledger
@@ -120,7 +109,7 @@ with Database(sys.argv[1]) as database:
 """
     ledger = Ledger(database)
     ledger.grant(ledger.open_allocation("astro", "*"), 1000)
-    ran = subprocess.run([sys.executable, "-c", program, database.url], check=False)
+    ran = subprocess.run([sys.executable, "-c", program, new_url], check=False)
     assert ran.returncode == -9
     assert ledger.release_expired() == []
     assert ledger.allocation(ALLOCATION).available_usu == 400

@@ -250,6 +250,19 @@ def test_fifty_at_once_on_a_balance_for_one_admit_exactly_one(
     assert has(ledger, allocation) == (0, 1000)
 
 
+def test_twenty_holds_of_one_run_at_once_are_one(ledger: Ledger, allocation: str) -> None:
+    together = Barrier(20)
+
+    def admit(_: int) -> str:
+        together.wait()
+        held = ledger.hold("run_1", allocation=allocation, amount_usu=300, lease_s=LEASE_S)
+        return held.id
+
+    with ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(admit, range(20))) == ["run_1"] * 20
+    assert has(ledger, allocation) == (700, 300)
+
+
 def test_fifty_results_at_once_for_one_run_charge_once(ledger: Ledger, allocation: str) -> None:
     hold(ledger, allocation, 100)
     together = Barrier(50)
@@ -289,6 +302,7 @@ def test_refused_hold_leaves_nothing_in_the_commit_it_was_part_of(
         ledger.void("run_2")
 
 
+@pytest.mark.parametrize("new_url", ["sqlite"], indirect=True)
 def test_full_disk_is_a_typed_error_and_the_books_add_up(
     database: Database, ledger: Ledger, allocation: str
 ) -> None:

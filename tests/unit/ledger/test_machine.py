@@ -2,31 +2,44 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
 from sqlalchemy import event, select
 
-from fabric.errors import ChargeExceedsHold, Duplicate, HoldNotOpen, InsufficientBalance
+from fabric.errors import (
+    AllocationClosed,
+    ChargeExceedsHold,
+    Duplicate,
+    HoldNotOpen,
+    InsufficientBalance,
+    RefundExceedsCharge,
+)
 from fabric.ledger import Ledger
 from fabric.ledger.tables import accounts
 from fabric.sql import Database
+from fabric.testing.postgres import Postgres
 
 LEASE_S = 60
-SITES = ("*", "alpha")
-NAMES = tuple(f"allocation:astro:{site}" for site in SITES)
+PERIOD_S = 240
+ANYWHERE, ALPHA = "allocation:astro:*", "allocation:astro:alpha"
+SHARE = f"{ALPHA}/key"
+NAMES = (ANYWHERE, ALPHA, SHARE)
 names = st.sampled_from(NAMES)
 amounts = st.integers(0, 120)
 
@@ -42,27 +55,33 @@ class ModelHold:
     expires_at: datetime
     state: str = "open"
     charged_usu: int = 0
+    refunded_usu: int = 0
 
 
 class LedgerMachine(RuleBasedStateMachine):
     run_ids = Bundle("run_ids")
-    template: Path
+    new_url: Callable[[], AbstractContextManager[str]]
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
-        shutil.copy(self.template, self.folder / "fabric.db")
+        self.place = ExitStack()
+        self.url = self.place.enter_context(type(self).new_url())
         self.now = datetime(2026, 1, 1, tzinfo=UTC)
-        self.granted_usu = dict.fromkeys(NAMES, 100)
+        self.ends_at = self.now + timedelta(seconds=PERIOD_S)
+        self.owned_usu = {ANYWHERE: 100, ALPHA: 60, SHARE: 40}
+        self.lapsed_usu = 0
+        self.keys: dict[str, tuple[object, ...]] = {}
         self.holds: dict[str, ModelHold] = {}
         self.crash_at: int | None = None
         self.open()
-        for site, name in zip(SITES, NAMES, strict=True):
-            assert self.ledger.open_allocation("astro", site) == name
-            self.ledger.grant(name, 100)
+        assert self.ledger.open_allocation("astro", "*") == ANYWHERE
+        assert self.ledger.open_allocation("astro", "alpha", ends_at=self.ends_at) == ALPHA
+        assert self.ledger.open_share(ALPHA, "key") == SHARE
+        for name, amount_usu in ((ANYWHERE, 100), (ALPHA, 100), (SHARE, 40)):
+            self.ledger.grant(name, amount_usu)
 
     def open(self) -> None:
-        self.database = Database(f"sqlite:///{self.folder / 'fabric.db'}").open()
+        self.database = Database(self.url).open()
         self.ledger = Ledger(self.database, clock=lambda: self.now)
         self.num_steps = 0
         for name in ("before_cursor_execute", "commit"):
@@ -92,17 +111,76 @@ class LedgerMachine(RuleBasedStateMachine):
     def available_usu(self, name: str) -> int:
         mine = [hold for hold in self.holds.values() if hold.allocation == name]
         held = sum(hold.amount_usu for hold in mine if hold.state == "open")
-        return self.granted_usu[name] - held - sum(hold.charged_usu for hold in mine)
+        return self.owned_usu[name] - held
+
+    def is_open(self, name: str) -> bool:
+        return name == ANYWHERE or self.now < self.ends_at
 
     @rule(step=st.integers(1, 12))
     def crash_in_the_next_operation(self, step: int) -> None:
         self.crash_at = step
 
-    @rule(name=names, amount_usu=st.integers(1, 50))
-    @precondition(lambda self: self.crash_at is None)  # a grant has no id to be repeated by
-    def grant(self, name: str, amount_usu: int) -> None:
-        self.ledger.grant(name, amount_usu)
-        self.granted_usu[name] += amount_usu
+    @rule(number=st.integers(0, 8), name=names, amount_usu=st.integers(-50, 50).filter(bool))
+    def grant_or_withdraw(self, number: int, name: str, amount_usu: int) -> None:
+        key, was = f"grant_{number}", self.keys.get(f"grant_{number}")
+        verb = "grant" if amount_usu > 0 else "withdraw"
+        error = self.do(
+            lambda: getattr(self.ledger, verb)(name, abs(amount_usu), key=key),
+            Duplicate,
+            InsufficientBalance,
+        )
+        if was is not None:
+            assert error is (None if was == (name, amount_usu) else Duplicate)
+            return
+        source = {SHARE: ALPHA}.get(name)
+        short = self.available_usu(name) + amount_usu < 0
+        short = short or (source is not None and self.available_usu(source) < amount_usu)
+        assert error is (InsufficientBalance if short else None)
+        if not short:
+            self.keys[key] = (name, amount_usu)
+            self.owned_usu[name] += amount_usu
+            if source is not None:
+                self.owned_usu[source] -= amount_usu
+
+    @rule(number=st.integers(0, 4), pair=st.permutations([ANYWHERE, ALPHA]), usu=amounts)
+    def exchange(self, number: int, pair: list[str], usu: int) -> None:
+        (source, target), key = pair, f"exchange_{number}"
+        was, usu = self.keys.get(key), usu + 1
+        error = self.do(
+            lambda: self.ledger.exchange(source, target, usu, key=key),
+            Duplicate,
+            InsufficientBalance,
+            AllocationClosed,
+        )
+        if was is not None:
+            assert error is (None if was == (source, usu) else Duplicate)
+        elif not self.is_open(ALPHA):
+            assert error is AllocationClosed
+        elif self.available_usu(source) < usu:
+            assert error is InsufficientBalance
+        else:
+            assert error is None
+            self.keys[key] = (source, usu)
+            self.owned_usu[source] -= usu
+            self.owned_usu[target] += usu
+
+    @rule(run=run_ids, amount_usu=st.integers(1, 60))
+    def refund(self, run: str, amount_usu: int) -> None:
+        hold, key = self.holds.get(run), f"refund_{run}_{amount_usu}"
+        error = self.do(
+            lambda: self.ledger.refund(run, amount_usu, key=key), HoldNotOpen, RefundExceedsCharge
+        )
+        if hold is None or hold.state != "settled":
+            assert error is HoldNotOpen
+        elif key in self.keys:
+            assert error is None
+        elif hold.refunded_usu + amount_usu > hold.charged_usu:
+            assert error is RefundExceedsCharge
+        else:
+            assert error is None
+            self.keys[key] = ()
+            hold.refunded_usu += amount_usu
+            self.owned_usu[hold.allocation] += amount_usu
 
     @rule(target=run_ids, number=st.integers(0, 5), name=names, amount_usu=amounts)
     def hold(self, number: int, name: str, amount_usu: int) -> str:
@@ -113,8 +191,11 @@ class LedgerMachine(RuleBasedStateMachine):
             Duplicate,
             HoldNotOpen,
             InsufficientBalance,
+            AllocationClosed,
         )
-        if known is None:
+        if known is None and not self.is_open(name):
+            assert error is AllocationClosed
+        elif known is None:
             short = self.available_usu(name) < amount_usu
             assert error is (InsufficientBalance if short else None)
             if not short:
@@ -142,6 +223,7 @@ class LedgerMachine(RuleBasedStateMachine):
         else:
             assert error is None
             hold.state, hold.charged_usu = "settled", amount_usu
+            self.owned_usu[hold.allocation] -= amount_usu
 
     @rule(run=run_ids)
     def void(self, run: str) -> None:
@@ -155,10 +237,16 @@ class LedgerMachine(RuleBasedStateMachine):
     def move(self, run: str, name: str, amount_usu: int) -> None:
         hold = self.holds.get(run)
         error = self.do(
-            lambda: self.ledger.move_hold(run, name, amount_usu), HoldNotOpen, InsufficientBalance
+            lambda: self.ledger.move_hold(run, name, amount_usu),
+            HoldNotOpen,
+            InsufficientBalance,
+            AllocationClosed,
         )
         if hold is None or hold.state != "open":
             assert error is HoldNotOpen
+            return
+        if not self.is_open(name) and (hold.allocation, hold.amount_usu) != (name, amount_usu):
+            assert error is AllocationClosed
             return
         own_usu = hold.amount_usu if hold.allocation == name else 0
         short = self.available_usu(name) + own_usu < amount_usu
@@ -180,6 +268,13 @@ class LedgerMachine(RuleBasedStateMachine):
         for hold in self.holds.values():
             if hold.state == "open" and hold.expires_at <= self.now:
                 hold.state = "expired"
+        self.do(lambda: self.ledger.expire())
+        if not self.is_open(ALPHA):
+            back_usu = self.available_usu(SHARE)
+            self.owned_usu[SHARE] -= back_usu
+            self.owned_usu[ALPHA] += back_usu
+            self.lapsed_usu += self.available_usu(ALPHA)
+            self.owned_usu[ALPHA] -= self.available_usu(ALPHA)
 
     @invariant()
     def money_is_conserved_and_nowhere_negative(self) -> None:
@@ -190,7 +285,10 @@ class LedgerMachine(RuleBasedStateMachine):
             balance = self.ledger.allocation(name)
             assert balance.available_usu == self.available_usu(name) >= 0
             assert balance.held_usu == sum(h.amount_usu for h in mine if h.state == "open")
-        charges = [line for line in self.ledger.statement("astro").lines if line.kind == "charge"]
+        lines = self.ledger.statement("astro").lines
+        last_usu = {line.allocation: line.balance_usu for line in lines}
+        assert last_usu == self.owned_usu
+        charges = [line for line in lines if line.kind == "charge"]
         settled = {run: hold for run, hold in self.holds.items() if hold.state == "settled"}
         assert sorted(line.run for line in charges) == sorted(settled)
         assert all(-line.amount_usu == settled[line.run].charged_usu for line in charges)
@@ -200,15 +298,41 @@ class LedgerMachine(RuleBasedStateMachine):
             )
         assert sum(balances.values()) == 0
         assert [name for name, usu in balances.items() if usu < 0] == ["grants"]
+        assert balances.get("expired", 0) == self.lapsed_usu
+        for hold in self.holds.values():
+            assert 0 <= hold.refunded_usu <= hold.charged_usu
         self.crash_at = armed
 
     def teardown(self) -> None:
         self.database.close()
-        shutil.rmtree(self.folder)
+        self.place.close()
 
 
-def test_ledger_keeps_its_promises_through_crashes(migrated_path: Path) -> None:
-    LedgerMachine.template = migrated_path
+@contextmanager
+def copied(template: Path) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(template, f"{folder}/fabric.db")
+        yield f"sqlite:///{folder}/fabric.db"
+
+
+@contextmanager
+def created(postgres: Postgres) -> Iterator[str]:
+    name = uuid4().hex
+    yield postgres.create(name, template="migrated")
+    postgres.drop(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "num_examples"), [("sqlite", 40), ("postgresql", 20)])
+def test_ledger_keeps_its_promises_through_crashes(
+    request: pytest.FixtureRequest, backend: str, num_examples: int
+) -> None:
+    class Machine(LedgerMachine):
+        if backend == "sqlite":
+            new_url = partial(copied, request.getfixturevalue("migrated_path"))
+        else:
+            new_url = partial(created, request.getfixturevalue("migrated_postgres"))
+
     run_state_machine_as_test(
-        LedgerMachine, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
+        Machine, settings=settings(max_examples=num_examples, stateful_step_count=25, deadline=None)
     )

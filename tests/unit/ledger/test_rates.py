@@ -1,3 +1,4 @@
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from math import ceil
@@ -6,8 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fabric.errors import Duplicate, RateMissing, RequestInvalid
-from fabric.ledger import TIERS, Ledger, Rate, charge_usu, max_charge_usu
+from fabric.errors import Duplicate, NotFound, RateMissing, RequestInvalid
+from fabric.ledger import (
+    PRICES,
+    TIERS,
+    Ledger,
+    Rate,
+    charge_usu,
+    kv_block_s_bound,
+    max_charge_usu,
+    price_usu,
+)
 from fabric.messages import Usage
 from fabric.sql import utc_now
 
@@ -124,3 +134,42 @@ def test_fractions_of_a_micro_su_are_kept(ledger: Ledger) -> None:
 def test_price_that_cannot_be_stored_is_refused(ledger: Ledger, price: Decimal) -> None:
     with pytest.raises(RequestInvalid):
         ledger.set_rate("*", "*", prompt_usu=price, cached_prompt_usu=0, output_usu=0)
+
+
+def test_each_price_is_stored_and_charged_for_its_own_quantity(ledger: Ledger) -> None:
+    prices = {name: Decimal(number) for number, name in enumerate(PRICES, start=1)}
+    made = ledger.set_rate("*", "*", **prices)
+    assert ledger.rate("m", "s") == made
+    for name, price in prices.items():
+        assert price_usu(made, "standard", {name: 3}) == 3 * price
+    assert price_usu(made, "batch", dict.fromkeys(PRICES, 1)) == ceil(sum(prices.values()) / 2)
+    assert price_usu(made, "standard", {"stored_usu": 0.25, "adapter_usu": Decimal("0.5")}) == ceil(
+        prices["stored_usu"] / 4 + prices["adapter_usu"] / 2
+    )
+
+
+@pytest.mark.parametrize("quantity", [-1, -0.5, float("nan"), float("inf"), Decimal("NaN")])
+def test_quantity_that_is_none_is_refused(quantity: float | Decimal) -> None:
+    with pytest.raises(RequestInvalid):
+        price_usu(rate("1", "1", "1"), "standard", {"stored_usu": quantity})
+
+
+def test_cache_that_is_kept_is_charged_within_its_bound() -> None:
+    priced = replace(rate("0", "0", "0"), kv_block_usu=Decimal("0.5"))
+    assert charge_usu(priced, "standard", Usage(kv_block_s=7.0)) == 4
+    bound_s = kv_block_s_bound(2, 33, 10.0)  # two rows of three blocks, for ten seconds
+    assert bound_s == 60.0
+    assert max_charge_usu(priced, "standard", 1, 32, kv_block_s=bound_s) == 30
+
+
+def test_rate_can_be_taken_back_until_it_is_in_effect(ledger: Ledger, clock) -> None:
+    set_rate(ledger, "*", "*", 1)
+    later = clock.now.replace(year=2027)
+    set_rate(ledger, "*", "*", 2, effective_from=later)
+    assert [one.prompt_usu for one in ledger.rates()] == [2, 1]
+    ledger.delete_rate("*", "*", later)
+    assert [one.prompt_usu for one in ledger.rates()] == [1]
+    with pytest.raises(NotFound):
+        ledger.delete_rate("*", "*", later)
+    with pytest.raises(RequestInvalid, match="in effect"):
+        ledger.delete_rate("*", "*", clock.now)

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -22,16 +23,41 @@ from fabric.errors import SettingInvalid, StorageFull
 from fabric.sql import Database, metadata, migrate
 from fabric.sql.migrate import alembic_config, current_revision
 
+SCHEMA = {
+    "sqlite": "SELECT name, coalesce(sql, '') FROM sqlite_master WHERE name NOT LIKE '%alembic%'",
+    "postgresql": """
+        SELECT table_name, concat_ws(' ', column_name, data_type, is_nullable, column_default)
+        FROM information_schema.columns
+        WHERE table_schema = 'public' AND table_name <> 'alembic_version'
+        UNION SELECT indexname, indexdef FROM pg_indexes
+        WHERE schemaname = 'public' AND tablename <> 'alembic_version'
+        UNION SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint
+        WHERE connamespace = 'public'::regnamespace AND conname NOT LIKE 'alembic%'
+        UNION SELECT tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal
+        UNION SELECT proname, prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+    """,
+}
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'fabric.db'}"
+        return
+    postgres, name = request.getfixturevalue("postgres"), uuid4().hex
+    yield postgres.create(name)
+    postgres.drop(name)
+
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    with Database(f"sqlite:///{tmp_path / 'fabric.db'}") as database:
+def database(url: str) -> Iterator[Database]:
+    with Database(url) as database:
         yield database
 
 
 def schema(database: Database) -> set[tuple[str, str]]:
     with database.read() as connection:
-        rows = connection.execute(text("SELECT name, coalesce(sql, '') FROM sqlite_master"))
+        rows = connection.execute(text(SCHEMA[connection.dialect.name]))
         return {(name, sql) for name, sql in rows}
 
 
@@ -47,10 +73,7 @@ def test_downgrade_to_nothing_and_up_again_is_the_same_schema(database: Database
     migrate(database)
     before = schema(database)
     migrate(database, "base")
-    assert {name for name, _ in schema(database)} <= {
-        "alembic_version",
-        "sqlite_autoindex_alembic_version_1",
-    }
+    assert schema(database) == set()
     migrate(database)
     assert schema(database) == before
 
@@ -95,6 +118,7 @@ def test_database_of_a_newer_release_is_refused_and_kept(database: Database) -> 
     assert schema(database) == before
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 def test_disk_full_while_migrating_leaves_the_schema_as_it_was(database: Database) -> None:
     migrate(database, "0001_ledger")
     before = schema(database)
@@ -114,8 +138,7 @@ def test_disk_full_while_migrating_leaves_the_schema_as_it_was(database: Databas
         assert len(schema(database)) > len(before)
 
 
-def test_processes_that_start_together_migrate_once(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'fabric.db'}"
+def test_processes_that_start_together_migrate_once(url: str, tmp_path: Path) -> None:
     gate = tmp_path / "go"
     program = """
 import sys, time

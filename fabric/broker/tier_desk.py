@@ -1,0 +1,57 @@
+"""What the broker says of its tiers: what waits, what was kept of their promises, what a run would
+take."""
+
+from __future__ import annotations
+
+import time
+
+from fabric.auth import Identity
+from fabric.broker.admit import Admission
+from fabric.broker.attainment import Attained, Attainment
+from fabric.broker.estimate import Estimate, estimate
+from fabric.broker.line import Waiting
+from fabric.broker.signals import Outcome
+from fabric.broker.state import BrokerState
+from fabric.errors import FabricError
+from fabric.messages import Request
+
+
+class TierDesk:
+    """Waiting, attainment and estimates. Called on the broker's event loop."""
+
+    def __init__(self, state: BrokerState, admission: Admission) -> None:
+        self._state = state
+        self._admission = admission
+        self._attainment = Attainment()
+
+    def ended(self, outcome: Outcome) -> None:
+        """A run is over."""
+        self._attainment.ended(time.monotonic(), outcome)
+
+    def refused(self, request: Request, error: BaseException) -> None:
+        """A request was not admitted."""
+        self._state.line.forget(request.id)
+        if isinstance(error, FabricError):
+            self._attainment.refused(time.monotonic(), request, error)
+
+    def waiting(self) -> list[Waiting]:
+        """Return what waits for a row at the hub."""
+        return self._state.line.waiting()
+
+    def attained(self) -> list[Attained]:
+        """Return how far the tiers' promises were kept."""
+        return self._attainment.report(time.monotonic())
+
+    async def estimate(self, identity: Identity, request: Request, num_requests: int) -> Estimate:
+        """Return what many requests like this one would take and cost. Nothing is held or sent.
+
+        Args:
+            identity: Who asks.
+            request: One of them; its prompt in tokens, its ``max_tokens`` what each generates.
+            num_requests: How many there are.
+
+        Raises:
+            FabricError: As ``Broker.submit`` does, but for the balance.
+        """
+        context = await self._admission.prospect(identity, request)
+        return estimate(request, num_requests, context, self._state.fleet, now=time.monotonic())

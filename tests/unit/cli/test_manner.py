@@ -1,0 +1,316 @@
+"""What all nouns of ``fabric-admin`` have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from fabric.catalog import Catalog, RunRecord
+from fabric.cli.main import fabric_admin
+from fabric.messages import RunState, new_id
+from fabric.sql import Database
+
+GROUP = "6c91e6eb-085c-11e6-a7a5-22000bf2d559"
+ENDPOINT = "4b116d3c-1703-4f8f-9f6f-39921e5864df"
+ANVIL = f"""
+name: anvil
+title: Anvil
+executor: {{kind: globus-compute, endpoint_id: {ENDPOINT}}}
+"""
+
+Leaf = tuple[tuple[str, ...], click.Command]
+
+
+def leaves(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
+    ctx = click.Context(group)
+    for name in group.list_commands(ctx):
+        command = group.get_command(ctx, name)
+        assert command is not None
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from leaves(command, (*path, name))
+
+
+COMMANDS = list(leaves(fabric_admin))
+
+
+def named(leaf: Leaf) -> str:
+    return " ".join(leaf[0])
+
+
+class Admin:
+    """Runs commands on one database, in which there is one of everything."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "hub.db"
+        self.url = f"sqlite:///{self.path}"
+        (folder / "anvil.yaml").write_text(ANVIL)
+        self.ok("project", "add", "astro", "--title", "Astronomy")
+        self.ok("project", "group", "add", "astro", GROUP)
+        self.ok("site", "add", "--file", str(folder / "anvil.yaml"))
+        self.ok("model", "add", "gpt2", "--source", "/models/gpt2", "--context-tokens", "1024")
+        self.ok("key", "add", "astro", "--scope", "site", "--site", "anvil", "--label", "agent")
+        self.ok("alloc", "add", "astro", "--su", "10")
+        self.ok("rate", "add", "gpt2", "anvil", "--prompt", "1", "--output", "2")
+        with Database(self.url) as database:
+            self.instance = Catalog(database).add_launch("anvil", "gpt2")[0].instance
+        (self.key,) = self.json("key", "show")
+        self.ok("limit", "add", f"key:{self.key['id']}", "--requests", "5")
+
+    def run(self, *args: str) -> Result:
+        return CliRunner().invoke(fabric_admin, [*args, "--database", self.url])
+
+    def ok(self, *args: str) -> Result:
+        result = self.run(*args)
+        assert result.exit_code == 0, result.stderr
+        return result
+
+    def json(self, *args: str) -> Any:
+        return json.loads(self.ok(*args, "--format", "json").stdout)
+
+    def contents(self) -> list[str]:
+        with sqlite3.connect(self.path) as connection:
+            return list(connection.iterdump())
+
+    def filled(self, args: str) -> list[str]:
+        return shlex.split(args.format(key=self.key["id"], instance=self.instance, group=GROUP))
+
+
+@pytest.fixture
+def admin(tmp_path: Path) -> Admin:
+    return Admin(tmp_path)
+
+
+@pytest.mark.parametrize("leaf", COMMANDS, ids=named)
+def test_help_teaches_by_examples_that_are_understood(
+    leaf: Leaf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("anvil.yaml", "anvil.key", "jobs.txt"):
+        Path(name).touch()
+    path, _ = leaf
+    text = CliRunner().invoke(fabric_admin, [*path, "--help"]).stdout
+    assert max(map(len, text.splitlines())) <= 80
+    examples = re.findall(
+        r"(?<=\s)fabric-admin ([^>|()]+?)(?: +[>|)]|\n)", text.split("Example")[1]
+    )
+    assert examples
+    for example in examples:
+        ctx = click.Context(fabric_admin, info_name="fabric-admin")
+        words, command = shlex.split(example), fabric_admin
+        while isinstance(command, click.Group):
+            inner = command.get_command(ctx, words[0])
+            assert inner is not None, example
+            command, words = inner, words[1:]
+        with command.make_context("example", words, parent=ctx):
+            pass
+        assert example.startswith(path[0])
+
+
+CHANGES = (
+    "project add bio --title Biology",
+    "project modify astro --title Stars",
+    "project delete astro -y",
+    "project group add astro 00000000-085c-11e6-a7a5-22000bf2d559",
+    "project group delete astro {group} -y",
+    "site add polaris",
+    "site modify anvil --state disabled",
+    "site delete anvil -y",
+    "model add gpt2 --revision 2 --source /models/new --context-tokens 1024",
+    "model modify gpt2@1 --dtype float32",
+    "model delete gpt2@1 -y",
+    "key add astro --label laptop",
+    "key modify {key} --max-concurrent 3",
+    "key delete {key} -y",
+    "replica delete {instance} -y",
+    "grant add project:astro --model gpt2",
+    "grant close model gpt2",
+    "limit add project:astro --requests 5",
+    "limit delete key:{key} -y",
+    "alloc add astro --site anvil --su 2",
+    "alloc modify astro --su 2",
+    "alloc delete astro -y",
+    "alloc share astro {key} --su 1",
+    "rate add * * --prompt 1 --output 2",
+    "rate modify gpt2 anvil --output 3",
+    "rate unit add node-hour --su 2",
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_dry_run_says_what_would_change_and_changes_nothing(admin: Admin, change: str) -> None:
+    before, args = admin.contents(), admin.filled(change)
+    told = admin.ok(*args, "--dry-run")
+    assert "Nothing was changed: this was a dry run." in told.stderr
+    assert admin.json(*args, "--dry-run")
+    assert admin.contents() == before
+    assert "dry run" not in admin.ok(*args).stderr
+    assert admin.contents() != before
+
+
+def test_a_dry_run_tells_fields_before_and_after(admin: Admin) -> None:
+    told = admin.json("site", "modify", "anvil", "--state", "disabled", "--dry-run")
+    assert told["changes"] == {"state": {"from": "enabled", "to": "disabled"}}
+    assert told["record"]["state"] == "disabled"
+    text = admin.ok("site", "modify", "anvil", "--state", "disabled").stderr
+    assert "state: enabled -> disabled" in text
+    again = admin.ok("site", "modify", "anvil", "--state", "disabled").stderr
+    assert "is like that already" in again
+
+
+def test_a_dry_run_is_refused_what_would_be_refused(admin: Admin) -> None:
+    for args in (
+        ["project", "delete", "nope", "--dry-run"],
+        ["model", "add", "gpt2", "--source", "/other", "--context-tokens", "1024", "--dry-run"],
+    ):
+        refused = admin.run(*args)
+        assert refused.exit_code == 3
+        assert refused.stderr.startswith("Error: ")
+
+
+def test_a_dry_run_prints_no_key_that_will_not_work(admin: Admin) -> None:
+    told = admin.ok("key", "add", "astro", "--dry-run")
+    assert told.stdout == ""
+    assert "fab_" not in admin.ok("key", "add", "astro", "--dry-run", "--format", "json").stdout
+
+
+def test_a_dry_run_leaves_a_new_database_without_tables(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'new.db'}"
+    args = ["project", "add", "astro", "--dry-run", "--database", url]
+    assert CliRunner().invoke(fabric_admin, args).exit_code == 0
+    with sqlite3.connect(tmp_path / "new.db") as connection:
+        assert connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+
+
+@pytest.mark.parametrize(
+    ("again", "other"),
+    [
+        ("project add astro", "project add astro --title Astrology"),
+        ("project group add astro {group}", "project group add astro {group} --scope admin"),
+        ("site add anvil", "site add anvil --display Other"),
+        (
+            "model add gpt2 --source /models/gpt2 --context-tokens 1024",
+            "model add gpt2 --source /models/gpt2 --context-tokens 2048",
+        ),
+    ],
+)
+def test_what_is_there_is_added_again_without_harm_unless_it_differs(
+    admin: Admin, again: str, other: str
+) -> None:
+    before = admin.contents()
+    assert "is like that already" in admin.ok(*admin.filled(again)).stderr
+    admin.json(*admin.filled(again))
+    refused = admin.run(*admin.filled(other), "--format", "json")
+    assert refused.exit_code == 3
+    assert json.loads(refused.stderr)["error"]["code"] == "already_exists"
+    assert admin.contents() == before
+
+
+def test_tables_fit_eighty_columns(admin: Admin) -> None:
+    for noun in ("site", "endpoint", "model", "replica", "project", "key", "limit", "function"):
+        lines = admin.ok(noun, "show").stdout.splitlines()
+        assert noun == "function" or len(lines) > 1
+        assert max(map(len, lines), default=0) <= 80, noun
+    assert max(map(len, admin.ok("project", "group", "show").stdout.splitlines())) <= 80
+    tiers = CliRunner().invoke(fabric_admin, ["tier", "show"]).stdout
+    assert [line.split()[0] for line in tiers.splitlines()[1:]] == [
+        "interactive",
+        "standard",
+        "batch",
+    ]
+
+
+def test_one_record_is_shown_whole(admin: Admin) -> None:
+    told = admin.ok("site", "show", "anvil").stdout
+    assert ENDPOINT in told
+    assert admin.instance in admin.ok("replica", "show", admin.instance).stdout
+    assert admin.run("replica", "show", "inst_none").exit_code == 3
+
+
+def test_a_site_is_told_its_changed_file(admin: Admin, tmp_path: Path) -> None:
+    file = tmp_path / "anvil.yaml"
+    file.write_text(ANVIL.replace("title: Anvil", "title: Anvil, GPU nodes"))
+    changed = admin.json("site", "modify", "anvil", "--file", str(file))
+    assert changed["facts"]["title"] == changed["display"] == "Anvil, GPU nodes"
+    file.write_text(ANVIL.replace("anvil", "bridges"))
+    refused = admin.run("site", "modify", "anvil", "--file", str(file))
+    assert refused.exit_code == 3
+    assert "'bridges'" in refused.stderr
+
+
+def test_users_are_those_who_asked_the_latest_first(admin: Admin) -> None:
+    made = datetime(2030, 1, 1, tzinfo=UTC)
+    asked = [("5b1e0c7a94d2", 0), ("globus:6c91e6eb-085c-11e6-a7a5-22000bf2d559", 1)]
+    with Database(admin.url) as database:
+        for key_id, hours in [*asked, asked[0]]:
+            run = RunRecord(
+                id=new_id("run"),
+                project="astro",
+                key_id=key_id,
+                model="gpt2@1",
+                state=RunState.COMPLETED,
+                charge_usu=1_500_000,
+                created_at=made + timedelta(hours=hours),
+            )
+            Catalog(database).record_run(run)
+    person, key = admin.json("user", "show", "--project", "astro")
+    assert (person["key_id"], person["num_runs"]) == (asked[1][0], 1)
+    assert (key["num_runs"], key["charge_usu"]) == (2, 3_000_000)
+    later = admin.json("user", "show", "--since", "2030-01-01T00:30:00")
+    assert [one["key_id"] for one in later] == [asked[1][0]]
+    table = admin.ok("user", "show").stdout
+    assert "3.000000" in table
+    assert max(map(len, table.splitlines())) <= 80
+    assert admin.run("user", "show", "--project", "nope").exit_code == 3
+
+
+def test_a_replica_that_was_ended_may_not_come_back(admin: Admin) -> None:
+    ended = admin.json("replica", "delete", admin.instance, "-y", "--reason", "wrong weights")
+    assert admin.json("audit", "show", "--limit", "1")[0]["what"] == "replica delete"
+    assert (ended["state"], ended["ended_reason"]) == ("stopped", "wrong weights")
+    assert admin.json("replica", "show") == []
+    assert [one["instance"] for one in admin.json("replica", "show", "--all")] == [admin.instance]
+
+
+def test_bash_completes_nouns_verbs_and_options() -> None:
+    def complete(*words: str) -> list[str]:
+        script = (
+            'eval "$(fabric-admin completion bash)"\n'
+            f"COMP_WORDS=(fabric-admin {' '.join(words)}) COMP_CWORD={len(words)}\n"
+            'eval "$(complete -p fabric-admin | sed -E "s/.*-F ([^ ]+) .*/\\1/")" fabric-admin\n'
+            'printf "%s\\n" "${COMPREPLY[@]}"\n'
+        )
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-c", script],
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert complete("pro") == ["project"]
+    assert complete("project", "mod") == ["modify"]
+    assert complete("project", "modify", "--dr") == ["--dry-run"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_are_given_what_they_evaluate(shell: str) -> None:
+    done = CliRunner().invoke(fabric_admin, ["completion", shell], prog_name="fabric-admin")
+    assert f"_FABRIC_ADMIN_COMPLETE={shell}_complete" in done.stdout
