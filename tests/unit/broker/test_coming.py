@@ -51,7 +51,7 @@ def foresee(rig: Rig, **changes: object) -> object:
         remaining_s=ticket.request.deadline_s,
         settings=rig.state._settings,
     )
-    return rig.state.foresee(rig.now, ticket.request, context)
+    return rig.state.foresee(rig.now, ticket.request, context, project="astro")
 
 
 def wait(rig: Rig, seconds: float, ready_in_s: float) -> None:
