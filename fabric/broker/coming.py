@@ -22,6 +22,9 @@ class Arrivals:
     def __init__(self) -> None:
         self._coming: dict[str, ReplicaExpected] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._coming)
+
     def expect(self, told: ReplicaExpected) -> None:
         """Note when a replica is expected, in place of what was told of it before."""
         self._coming[told.instance] = told
@@ -41,8 +44,6 @@ class Arrivals:
 
         One that is overdue is expected at once. What else it might lack is seen when it is here.
         """
-        if not self._coming:
-            return {}
         return {
             instance: max(0.0, one.now + one.ready_in_s - now)
             for instance, one in self._coming.items()

@@ -242,13 +242,13 @@ class BrokerState:
         Where another is on its way in time, patience lasts to the deadline, but not for a stream
         that has begun: nobody wants to read on minutes later.
         """
-        request, context = run.ticket.request, self._context(run, now)
-        awaited = not run.num_tokens and self.arrivals.in_time(request, context, now)
+        awaited = self._awaits(run, now)
         waited_s = now - self.line.waits_since(run)
         out_of_patience = not awaited and waited_s >= self._settings.patience_s
         no_budget = run.attempt > 0 and not self._budget.allows
         if not out_of_patience and (no_budget or run.seen_version == self.fleet.version):
             return
+        request, context = run.ticket.request, self._context(run, now)
         replicas = self.fleet.pool(now)
         try:
             decision = self._decide(request, replicas, context)
@@ -280,6 +280,12 @@ class BrokerState:
             )
         else:
             yield from self._send(run, decision, now)
+
+    def _awaits(self, run: Progress, now: float) -> bool:
+        """Return whether a run may wait to its deadline, because a replica is on its way."""
+        if run.num_tokens or not self.arrivals:
+            return False
+        return self.arrivals.in_time(run.ticket.request, self._context(run, now), now)
 
     def _on_hold_moved(self, run: Progress, now: float) -> Instructions:
         if (placement := run.moving_to) is None:
