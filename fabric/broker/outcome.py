@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
+from fabric.broker.cost import times_s
+from fabric.broker.facts import ReplicaSnapshot
+from fabric.broker.lengths import Lengths
 from fabric.broker.progress import Progress
+from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import Outcome
 from fabric.errors import DeadlineExceeded, FabricError, StreamBroken
 from fabric.messages import RunCompleted, RunState, Usage
 
 BACKOFF_S = 0.2
+SILENCE_FACTOR = 4.0
 
 
 def get_outcome(
@@ -25,7 +30,7 @@ def get_outcome(
         ticket=run.ticket,
         state=state,
         placement=run.placement,
-        attempts=run.attempt,
+        attempts=run.num_sent,
         usage=usage,
         charge_usu=charge_usu,
         first_token_s=since_start_s(run),
@@ -47,7 +52,7 @@ def get_completed(run: Progress, outcome: Outcome) -> RunCompleted:
         adapter=run.ticket.adapter,
         site=placement.site,
         instance=placement.instance,
-        attempts=run.attempt,
+        attempts=run.num_sent,
         finish_reasons=tuple(reason for reason in run.finishes if reason is not None),
         usage=outcome.usage,
         charge_usu=outcome.charge_usu,
@@ -78,7 +83,7 @@ def _token_s(run: Progress) -> float | None:
 
 def too_late(run: Progress) -> DeadlineExceeded:
     """Return what a run ends with whose deadline is over."""
-    return DeadlineExceeded(deadline_s=run.ticket.request.deadline_s, attempts=run.attempt)
+    return DeadlineExceeded(deadline_s=run.ticket.request.deadline_s, attempts=run.num_sent)
 
 
 def broken(run: Progress, instance: str, error: FabricError) -> StreamBroken:
@@ -98,6 +103,18 @@ def broken(run: Progress, instance: str, error: FabricError) -> StreamBroken:
             why="only a single choice can be continued elsewhere",
         )
     return StreamBroken(instance=instance, num_tokens=run.num_tokens, cause=error.code)
+
+
+def silent_until(
+    run: Progress,
+    chosen: ReplicaSnapshot,
+    now: float,
+    settings: BrokerSettings,
+    lengths: Lengths,
+) -> float:
+    """Return when a replica that streams is given up for a run if it says nothing."""
+    expected_s = times_s(run.ticket.request, chosen, lengths).total_s
+    return now + max(settings.first_token_timeout_s, SILENCE_FACTOR * expected_s)
 
 
 def backoff_s(run: Progress) -> float:
