@@ -332,7 +332,7 @@ def created(postgres: Postgres) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "num_examples"), [("sqlite", 40), ("postgresql", 20)])
+@pytest.mark.parametrize(("backend", "num_examples"), [("sqlite", 30), ("postgresql", 15)])
 def test_ledger_keeps_its_promises_through_crashes(
     request: pytest.FixtureRequest, backend: str, num_examples: int
 ) -> None:
