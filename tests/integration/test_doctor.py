@@ -49,6 +49,7 @@ def test_partitions_and_walltimes_that_slurm_refuses_are_told(
     long = spec.model_copy(update={"walltime": "00:30:00"})
     debug, small, _ = examine([SchedulerCheck(endpoint=long)])
     assert [debug.level, small.level] == ["ok", "wrong"]
+    assert "5 minutes at most" in small.detail
 
 
 def test_an_endpoint_that_nobody_knows_is_told(globus: Globus, tmp_path: Path) -> None:

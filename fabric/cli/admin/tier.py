@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 
 from fabric.cli.options import output_options
@@ -21,17 +23,40 @@ def tier() -> None:
 @tier.command()
 @output_options
 def show(output: Output) -> None:
-    """List the tiers with what each multiplies a charge by.
+    """List the tiers: what each multiplies a charge by, what it promises, and its part of a share.
 
-    Tiers are the release's; every hub has the same.
+    Tiers are the release's; every hub has the same. Programs have the promise of introspection,
+    whatever tier they pay.
 
     \b
     Example:
       fabric-admin tier show --format json
     """
+    from fabric.broker import PROMISES
     from fabric.ledger import TIERS
 
     if output.is_json:
-        output.json([{"tier": name, "charge_factor": factor} for name, factor in TIERS.items()])
+        output.json(
+            [
+                {"tier": name, "charge_factor": TIERS.get(name), **asdict(promise)}
+                for name, promise in PROMISES.items()
+            ]
+        )
         return
-    output.table(["TIER", Column("CHARGE FACTOR", numeric=True)], list(TIERS.items()))
+    heads = ("CHARGE", "FIRST TOKEN", "A TOKEN", "IN TIME", "ANSWERED", "WEIGHT")
+    output.table(
+        ["TIER", *(Column(head, numeric=True) for head in heads)],
+        [
+            (
+                *(name, TIERS.get(name, "as paid")),
+                *(_seconds(promise.first_token_s), _seconds(promise.token_s)),
+                *(f"{promise.share_in_time:.1%}", f"{promise.share_answered:.1%}"),
+                promise.weight,
+            )
+            for name, promise in PROMISES.items()
+        ],
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:g} s"

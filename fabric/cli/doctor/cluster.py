@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import math
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fabric.cli.doctor.check import Finding
 from fabric.config import EndpointSpec, SiteSpec
+from fabric.config.endpoint import to_seconds
 from fabric.errors import BalanceUnavailable, SchedulerFailed, SettingInvalid
 
 
@@ -47,9 +51,43 @@ class SchedulerCheck:
                     " and walltime in the site's file",
                 )
                 continue
+            longest_s = get_longest_s(where) if spec.scheduler == "slurm" else math.inf
+            if spec.walltime and to_seconds(spec.walltime) > longest_s:
+                yield Finding(
+                    check=self.name,
+                    level="wrong",
+                    detail=f"{label}: its jobs run for {longest_s / 60:.0f} minutes at most, so a"
+                    f" block of {spec.walltime} would wait for ever",
+                    remedy="ask for a shorter walltime in the site's file, or another partition",
+                )
+                continue
             when = "at some time" if wait_s is None else f"in about {wait_s:.0f} s"
             detail = f"{label}: a block would start {when}"
             yield Finding(check=self.name, level="ok", detail=detail)
+
+
+def get_longest_s(partition: str | None) -> float:
+    """Return how long jobs of a Slurm partition may run; ``inf`` where Slurm does not say.
+
+    Most controllers take jobs that are longer, and never start them (``EnforcePartLimits``).
+    """
+    command = ["sinfo", "--noheader", "--format=%l"]
+    command += [f"--partition={partition}"] if partition else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return math.inf
+    return max(map(_to_s, done.stdout.split()), default=math.inf)
+
+
+def _to_s(limit: str) -> float:
+    """Return a limit such as ``2-00:00:00``, ``1:00:00`` or ``5:00`` in seconds."""
+    days, _, clock = limit.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in (*parts, days or "0")):
+        return math.inf
+    seconds = functools.reduce(lambda total, part: 60 * total + int(part), parts, 0)
+    return float(86_400 * int(days or 0) + seconds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

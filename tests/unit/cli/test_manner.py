@@ -225,12 +225,15 @@ def test_tables_fit_eighty_columns(admin: Admin) -> None:
         assert noun == "function" or len(lines) > 1
         assert max(map(len, lines), default=0) <= 80, noun
     assert max(map(len, admin.ok("project", "group", "show").stdout.splitlines())) <= 80
-    tiers = CliRunner().invoke(fabric_admin, ["tier", "show"]).stdout
-    assert [line.split()[0] for line in tiers.splitlines()[1:]] == [
-        "interactive",
-        "standard",
-        "batch",
-    ]
+    tiers = CliRunner().invoke(fabric_admin, ["tier", "show"]).stdout.splitlines()
+    assert max(map(len, tiers)) <= 80
+    shown = {line.split()[0]: line.split()[1] for line in tiers[1:]}
+    assert shown == {
+        "interactive": "1.5",
+        "standard": "1",
+        "introspection": "as",
+        "batch": "0.5",
+    }
 
 
 def test_one_record_is_shown_whole(admin: Admin) -> None:
