@@ -17,6 +17,7 @@ import numpy as np
 from fabric.broker.cost import times_s
 from fabric.broker.facts import Context, ReplicaSnapshot
 from fabric.broker.fair import FairQueue, Waiter
+from fabric.broker.lengths import Lengths
 from fabric.broker.policies import get_weights
 from fabric.broker.pool import Floats, Pool, Replicas, Rows
 from fabric.broker.progress import Progress
@@ -173,7 +174,7 @@ class Line:
                 self._placeable_at.setdefault(digest, {})[waiter.place] = now
                 return None
             decision = elsewhere
-        row_s = self._row_s(request, decision.chosen)
+        row_s = self._row_s(request, decision.chosen, decision.context.lengths)
         charged_s = row_s * self._scales.get(digest, 1.0)
         self._queues[digest].take(request.id, charged_s)
         self._left(run)
@@ -225,10 +226,10 @@ class Line:
         if not self._settings.fair:
             return
         chosen, digest = decision.chosen, context.digest
-        row_s, tier = self._row_s(request, chosen), tier_of(request)
+        row_s, tier = self._row_s(request, chosen, context.lengths), tier_of(request)
         mine = self._waiter(request, project, row_s, now + context.remaining_s)
         wait_s = self._wait_s(request, mine, decision)
-        times = times_s(request, chosen)
+        times = times_s(request, chosen, context.lengths)
         work_s, admit_s = times.first_s + times.rest_s, PROMISES[tier].admit_s
         limits = [("end", times.cold_s + work_s, times.share * work_s, context.remaining_s)]
         if admit_s is not None and not times.cold_s:  # what is promised holds for warm replicas
@@ -333,11 +334,13 @@ class Line:
         num_rows = pool.column("max_rows")[rows_K].sum()
         return max(1.0, float(num_rows) * min(1.0, self._part(tier_of(request))))
 
-    def _row_s(self, request: Request, snapshot: ReplicaSnapshot | None) -> float:
+    def _row_s(
+        self, request: Request, snapshot: ReplicaSnapshot | None, lengths: Lengths | None = None
+    ) -> float:
         """Return the row-seconds a request is expected to take in a full batch."""
         if snapshot is None:
             return BUSY
-        times = times_s(request, snapshot)
+        times = times_s(request, snapshot, lengths)
         return BUSY * (times.first_s + times.rest_s) * request.sampling.n
 
     def _waiter(self, request: Request, project: str, seconds: float, deadline_at: float) -> Waiter:

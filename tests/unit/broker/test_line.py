@@ -324,7 +324,7 @@ def test_a_request_goes_where_its_tier_is_held_though_that_is_dearer() -> None:
     rig = Rig("alpha", "beta", explore=0.0)
     learn(rig, seconds=5.0, site="alpha")
     learn(rig, seconds=0.5, site="beta")
-    dear = {"beta": offer("beta", expected_charge_usu=20_000)}
+    dear = {"beta": offer("beta", expected_charge_usu=2_000_000)}
     places = {tier: foresee(rig, tier=tier, offers=dear) for tier in ("standard", "interactive")}
     assert {tier: place and place.site for tier, place in places.items()} == {
         "standard": "alpha",
