@@ -4,7 +4,9 @@ Decisions are timed in seconds of processor time of one process, so that other w
 does not count. The table of policies comes from ``fabric.testing.simulation``: the same world, the
 same requests, the same failures and the same state machine for all; only the choice differs.
 
-    python benchmarks/broker.py [--requests 2000] [--rounds 5] [--json FILE]
+    python benchmarks/broker.py [--requests 2000] [--rounds 5] [--scale 1000000] [--json FILE]
+
+``--scale`` simulates so many requests on 100 sites with 10,000 replicas, under our choice alone.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import json
 import os
 import platform
 import random
+import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fabric.broker.facts import Context, Offer, ReplicaSnapshot
@@ -29,6 +32,8 @@ from fabric.testing.simulation import (
     Arrival,
     Report,
     World,
+    iter_trace,
+    make_federation,
     make_trace,
     make_world,
     simulate,
@@ -38,8 +43,14 @@ FLEETS = ((10, 2), (1_000, 10), (1_000, 100), (10_000, 100))
 NUM_DECISIONS = 3_000
 TRACES = (("poisson", 0.0), ("diurnal", 1.0), ("bursty", 1.5))
 PEERS = ("least-load", "first-running")
-PRICE_WEIGHTS = (1.0, 2.0, 4.0)
-WORLD_SEEDS = (1, 2)
+PRICE_WEIGHTS = (1.0, 4.0, 16.0, 64.0)
+WORLDS: Mapping[str, Callable[[], World]] = {
+    "ten centres, 1": lambda: make_federation(seed=1),
+    "ten centres, 2": lambda: make_federation(seed=2),
+    "five drawn sites": lambda: make_world(seed=1),
+}
+SCALE = (100, 100)
+"""Sites, and replicas at each on average."""
 
 Row = dict[str, object]
 
@@ -174,13 +185,31 @@ def against(peer: Report, ours: dict[float, Report]) -> Row:
     }
 
 
+def time_scale(num_requests: int) -> Row:
+    """Simulate a large fleet once; seconds are of the processor, and of what it simulates."""
+    world = make_world(*SCALE, seed=1)
+    trace = iter_trace(world, "poisson", num_requests=num_requests)
+    began = time.process_time()
+    report = simulate(world, trace)
+    ends = [end.at_s + end.total_s for end in report.ends]
+    return {
+        "sites": len(world.sites),
+        "replicas": sum(site.num_replicas for site in world.sites),
+        "requests": num_requests,
+        "processor_s": round(time.process_time() - began, 1),
+        "simulated_s": round(max(ends), 1),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        **report.row(),
+    }
+
+
 def show(decisions: Sequence[Row], worlds: Sequence[Row]) -> None:
     print("decisions a second (processor time, one core)")
     for row in decisions:
         print("  ", ", ".join(f"{name} {value}" for name, value in row.items()))
     for world in worlds:
         for trace in world["traces"]:  # type: ignore[attr-defined]
-            print(f"\nworld {world['seed']}, {trace['trace']}, skew {trace['skew']}")
+            print(f"\n{world['world']}, {trace['trace']}, skew {trace['skew']}")
             names = list(trace["policies"][0])
             print("  ".join(f"{name:>13}" for name in names))
             for row in trace["policies"]:
@@ -193,25 +222,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=2_000, help="of each trace")
     parser.add_argument("--rounds", type=int, default=5, help="of the timed decisions")
+    parser.add_argument("--scale", type=int, default=0, help="requests of the large simulation")
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
     decisions = time_decisions(options.rounds)
     worlds: list[Row] = []
-    for seed in WORLD_SEEDS:
-        world = make_world(seed=seed)
+    for name, make in WORLDS.items():
+        world = make()
         traces = [compare(world, *trace, options.requests) for trace in TRACES]
-        worlds.append({"seed": seed, "traces": traces})
+        worlds.append({"world": name, "traces": traces})
     show(decisions, worlds)
+    scale = time_scale(options.scale) if options.scale else None
+    if scale is not None:
+        print("\nat scale\n  ", ", ".join(f"{name} {value}" for name, value in scale.items()))
     if options.json:
         result = {
             "machine": {
                 "cpu": platform.processor() or platform.machine(),
                 "num_cpus": os.cpu_count(),
+                "load_average": os.getloadavg(),
                 "python": platform.python_version(),
             },
             "num_requests": options.requests,
             "decisions": decisions,
             "worlds": worlds,
+            "scale": scale,
         }
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -109,8 +109,11 @@ class _Recorder:
         assert isinstance(table, Table)
         if isinstance(statement, Update):
             which, self._updated = self._updated, []
+        elif result.rowcount == 0 and not result.returns_rows:
+            # There was such a row, and the statement left it alone.
+            return
         else:
-            given = list(many) or [{**statement.compile().params, **one}]
+            given = list(many) or [_given(statement, one)]
             if len(given) == 1:
                 given[0] = {**given[0], **_made_key(table, result)}
             if not all(column.name in row for row in given for column in table.primary_key):
@@ -158,6 +161,12 @@ def _is_told(table: object) -> bool:
 
 def _select(connection: Connection, query: Any, given: Mapping[str, Any]) -> list[RowMapping]:
     return [row._mapping for row in connection.execute(query, given)]
+
+
+def _given(statement: Insert, one: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of an insertion, wherever they stand."""
+    named = {name: value for name, value in statement.compile().params.items() if value is not None}
+    return {**named, **one}
 
 
 def _made_key(table: Table, result: CursorResult[Any]) -> dict[str, object]:

@@ -8,17 +8,19 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Protocol, TypedDict
 
 from fabric.auth import Decision, Identity, Permits, Rulebook, get_modes, require
+from fabric.broker.lengths import Lengths
 from fabric.broker.limits import Limiter, Standing, Turn
 from fabric.broker.programs import MARGIN, ProgramBounds
-from fabric.broker.select import MAX_SCARCITY, Context, Offer, expected_tokens
+from fabric.broker.select import MAX_SCARCITY, Closure, Context, Offer, expected_tokens
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import Ticket
-from fabric.catalog import Catalog, ModelVersion
+from fabric.catalog import Catalog, ModelVersion, SiteRules
 from fabric.errors import (
     ContextExceeded,
     FabricError,
@@ -56,6 +58,9 @@ Also = Callable[[Ticket], None]
 
 NOTHING_USED = Usage()
 
+BURN_TTL_S = 600.0
+"""How old the rate at which a project spends may be."""
+
 STALE_FACTOR = 5
 """How many times their lifetime facts may serve while newer ones are being read."""
 
@@ -68,6 +73,8 @@ class Facts:
 
     ``rates`` has the enabled sites that have a price; ``sites`` all that the caller may know of, by
     the rules of ``rules_version``, and ``hidden`` the other sites and the digests of other models.
+    ``closures`` are the sites' maintenance by the broker's clock, ``max_in_flight`` their limits
+    where they have any, and ``burns`` what each allocation is charged a day.
     """
 
     version: ModelVersion
@@ -77,6 +84,16 @@ class Facts:
     hidden: frozenset[str]
     rules_version: int
     read_at: float
+    read_on: datetime
+    max_in_flight: Mapping[str, int | None] = field(default_factory=dict)
+    closures: Mapping[str, tuple[Closure, ...]] = field(default_factory=dict)
+    burns: Mapping[str, float] = field(default_factory=dict)
+
+    def days_left(self, allocation: AllocationBalance | None) -> float | None:
+        """Return the days until an allocation ends, if it does."""
+        if allocation is None or allocation.ends_at is None:
+            return None
+        return (allocation.ends_at - self.read_on) / timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +129,7 @@ class Admission:
         settings: BrokerSettings,
         rules: Rulebook,
         find_adapter: FindAdapter | None = None,
+        lengths: Lengths | None = None,
     ) -> None:
         self._ledger = ledger
         self._catalog = catalog
@@ -119,9 +137,11 @@ class Admission:
         self._settings = settings
         self._rules = rules
         self._find_adapter = find_adapter
+        self._lengths = lengths
         self._limiter = Limiter()
         self._turns: dict[str, Turn] = {}
         self._facts: dict[tuple[str, str, str], Facts] = {}
+        self._burns: dict[str, tuple[float, Mapping[str, float]]] = {}
         self._reading: dict[tuple[str, str, str], asyncio.Future[Facts]] = {}
 
     def enter(self, run_id: str, identity: Identity) -> None:
@@ -323,6 +343,7 @@ class Admission:
             offers=offers,
             remaining_s=request.deadline_s,
             settings=self._settings,
+            now=time.monotonic(),
             hidden=facts.hidden,
         )
         return _Checked(
@@ -353,7 +374,7 @@ class Admission:
             why = f"the request's data may not leave {request.data_site}"
             raise NoReplica(model=facts.version.ref, reasons=dict.fromkeys(asked, why))
         n, tier = request.sampling.n, request.tier
-        likely_prompt, likely_output = expected_tokens(request)
+        likely_prompt, likely_output = expected_tokens(request, self._lengths)
         likely = Usage(prompt_tokens=likely_prompt, output_tokens=n * likely_output)
         likely_device_s, most = 0.0, _Hooks()
         if bounds is not None:
@@ -382,6 +403,10 @@ class Admission:
                 max_charge_usu=needed_usu,
                 expected_charge_usu=charge_usu(rate, tier, likely, device_s=likely_device_s),
                 scarcity=min(MAX_SCARCITY, total_usu / max(1, available_usu)),
+                burn_usu_per_day=None if payer is None else facts.burns.get(payer.name),
+                days_left=facts.days_left(payer),
+                max_in_flight=facts.max_in_flight.get(site),
+                closures=facts.closures.get(site, ()),
             )
         if not offers:
             raise RateMissing(model=facts.version.ref, site=allowed[0])
@@ -426,6 +451,8 @@ class Admission:
                     rates[site.name] = self._ledger.rate(version.ref, site.name)
                 except RateMissing:
                     continue
+        now, now_s = utc_now(), time.monotonic()
+        site_rules = {site.name: site.rules for site in sites}
         return Facts(
             version=version,
             sites=tuple(site.name for site in sites),
@@ -433,8 +460,21 @@ class Admission:
             allocations=tuple(self._ledger.payers(permits.project, permits.key_id)),
             hidden=frozenset(hidden),
             rules_version=rules_version,
-            read_at=time.monotonic(),
+            read_at=now_s,
+            read_on=now,
+            max_in_flight={site: one.max_in_flight for site, one in site_rules.items()},
+            closures={site: tuple(_closures(one, now, now_s)) for site, one in site_rules.items()},
+            burns=self._burn(permits.project),
         )
+
+    def _burn(self, project: str) -> Mapping[str, float]:
+        """Return how fast the project's allocations are spent; read seldom, for it takes long."""
+        read_at, burns = self._burns.get(project, (-math.inf, {}))
+        now_s = time.monotonic()
+        if now_s - read_at >= BURN_TTL_S:
+            burns = self._ledger.burn(project)
+            self._burns[project] = now_s, burns
+        return burns
 
 
 class _Hooks(TypedDict, total=False):
@@ -487,6 +527,16 @@ def _digests(versions: Iterable[ModelVersion]) -> set[str]:
 def _require(identity: Identity, scope: str, bounds: ProgramBounds | None) -> None:
     for one in sorted({scope} if bounds is None else {scope, *bounds.scopes}):
         require(identity, one)
+
+
+def _closures(rules: SiteRules, now: datetime, now_s: float) -> Iterator[Closure]:
+    for one in rules.maintenance:
+        if one.ends_at > now:
+            yield Closure(
+                begins_s=now_s + (one.starts_at - now).total_seconds(),
+                ends_s=now_s + (one.ends_at - now).total_seconds(),
+                until=one.ends_at.astimezone(UTC),
+            )
 
 
 def _heard(reading: asyncio.Future[Facts]) -> None:

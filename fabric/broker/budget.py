@@ -32,6 +32,11 @@ class RetryBudget:
         """Whether a retry may be made now."""
         return self._tokens >= 1.0
 
+    @property
+    def is_plenty(self) -> bool:
+        """Whether more than half is left: what is not yet a retry takes no more than that."""
+        return 2 * self._tokens > self._settings.retry_burst
+
     def withdraw(self) -> None:
         """A retry is made."""
         self._tokens -= 1.0

@@ -6,10 +6,12 @@ This is the formula in words and for one replica, as the table of a placement te
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from hashlib import blake2b
 
 from fabric.broker.facts import Context, ReplicaSnapshot
+from fabric.broker.lengths import Lengths
 from fabric.broker.policies import get_weights
 from fabric.broker.pool import (
     MIN_TOKENS_PER_S,
@@ -35,15 +37,19 @@ TRIED_S = 30.0
 _WITHOUT = {"embed": "it does not embed", "program": "it runs no programs"}
 
 
-def expected_tokens(request: Request) -> tuple[int, int]:
-    """Return the likely number of prompt tokens and of output tokens of one choice."""
+def expected_tokens(request: Request, lengths: Lengths | None = None) -> tuple[int, int]:
+    """Return the likely number of prompt tokens and of output tokens of one choice, by what was
+    observed of answers if that is given."""
     if isinstance(request.input, ProgramInput):
         return _expected_of_program(request.input.program)
     prompt = request.prompt_tokens_bound()
     if not isinstance(request.input, TokensInput):
         prompt = prompt // BYTES_PER_TOKEN + 1
     wanted = request.sampling.max_tokens
-    return prompt, PRIOR_OUTPUT_TOKENS if wanted is None else min(wanted, PRIOR_OUTPUT_TOKENS)
+    likely = None if lengths is None else lengths.expected(wanted)
+    if likely is None:
+        likely = PRIOR_OUTPUT_TOKENS
+    return prompt, likely if wanted is None else min(wanted, likely)
 
 
 def _expected_of_program(program: Program) -> tuple[int, int]:
@@ -79,8 +85,17 @@ def prefix_key(request: Request, digest: str, num_tokens: int) -> bytes:
     return blake2b(f"{digest}/{begin}".encode(), digest_size=16).digest()
 
 
-def lasting(request: Request, snapshot: ReplicaSnapshot, context: Context) -> str | None:
-    """Return what keeps the replica from ever serving the request, if anything does."""
+def lasting(
+    request: Request,
+    snapshot: ReplicaSnapshot,
+    context: Context,
+    *,
+    ends_in_s: float | None = None,
+) -> str | None:
+    """Return what keeps the replica from ever serving the request, if anything does.
+
+    ``ends_in_s`` is until its block ends, where that is known better than by the snapshot.
+    """
     if snapshot.digest != context.digest:
         return "it serves another model version"
     if (barred := barred_site(request, snapshot.site, context)) is not None:
@@ -93,7 +108,9 @@ def lasting(request: Request, snapshot: ReplicaSnapshot, context: Context) -> st
         return f"{request.sampling.n} choices are asked for and it runs {snapshot.max_rows} rows"
     if (length := known_length(request)) is not None and length > snapshot.context_tokens:
         return f"its context is {snapshot.context_tokens} tokens and {length} are needed"
-    return _too_late(request, snapshot, context)
+    if ends_in_s is None:
+        ends_in_s = math.inf if snapshot.ends_in_s is None else snapshot.ends_in_s
+    return _too_late(request, snapshot, context, ends_in_s)
 
 
 def passing(snapshot: ReplicaSnapshot) -> str | None:
@@ -125,15 +142,29 @@ def barred_site(request: Request, site: str, context: Context) -> str | None:
             f"the allocation {offer.allocation!r} has {available_usu} micro-SU available and up to"
             f" {offer.max_charge_usu} may be needed"
         )
+    if offer.closures and (closure := offer.closed_at(context.now)) is not None:
+        return f"{site} is in maintenance until {closure.until:%Y-%m-%d %H:%M} UTC"
     return None
 
 
-def data_s(request: Request, site: str, settings: BrokerSettings) -> float:
-    """Return the seconds to bring the request's data to a site."""
+def full_site(site: str, num_in_flight: int, context: Context) -> str | None:
+    """Return what keeps a site with so many requests from taking another now, if anything does."""
+    offer = context.offers.get(site)
+    if offer is None or offer.max_in_flight is None or num_in_flight < offer.max_in_flight:
+        return None
+    return f"{site} takes {offer.max_in_flight} requests at once and has as many"
+
+
+def data_s(request: Request, site: str, context: Context) -> float:
+    """Return the seconds to bring the request's data to a site, by what was observed of the pair,
+    else by what the settings say."""
     home = request.data_site
     if home is None or home == site:
         return 0.0
-    rate = settings.bandwidths_bytes_per_s.get((home, site), settings.bandwidth_bytes_per_s)
+    pair, settings = (home, site), context.settings
+    rate = context.bandwidths_bytes_per_s.get(pair)
+    if rate is None:
+        rate = settings.bandwidths_bytes_per_s.get(pair, settings.bandwidth_bytes_per_s)
     return settings.locality_penalty_s + request.data_bytes / rate
 
 
@@ -150,12 +181,12 @@ def cost_s(
 
     ``cold`` is told only of a replica that may have to be started, and weighs as ``queue`` does.
     """
-    times = times_s(request, snapshot)
+    times = times_s(request, snapshot, context.lengths)
     weights = get_weights(request)
     parts = {
         "queue": times.queue_s,
         "service": times.first_s + times.rest_s - saved_s,
-        "data": data_s(request, snapshot.site, context.settings),
+        "data": data_s(request, snapshot.site, context),
         "price": price_s(snapshot.site, context),
         "risk": FAILURE_S * snapshot.failures
         + (TRIED_S if snapshot.instance in context.tried else 0.0),
@@ -188,9 +219,15 @@ class Times:
         return self.cold_s + self.queue_s + self.first_s + self.rest_s
 
 
-def times_s(request: Request, snapshot: ReplicaSnapshot, output_tokens: int | None = None) -> Times:
+def times_s(
+    request: Request,
+    snapshot: ReplicaSnapshot,
+    lengths: Lengths | None = None,
+    *,
+    output_tokens: int | None = None,
+) -> Times:
     """Rows share the engine, so each busy one slows the others; beyond ``max_rows`` they wait."""
-    prompt_tokens, likely_tokens = expected_tokens(request)
+    prompt_tokens, likely_tokens = expected_tokens(request, lengths)
     if output_tokens is None:
         output_tokens = likely_tokens
     prefill_tokens_per_s = snapshot.prefill_tokens_per_s or PRIOR_PREFILL_TOKENS_PER_S
@@ -215,15 +252,21 @@ def saved_s(snapshot: ReplicaSnapshot, settings: BrokerSettings) -> float:
     return tokens * snapshot.correction / max(MIN_TOKENS_PER_S, rate)
 
 
-def _too_late(request: Request, snapshot: ReplicaSnapshot, context: Context) -> str | None:
+def _too_late(
+    request: Request, snapshot: ReplicaSnapshot, context: Context, ends_in_s: float
+) -> str | None:
     """Refuse what is hopeless: the length of the output is a guess, the first token is not."""
-    times = times_s(request, snapshot)
+    times = times_s(request, snapshot, context.lengths)
     first_s = times.cold_s + times.wait_s + times.first_s
     if first_s > context.remaining_s:
         return (
             f"its first token is expected in {first_s:.1f} s and the deadline is in"
             f" {context.remaining_s:.1f} s"
         )
-    if snapshot.ends_in_s is not None and times.total_s > snapshot.ends_in_s:
-        return f"its block ends in {snapshot.ends_in_s:.0f} s"
+    total_s = times.total_s
+    if total_s > ends_in_s:
+        return f"its block ends in {ends_in_s:.0f} s"
+    offer = context.offers[snapshot.site]
+    if offer.closures and total_s > (closes_in_s := offer.closes_in_s(context.now)):
+        return f"maintenance of {snapshot.site} begins in {closes_in_s:.0f} s"
     return None

@@ -147,12 +147,12 @@ def _rate(
     seen = sorted(ratios.get(replica.instance, ()))
     if len(seen) >= MIN_RATIOS:
         full = replace(full, correction=seen[round(quantile * (len(seen) - 1))])
-    return rows / max(1e-6, times_s(request, full, output_tokens).total_s)
+    return rows / max(1e-6, times_s(request, full, output_tokens=output_tokens).total_s)
 
 
 def _alone_s(request: Request, replica: ReplicaSnapshot, output_tokens: int) -> float:
     """Return the seconds one request takes at a replica with nothing else to do."""
-    return times_s(request, replace(replica, num_busy=0), output_tokens).total_s
+    return times_s(request, replace(replica, num_busy=0), output_tokens=output_tokens).total_s
 
 
 def _num_rows(replica: ReplicaSnapshot, share: float) -> int:

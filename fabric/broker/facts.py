@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 
+from fabric.broker.lengths import Lengths
 from fabric.broker.settings import BrokerSettings
 from fabric.messages import InstanceState, Mode
 
@@ -74,12 +77,24 @@ class ReplicaSnapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Closure:
+    """A site's maintenance: from ``begins_s`` to ``ends_s`` of the state's clock; ``until`` is the
+    latter in UTC."""
+
+    begins_s: float
+    ends_s: float
+    until: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
     """What the request would cost at a site, and the allocation that would pay (``None``: none).
 
     ``available_usu`` is the allocation's free balance; ``scarcity`` compares it with all the
     project may spend (1: as good as everything). Where the rate of spending and the end of the
     period are known, they say it better: 1 means that the balance lasts just as long.
+    ``max_in_flight`` is how many requests of this hub the site takes at once; ``closures`` are its
+    maintenance, in order.
     """
 
     site: str
@@ -90,6 +105,8 @@ class Offer:
     scarcity: float = 1.0
     burn_usu_per_day: float | None = None
     days_left: float | None = None
+    max_in_flight: int | None = None
+    closures: tuple[Closure, ...] = ()
 
     @property
     def pressure(self) -> float:
@@ -99,6 +116,14 @@ class Offer:
         needed_usu = self.burn_usu_per_day * self.days_left
         return min(MAX_SCARCITY, max(MIN_SCARCITY, needed_usu / max(1, self.available_usu)))
 
+    def closed_at(self, now: float) -> Closure | None:
+        """Return the maintenance that is going on, if any is."""
+        return next((one for one in self.closures if one.begins_s <= now < one.ends_s), None)
+
+    def closes_in_s(self, now: float) -> float:
+        """Return the seconds until the next maintenance begins; infinite if none is planned."""
+        return next((one.begins_s - now for one in self.closures if one.begins_s > now), math.inf)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
@@ -106,6 +131,8 @@ class Context:
 
     ``held_usu`` is what the request already holds of ``held_allocation``; ``tried`` are instances
     that failed it before. ``hidden`` are sites and digests of which the caller is told nothing.
+    ``now`` is by the state's clock; ``bandwidths_bytes_per_s``, by (from, to), and the ``lengths``
+    of answers are those that were observed.
     """
 
     model: str
@@ -116,6 +143,9 @@ class Context:
     held_allocation: str | None = None
     held_usu: int = 0
     tried: frozenset[str] = frozenset()
+    now: float = 0.0
+    bandwidths_bytes_per_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    lengths: Lengths | None = None
     hidden: frozenset[str] = frozenset()
 
     def tells(self, replica: ReplicaSnapshot) -> bool:

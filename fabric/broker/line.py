@@ -19,10 +19,11 @@ from fabric.broker.fair import FairQueue, Waiter
 from fabric.broker.policies import get_weights
 from fabric.broker.pool import Floats, Pool, Rows
 from fabric.broker.progress import Progress
-from fabric.broker.replicas import SMOOTHING, Fleet
+from fabric.broker.replicas import Fleet
 from fabric.broker.select import Decision
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.tiers import PROMISES, Tier, tier_of
+from fabric.broker.usual import SMOOTHING
 from fabric.errors import Overloaded, TierNotHeld
 from fabric.messages import Request, Usage
 

@@ -16,6 +16,7 @@ from fabric.auth import Identity, Rulebook, TicketRecord
 from fabric.broker.admit import Admission, FindAdapter
 from fabric.broker.conclude import Also, Conclusion, End
 from fabric.broker.desk import ProgramDesk
+from fabric.broker.lengths import Lengths
 from fabric.broker.limits import Standing
 from fabric.broker.metering import Metering
 from fabric.broker.observe import Observer, Silent
@@ -107,6 +108,7 @@ class Broker:
         self._ledger = ledger
         self._offload = offload
         self._observer: Observer = observer or Silent()
+        lengths = Lengths()
         self.rules = rules or Rulebook(offload)
         self._admission = Admission(
             ledger=ledger,
@@ -115,6 +117,7 @@ class Broker:
             settings=self._settings,
             rules=self.rules,
             find_adapter=find_adapter,
+            lengths=lengths,
         )
         self._conclusion = Conclusion(ledger=ledger, catalog=catalog, offload=offload)
         self._metering = Metering(
@@ -127,7 +130,10 @@ class Broker:
             observer=self._observer,
         )
         self._state = BrokerState(
-            self._settings, started_at=time.monotonic(), salt_key=secrets.token_bytes(32)
+            self._settings,
+            started_at=time.monotonic(),
+            salt_key=secrets.token_bytes(32),
+            lengths=lengths,
         )
         self.programs = ProgramDesk(self._state, self._admission)
         self.tiers = TierDesk(self._state, self._admission)
@@ -282,8 +288,9 @@ class Broker:
             FabricError: As ``submit`` does.
         """
         context = await self._admission.prospect(identity, request, bounds)
-        replicas = self._state.fleet.snapshots(time.monotonic())
-        return select(request, replicas, context, whole=True)
+        now = time.monotonic()
+        replicas = self._state.fleet.snapshots(now)
+        return select(request, replicas, self._state.informed(now, context), whole=True)
 
     def standing(self, identity: Identity) -> list[Standing]:
         """Return what is left of a caller's limits of requests and tokens."""
@@ -326,8 +333,9 @@ class Broker:
             raise Duplicate(kind="run", name=request.id)
 
         def foresee(request: Request, context: Context) -> Placement:
-            snapshots = self._state.fleet.snapshots(time.monotonic())
-            return select(request, [one for one in snapshots if one.instance == instance], context)
+            now = time.monotonic()
+            here = [one for one in self._state.fleet.snapshots(now) if one.instance == instance]
+            return select(request, here, self._state.informed(now, context))
 
         await self._metering.redeem(
             ticket, request, instance=instance, foresee=foresee, bounds=bounds

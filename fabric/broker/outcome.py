@@ -25,7 +25,7 @@ def get_outcome(
         ticket=run.ticket,
         state=state,
         placement=run.placement,
-        attempts=run.attempt,
+        attempts=run.num_sent,
         usage=usage,
         charge_usu=charge_usu,
         first_token_s=since_start_s(run),
@@ -47,7 +47,7 @@ def get_completed(run: Progress, outcome: Outcome) -> RunCompleted:
         adapter=run.ticket.adapter,
         site=placement.site,
         instance=placement.instance,
-        attempts=run.attempt,
+        attempts=run.num_sent,
         finish_reasons=tuple(reason for reason in run.finishes if reason is not None),
         usage=outcome.usage,
         charge_usu=outcome.charge_usu,
@@ -78,7 +78,7 @@ def _token_s(run: Progress) -> float | None:
 
 def too_late(run: Progress) -> DeadlineExceeded:
     """Return what a run ends with whose deadline is over."""
-    return DeadlineExceeded(deadline_s=run.ticket.request.deadline_s, attempts=run.attempt)
+    return DeadlineExceeded(deadline_s=run.ticket.request.deadline_s, attempts=run.num_sent)
 
 
 def broken(run: Progress, instance: str, error: FabricError) -> StreamBroken:

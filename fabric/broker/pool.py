@@ -5,6 +5,7 @@ Shapes: N rows (replicas), G groups (a model version at a site), K rows of a few
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -46,6 +47,8 @@ class Pool:
         self.groups: dict[str, dict[str, int]] = {}
         """The group of each site, by digest."""
         self.num_groups = 0
+        self.in_flight_of: Counter[str] = Counter()
+        """How many attempts this hub has at each site."""
         self._row_of: dict[str, int] = {}
         self._affine: dict[tuple[bytes, int], list[int]] = {}
         self._rows_of: dict[int, Rows] = {}
@@ -108,6 +111,9 @@ class Pool:
                 row = None
         if row is None:
             row = self._add(snapshot)
+        self.in_flight_of[snapshot.site] += (
+            snapshot.num_in_flight - self.snapshots[row].num_in_flight
+        )
         self.snapshots[row] = snapshot
         free = snapshot.state is InstanceState.READY and not snapshot.ejected
         busy, max_rows = snapshot.num_busy, snapshot.max_rows
@@ -143,6 +149,7 @@ class Pool:
         """Forget a replica; the last row takes its place."""
         row = self._row_of.pop(instance)
         last = len(self.snapshots) - 1
+        self.in_flight_of[self.snapshots[row].site] -= self.snapshots[row].num_in_flight
         moved = self.snapshots.pop()
         if row != last:
             self.snapshots[row] = moved
@@ -186,6 +193,7 @@ class Pool:
             sites[snapshot.site] = self.num_groups
             self.num_groups += 1
         self.snapshots.append(snapshot)
+        self.in_flight_of[snapshot.site] += snapshot.num_in_flight
         self._row_of[snapshot.instance] = row
         self._groups[row] = sites[snapshot.site]
         self._keys[row] = int.from_bytes(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from fabric.broker.cost import times_s
 from fabric.broker.facts import ReplicaSnapshot
+from fabric.broker.hedge import Hedge
 from fabric.broker.signals import Ticket
 from fabric.errors import FabricError
 from fabric.ledger import charge_usu
@@ -22,7 +24,9 @@ class Progress:
     replica; ``in_line`` means that it has not had its turn yet; ``served_site`` is the last that
     delivered something; ``held_back`` means that a slow client, not the replica, set the pace;
     ``predicted`` is the replica as it was at ``sent_at``; ``saved`` are the runs of a program that
-    have returned all they save. The choices of a program are its runs.
+    have returned all they save. The choices of a program are its runs. ``attempt`` numbers the live
+    attempt, of ``num_sent``; ``hedge`` is one beside it as long as neither has said anything, and
+    is sent at ``hedge_at``; ``expected_s`` is when the first word was expected after ``sent_at``.
     """
 
     ticket: Ticket
@@ -33,6 +37,10 @@ class Progress:
     waiting_since: float
     state: RunState = RunState.QUEUED
     attempt: int = 0
+    num_sent: int = 0
+    hedge: Hedge | None = None
+    hedge_at: float = math.inf
+    expected_s: float = 0.0
     instance: str | None = None
     placement: Placement | None = None
     served_site: str | None = None
@@ -103,6 +111,11 @@ class Progress:
             return bounds.saving <= self.saved and all(not most or done for most, done in ended)
         return not self.ticket.max_output_tokens or None not in self.finishes
 
+    def accept(self, prompt_tokens: int) -> None:
+        """Note the length of the prompt, which every attempt finds the same."""
+        if not self.prompt_tokens:
+            self.prompt_tokens = min(prompt_tokens, self.ticket.prompt_tokens_bound)
+
     def take(self, token: Token, now: float) -> str | None:
         """Count a token, or return why the instance may not send it."""
         choice = token.choice
@@ -124,7 +137,7 @@ class Progress:
             self.token_ids.append(token.token_id)
         if self.attempt_first_at is None:
             self.attempt_first_at = now
-            self.silent_until = None
+            self.silent_until, self.hedge_at = None, math.inf
         if self.first_token_at is None:
             self.first_token_at = now
         self.last_token_at = now
@@ -132,7 +145,7 @@ class Progress:
 
     def take_scores(self) -> bool:
         """Return whether the prompt's scores are new to the client."""
-        self.silent_until = None
+        self.silent_until, self.hedge_at = None, math.inf
         if self.scored:
             return False
         self.scored = True
@@ -234,6 +247,19 @@ class Progress:
         moved = request.data_bytes > 0 and request.data_site not in (None, self.predicted.site)
         return 0.0 if moved else self.attempt_first_at - self.sent_at
 
+    def transfer(self) -> tuple[str, str, int, float] | None:
+        """Return what this attempt moved: from, to, bytes and seconds, those to the first token
+        beyond what was predicted without it; ``None`` if it moved nothing."""
+        request, predicted = self.ticket.request, self.predicted
+        if predicted is None or predicted.cold_p or self.attempt_first_at is None:
+            return None
+        if request.data_site in (None, predicted.site) or not request.data_bytes:
+            return None
+        times = times_s(request, predicted)
+        own_s = times.wait_s + times.first_s * (1.0 + times.share)
+        seconds = self.attempt_first_at - self.sent_at - own_s
+        return str(request.data_site), predicted.site, request.data_bytes, seconds
+
     def observed_over_predicted(self, now: float) -> float:
         """Return how this attempt's seconds compare with what was predicted for as many tokens
         without correction, or 0 if nothing can be said."""
@@ -241,7 +267,7 @@ class Progress:
             return 0.0
         plain = replace(self.predicted, correction=1.0)
         num_tokens = self.num_tokens - self.num_before
-        predicted_s = times_s(self.ticket.request, plain, num_tokens).total_s
+        predicted_s = times_s(self.ticket.request, plain, output_tokens=num_tokens).total_s
         return (now - self.sent_at) / predicted_s if predicted_s > 0 else 0.0
 
 

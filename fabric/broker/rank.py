@@ -16,6 +16,7 @@ from fabric.broker.cost import (
     barred_site,
     data_s,
     expected_tokens,
+    full_site,
     known_length,
     lasting,
     passing,
@@ -70,8 +71,8 @@ class Ranking:
         A function of the request's id. A trial moves no data, costs little more than the best, is
         expected to be done in half the time that is left, and never follows a failure.
         """
-        request, settings = self._request, self._context.settings
-        if request.policy == "local-only" or self._context.tried:
+        request, context, settings = self._request, self._context, self._context.settings
+        if request.policy == "local-only" or context.tried:
             return best
         drawn = _drawn(request.id)
         if (drawn >> 40 & 0xFFFFF) >= settings.explore * 2**20:
@@ -80,8 +81,8 @@ class Ranking:
         rows_K = (self.cost_N <= limit_s).nonzero()[0]
         for row in rows_K[self._pool.draw(rows_K, drawn).argsort()].tolist():
             snapshot = self._pool.at(row)
-            moves = data_s(request, snapshot.site, settings) > 0
-            late = times_s(request, snapshot).total_s > self._context.remaining_s / 2
+            moves = data_s(request, snapshot.site, context) > 0
+            late = times_s(request, snapshot, context.lengths).total_s > context.remaining_s / 2
             if not (moves or late or self._excluded(row)):
                 return int(row)
         return best
@@ -90,14 +91,18 @@ class Ranking:
         """Return the weighted cost of each row; shape (N,)."""
         pool, request, context = self._pool, self._request, self._context
         weights = get_weights(request)
-        prompt_tokens, output_tokens = expected_tokens(request)
+        prompt_tokens, output_tokens = expected_tokens(request, context.lengths)
         data_weight, price_weight = weights["data"], weights["price"]
+        home = request.data_site
         site_G = [math.inf] * pool.num_groups
         for site, group in pool.groups.get(context.digest, {}).items():
-            if barred_site(request, site, context) is None:
-                moving_s = data_s(request, site, context.settings)
-                paying_s = price_s(site, context)
-                site_G[group] = data_weight * moving_s + price_weight * paying_s
+            if barred_site(request, site, context) is not None:
+                continue
+            if full_site(site, pool.in_flight_of[site], context) is not None:
+                continue
+            site_G[group] = price_weight * price_s(site, context)
+            if home is not None and home != site:
+                site_G[group] += data_weight * data_s(request, site, context)
         own_N = pool.column("prefill_s") * prompt_tokens
         own_N += pool.column("overhead_s")
         own_N += pool.column("decode_s") * output_tokens
@@ -161,14 +166,16 @@ class Ranking:
         return int(rows_K[self._pool.draw(rows_K, _drawn(self._request.id)).argmin()])
 
     def _excluded(self, row: int) -> bool:
-        snapshot = self._pool.at(row)
-        barred = lasting(self._request, snapshot, self._context) or passing(snapshot)
-        return barred is not None
+        pool, snapshot = self._pool, self._pool.snapshots[row]
+        ends_in_s = float(pool.column("ends_at")[row]) - pool.now
+        barred = lasting(self._request, snapshot, self._context, ends_in_s=ends_in_s)
+        # A full site's rows are infinite already.
+        return barred is not None or passing(snapshot) is not None
 
     def _filter(self) -> None:
         """Exclude all that the rare filters exclude."""
         pool, request = self._pool, self._request
-        prompt_tokens, output_tokens = expected_tokens(request)
+        prompt_tokens, output_tokens = expected_tokens(request, self._context.lengths)
         first_N = pool.column("prefill_s") * prompt_tokens + pool.column("overhead_s")
         own_N = first_N + pool.column("decode_s") * output_tokens
         first_N += self._wait() * own_N + pool.column("cold_s")
@@ -179,9 +186,19 @@ class Ranking:
         barred_N |= np.array([request.mode not in one.modes for one in pool.snapshots], bool)
         if request.adapter is not None:
             barred_N |= np.array([not one.adapters for one in pool.snapshots], bool)
+        barred_N |= total_N > self._closes_in_s()
         if (length := known_length(request)) is not None:
             barred_N |= pool.column("context_tokens") < length
         self.cost_N[barred_N] = math.inf
+
+    def _closes_in_s(self) -> Floats:
+        """Return the seconds until each replica's site goes into maintenance; shape (N,)."""
+        pool, context = self._pool, self._context
+        site_G = [math.inf] * pool.num_groups
+        for site, group in pool.groups.get(context.digest, {}).items():
+            if (offer := context.offers.get(site)) is not None:
+                site_G[group] = offer.closes_in_s(context.now)
+        return np.array(site_G).take(pool.group_N)
 
 
 def _drawn(request_id: str) -> int:

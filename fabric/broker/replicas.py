@@ -11,13 +11,13 @@ from heapq import heappop, heappush
 from fabric.broker.facts import NO_LIMIT, ReplicaSnapshot
 from fabric.broker.pool import Pool
 from fabric.broker.settings import BrokerSettings
+from fabric.broker.usual import Rates, Usual, mean
 from fabric.messages import Hello, InstanceState, Limits, Load
 
-SMOOTHING = 0.2
-"""Weight of the newest observation in a running mean."""
 FAILURE_HALF_LIFE_S = 30.0
 FRESH_S = 60.0
-"""For how long observed rates count: an instance that once was slow gets another chance."""
+"""For how long observed rates count: an instance that once was slow gets another chance, as one
+that does what is usual at its site."""
 LONG_PROMPT_TOKENS = 256
 """From here on the first token's time says how fast prompts are read."""
 CORRECTIONS = (0.25, 4.0)
@@ -26,6 +26,7 @@ DECAY_STEP_S = 1.0
 """How exactly the decay of failures is followed."""
 NUM_RATIOS = 64
 """Latest answers whose observed over predicted seconds are kept."""
+NOTHING_USUAL = Usual()
 FORGOTTEN = 0.01
 """So few recent failures are none."""
 
@@ -69,9 +70,7 @@ class Replica:
     out_until: float | None = None
     trial: str | None = None
     observed_at: float = -FRESH_S
-    overhead_s: float = 0.0
-    prefill_tokens_per_s: float = 0.0
-    decode_tokens_per_s: float = 0.0
+    rates: Rates = field(default_factory=Rates)
     correction: float = 1.0
     cold_p: float = 0.0
     start_wait_s: float = 0.0
@@ -101,10 +100,12 @@ class Replica:
             times.append(self.observed_at + FRESH_S)
         return min(times)
 
-    def snapshot(self, now: float) -> ReplicaSnapshot:
-        """Return what ``select`` reads of it."""
+    def snapshot(self, now: float, usual: Usual = NOTHING_USUAL) -> ReplicaSnapshot:
+        """Return what ``select`` reads of it; ``usual`` stands for what is not known."""
         hello = self.hello
         fresh = now - self.observed_at < FRESH_S
+        others = usual.of(hello.digest, hello.site)
+        rates = self.rates if fresh else others
         return ReplicaSnapshot(
             instance=hello.instance,
             site=hello.site,
@@ -115,9 +116,9 @@ class Replica:
             max_rows=hello.limits.max_rows,
             num_busy=max(self.load.num_running + self.load.num_waiting, len(self.in_flight)),
             num_in_flight=len(self.in_flight),
-            overhead_s=self.overhead_s if fresh else 0.0,
-            prefill_tokens_per_s=self.prefill_tokens_per_s if fresh else 0.0,
-            decode_tokens_per_s=self.decode_tokens_per_s if fresh else 0.0,
+            overhead_s=rates.overhead_s or others.overhead_s,
+            prefill_tokens_per_s=rates.prefill_tokens_per_s or others.prefill_tokens_per_s,
+            decode_tokens_per_s=rates.decode_tokens_per_s or others.decode_tokens_per_s,
             failures=self.recent_failures(now) if self.failures else 0.0,
             ends_in_s=None if self.ends_at is None else self.ends_at - now,
             correction=self.correction if fresh else 1.0,
@@ -134,9 +135,9 @@ class Replica:
         """Return the same with the rates that were last observed, however long ago."""
         return replace(
             self.snapshot(now),
-            overhead_s=self.overhead_s,
-            prefill_tokens_per_s=self.prefill_tokens_per_s,
-            decode_tokens_per_s=self.decode_tokens_per_s,
+            overhead_s=self.rates.overhead_s,
+            prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
+            decode_tokens_per_s=self.rates.decode_tokens_per_s,
             correction=self.correction,
         )
 
@@ -168,6 +169,8 @@ class Fleet:
         self._settings = settings
         self._replicas: dict[str, Replica] = {}
         self._pool = Pool()
+        self._awaited: set[str] = set()
+        self._usual = Usual()
         self._due: list[tuple[float, str]] = []
 
     def __iter__(self) -> Iterator[Replica]:
@@ -179,7 +182,7 @@ class Fleet:
 
     def snapshots(self, now: float) -> list[ReplicaSnapshot]:
         """Return all replicas as they are now."""
-        return [replica.snapshot(now) for replica in self._replicas.values()]
+        return [replica.snapshot(now, self._usual) for replica in self._replicas.values()]
 
     def pool(self, now: float) -> Pool:
         """Return all replicas as they are now, in columns that are kept up to date."""
@@ -212,7 +215,7 @@ class Fleet:
     def _put(self, replica: Replica) -> None:
         """Note in the pool how a replica is, and when time alone will change that."""
         now = self._pool.now
-        self._pool.put(replica.snapshot(now))
+        self._pool.put(replica.snapshot(now, self._usual))
         changes_at = replica.changes_at(now)
         if changes_at < replica.due_at:
             replica.due_at = changes_at
@@ -296,6 +299,13 @@ class Fleet:
             if replica.trial == run_id:
                 replica.trial = None
             self._put(replica)
+            if replica.hello.site in self._awaited:
+                self._awaited.discard(replica.hello.site)
+                self.version += 1
+
+    def await_place(self, sites: Iterable[str]) -> None:
+        """Somebody waits until one of these sites has fewer requests in flight."""
+        self._awaited.update(sites)
 
     def succeeded(self, instance: str) -> None:
         """An attempt ended as it should."""
@@ -349,21 +359,26 @@ class Fleet:
         replica = self._replicas.get(instance)
         if replica is None:
             return
+        seen = Rates(decode_tokens_per_s=decode_tokens_per_s)
         if prompt_tokens >= LONG_PROMPT_TOKENS and first_token_s > 0:
-            replica.prefill_tokens_per_s = _mean(
-                replica.prefill_tokens_per_s, prompt_tokens / first_token_s
-            )
+            seen.prefill_tokens_per_s = prompt_tokens / first_token_s
         else:
-            replica.overhead_s = _mean(replica.overhead_s, first_token_s)
-        replica.decode_tokens_per_s = _mean(replica.decode_tokens_per_s, decode_tokens_per_s)
+            seen.overhead_s = first_token_s
+        replica.rates.add(seen)
         low, high = CORRECTIONS
         if ratio:
             replica.ratios.append(ratio)
-            replica.correction = _mean(replica.correction, min(high, max(low, ratio)))
+            replica.correction = mean(replica.correction, min(high, max(low, ratio)))
         replica.caches_prefixes |= cached_tokens > 0
         replica.observed_at = now
         self._advance(now)
         self._put(replica)
+        digest, site = replica.hello.digest, replica.hello.site
+        groups = self._pool.groups[digest]
+        for changed in self._usual.observe(digest, site, seen, groups):
+            # What is usual there stands for what is not known of its replicas.
+            for row in self._pool.rows(groups[changed]).tolist():
+                self._put(self._replicas[self._pool.snapshots[row].instance])
 
     def _forget(self, instance: str) -> None:
         del self._replicas[instance]
@@ -377,9 +392,3 @@ class Fleet:
         ]
         num_out = sum(one.out_until is not None for one in peers)
         return 2 * (num_out + 1) <= len(peers)
-
-
-def _mean(old: float, new: float) -> float:
-    if not old or not new:
-        return new or old
-    return old + SMOOTHING * (new - old)

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fabric.broker.cost import cost_s, expected_tokens, lasting, passing, saved_s
-from fabric.broker.facts import MAX_SCARCITY, Context, Offer, ReplicaSnapshot
+from fabric.broker.cost import cost_s, expected_tokens, full_site, lasting, passing, saved_s
+from fabric.broker.facts import MAX_SCARCITY, Closure, Context, Offer, ReplicaSnapshot
 from fabric.broker.pool import Pool, Replicas, as_pool
 from fabric.broker.rank import Ranking
 from fabric.errors import NoReplica
@@ -21,6 +21,7 @@ from fabric.messages import Candidate, Placement, Request
 
 __all__ = [
     "MAX_SCARCITY",
+    "Closure",
     "Context",
     "Decision",
     "Offer",
@@ -115,11 +116,20 @@ def select(
     return decide(request, replicas, context).placement(whole=whole)
 
 
+def full_sites(pool: Pool, context: Context) -> list[str]:
+    """Return the sites that have as many requests in flight as they may."""
+    sites = pool.groups.get(context.digest, {})
+    return [site for site in sites if full_site(site, pool.in_flight_of[site], context)]
+
+
 def may_come(request: Request, replicas: Replicas, context: Context) -> bool:
     """Return whether a replica is kept from the request only by what may pass."""
     pool = as_pool(replicas)
-    blocked = pool.column("blocked_s").nonzero()[0].tolist()
-    return any(lasting(request, pool.at(row), context) is None for row in blocked)
+    kept_N = pool.column("blocked_s") > 0
+    for site in full_sites(pool, context):
+        kept_N[pool.rows(pool.groups[context.digest][site])] = True
+    kept = kept_N.nonzero()[0].tolist()
+    return any(lasting(request, pool.at(row), context) is None for row in kept)
 
 
 class _Table:
@@ -175,6 +185,9 @@ class _Table:
     def _line(self, row: int, num_alike: int = 1) -> Candidate:
         snapshot, context = self._pool.at(row), self._context
         excluded = lasting(self._request, snapshot, context) or passing(snapshot)
+        if excluded is None:
+            num_in_flight = self._pool.in_flight_of[snapshot.site]
+            excluded = full_site(snapshot.site, num_in_flight, context)
         cost = {}
         if excluded is None:
             saved = saved_s(snapshot, context.settings) if row in self._ranking.affine else 0.0

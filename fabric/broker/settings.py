@@ -23,6 +23,10 @@ class BrokerSettings:
         eject_after: Failures in a row that take a replica out; never more than half of those that
             serve one digest.
         eject_s: How long it stays out before one request tries it again.
+        hedge_quantile: Share of the attempts that have said something by when a second is sent
+            beside a silent one; 1 sends none.
+        hedge_min_s: How long every attempt may be silent before that.
+        hedge_samples: Attempts that must have been seen before any is taken for slow.
         lost_memory_s: How long a lost replica is expected back.
         lease_s: How long a hold outlives a hub that no longer renews it.
         sweep_s: How often holds whose lease ran out are released.
@@ -34,7 +38,8 @@ class BrokerSettings:
         bandwidth_bytes_per_s: Rate at which data moves between sites.
         bandwidths_bytes_per_s: The same where it is known better, by (from, to).
         locality_penalty_s: Fixed price of running away from the data.
-        seconds_per_su: What a service unit is worth in seconds of waiting.
+        seconds_per_su: What a service unit is worth in seconds of waiting: at a site file's usual
+            price an output token's charge is then 12 ms, about the time that it takes.
         tie_s: Expected seconds that make no difference; the less busy replica gets the request.
         prefix_tokens: Tokens at the beginning of a prompt by which it finds replicas that may have
             computed them before; a shorter prompt looks for none.
@@ -62,6 +67,9 @@ class BrokerSettings:
     cancel_grace_s: float = 2.0
     eject_after: int = 5
     eject_s: float = 10.0
+    hedge_quantile: float = 0.95
+    hedge_min_s: float = 1.0
+    hedge_samples: int = 100
     lost_memory_s: float = 60.0
     lease_s: float = 60.0
     sweep_s: float = 10.0
@@ -72,7 +80,7 @@ class BrokerSettings:
     bandwidth_bytes_per_s: float = 100e6
     bandwidths_bytes_per_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
     locality_penalty_s: float = 1.0
-    seconds_per_su: float = 1_000.0
+    seconds_per_su: float = 300.0
     tie_s: float = 0.05
     prefix_tokens: int = 256
     prefix_replicas: int = 2

@@ -1,22 +1,28 @@
 """The broker's mind: events in, instructions out. It does no I/O and has no clock.
 
-Every admitted run ends exactly once, with one ``Settle`` or ``Void`` and one last ``Emit``; it
-never has two live attempts, and its client sees every token once and in order.
+Every admitted run ends exactly once, with one ``Settle`` or ``Void`` and one last ``Emit``; it has
+two live attempts at most, and only until one says something; its client sees every token once and
+in order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from hashlib import blake2b
+from dataclasses import replace
 
 from fabric.broker.budget import RetryBudget
 from fabric.broker.cost import times_s
+from fabric.broker.hedge import first_answer_s, may_hedge, suits
+from fabric.broker.lengths import Lengths
 from fabric.broker.line import Line
+from fabric.broker.links import Links
 from fabric.broker.outcome import backoff_s, broken, get_completed, get_outcome, too_late
 from fabric.broker.pool import Replicas
 from fabric.broker.progress import Progress
+from fabric.broker.races import Races
 from fabric.broker.replicas import Fleet
-from fabric.broker.select import Context, Decision, decide, may_come
+from fabric.broker.select import Context, Decision, ReplicaSnapshot, decide, full_sites, may_come
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import (
     AbandonAttempt,
@@ -41,6 +47,7 @@ from fabric.broker.signals import (
     Tick,
     Void,
 )
+from fabric.broker.tasks import Tasks
 from fabric.errors import (
     AuthError,
     ConfigError,
@@ -65,7 +72,6 @@ from fabric.messages import (
     RunFailed,
     RunState,
     Saves,
-    Task,
     Token,
     Usage,
 )
@@ -92,6 +98,7 @@ class BrokerState:
         started_at: When the hub came up: for a while after it, replicas are still expected.
         decide: Where a request goes; simulations compare others with ours.
         salt_key: A secret, from which each project gets the salt of its cached prefixes.
+        lengths: Where the lengths of answers are noted; admission prices by them.
     """
 
     def __init__(
@@ -101,15 +108,19 @@ class BrokerState:
         started_at: float,
         decide: Decide = decide,
         salt_key: bytes = b"",
+        lengths: Lengths | None = None,
     ) -> None:
         self.fleet = Fleet(settings)
         self.runs: dict[str, Progress] = {}
         self._settings = settings
         self._started_at = started_at
         self._decide = decide
-        self._salt_key = salt_key
+        self._tasks = Tasks(settings, salt_key)
         self._budget = RetryBudget(settings)
+        self._links = Links()
+        self._lengths = lengths or Lengths()
         self.line = Line(settings, self.fleet)
+        self._races = Races(settings, self.fleet, self._release)
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
@@ -134,7 +145,7 @@ class BrokerState:
             Overloaded: It would have to wait for too long.
             TierNotHeld: Its tier's promise cannot be held.
         """
-        replicas = self.fleet.pool(now)
+        replicas, context = self.fleet.pool(now), self.informed(now, context)
         try:
             decision = self._decide(request, replicas, context)
         except NoReplica:
@@ -144,6 +155,11 @@ class BrokerState:
         self.line.foresee(request, project, context, decision)
         return decision.bare()
 
+    def informed(self, now: float, context: Context) -> Context:
+        """Return what a choice rests on with the time and the bandwidths that were observed."""
+        links, lengths = self._links.bytes_per_s, self._lengths
+        return replace(context, now=now, bandwidths_bytes_per_s=links, lengths=lengths)
+
     def _others(self, event: StateEvent) -> Instructions:
         now = event.now
         match event:
@@ -152,7 +168,10 @@ class BrokerState:
             case Tick():
                 yield from self._on_tick(now)
             case AttemptLost(run_id=run_id, attempt=attempt, error=error):
-                if (run := self._live(run_id, attempt)) is not None:
+                run = self.runs.get(run_id)
+                if run is not None and run.hedge is not None and run.hedge.attempt == attempt:
+                    self._races.lose(run, now)
+                elif (run := self._live(run_id, attempt)) is not None:
                     yield from self._on_lost(run, now, error)
             case ClientSlow(run_id=run_id):
                 if (run := self.runs.get(run_id)) is not None:
@@ -217,6 +236,7 @@ class BrokerState:
             decision = self._decide(request, replicas, context)
         except NoReplica as error:
             run.seen_version = self.fleet.version
+            self.fleet.await_place(full_sites(replicas, context))
             hopeless = not self._may_wait(now) and not may_come(request, replicas, context)
             if hopeless or out_of_patience:
                 yield from self._end(run, now, run.last_error if run.num_tokens else error)
@@ -253,15 +273,17 @@ class BrokerState:
 
     def _send(self, run: Progress, decision: Decision, now: float) -> Instructions:
         placement = decision.placement()
-        if run.attempt:
+        if run.num_sent:
             self._budget.withdraw()
-        run.attempt += 1
+        run.num_sent += 1
+        run.attempt = run.num_sent
         run.instance, run.placement = placement.instance, placement
         run.state = RunState.DISPATCHED
         run.sent_at, run.attempt_first_at = now, None
         run.num_before = run.num_tokens
         run.predicted = decision.chosen
-        run.silent_until = self._silent_until(run, now)
+        run.silent_until = self._silent_until(run, decision.chosen, now)
+        self._expect(run, decision, now)
         self.fleet.assign(now, placement.instance, run.ticket.request.id)
         self.line.began(run)
         yield Emit(
@@ -275,28 +297,14 @@ class BrokerState:
         yield SendTask(
             run_id=run.ticket.request.id,
             instance=placement.instance,
-            task=Task(
-                id=run.ticket.request.id,
-                attempt=run.attempt,
-                request=run.ticket.request,
-                digest=run.ticket.digest,
-                prefix=tuple(run.token_ids),
-                deadline_s=max(run.deadline_at - now, 0.001),
-                window=self._settings.window_events,
-                cache_salt=self._get_salt(run.ticket.project),
-                adapter=run.ticket.adapter,
-            ),
+            task=self._tasks.get(run, run.attempt, now),
         )
 
-    def _get_salt(self, project: str) -> str:
-        """Return what lets a project's requests share prefixes, and nobody else's with them."""
-        return blake2b(project.encode(), key=self._salt_key, digest_size=16).hexdigest()
-
-    def _silent_until(self, run: Progress, now: float) -> float | None:
-        replica = self.fleet.get(run.instance or "")
-        if replica is None or not replica.streams or run.predicted is None:
+    def _silent_until(self, run: Progress, chosen: ReplicaSnapshot, now: float) -> float | None:
+        replica = self.fleet.get(chosen.instance)
+        if replica is None or not replica.streams:
             return None
-        expected_s = times_s(run.ticket.request, run.predicted).total_s
+        expected_s = times_s(run.ticket.request, chosen, self._lengths).total_s
         return now + max(self._settings.first_token_timeout_s, SILENCE_FACTOR * expected_s)
 
     def _may_wait(self, now: float) -> bool:
@@ -314,9 +322,38 @@ class BrokerState:
             settings=self._settings,
             held_allocation=run.held_allocation,
             held_usu=run.held_usu,
-            tried=frozenset(run.tried),
+            tried=frozenset(run.tried if run.instance is None else {*run.tried, run.instance}),
+            now=now,
+            bandwidths_bytes_per_s=self._links.bytes_per_s,
+            lengths=self._lengths,
             hidden=run.ticket.hidden,
         )
+
+    # ---- second attempts ------------------------------------------------------------------------
+
+    def _expect(self, run: Progress, decision: Decision, now: float) -> None:
+        """Note when the first word is expected, and when its absence is worth a second attempt."""
+        request, chosen = run.ticket.request, decision.chosen
+        run.expected_s, run.hedge_at = 0.0, math.inf
+        if run.silent_until is not None and not run.delivered and may_hedge(request, chosen):
+            run.expected_s = first_answer_s(request, chosen, decision.context)
+            run.hedge_at = now + self._races.waits.patience_s(run.expected_s)
+
+    def _hedge(self, run: Progress, now: float) -> Instructions:
+        """Send a second attempt beside a silent first, if the budget allows and a replica suits."""
+        run.hedge_at = math.inf
+        if run.num_sent >= self._settings.max_attempts or not self._budget.is_plenty:
+            return
+        request, context = run.ticket.request, self._context(run, now)
+        try:
+            decision = self._decide(request, self.fleet.pool(now), context)
+        except NoReplica:
+            return
+        if suits(request, decision.chosen, context):
+            self._budget.withdraw()
+            task = self._tasks.get(run, run.num_sent + 1, now)
+            silent_until = self._silent_until(run, decision.chosen, now)
+            yield from self._races.start(run, now, decision, task, silent_until)
 
     # ---- attempts -------------------------------------------------------------------------------
 
@@ -326,8 +363,10 @@ class BrokerState:
         return run if run and run.instance is not None and run.attempt == attempt else None
 
     def _on_attempt_event(self, event: AttemptEvent) -> Instructions:
-        run, now = self._live(event.run_id, event.attempt), event.now
-        if run is None:
+        run, now = self.runs.get(event.run_id), event.now
+        if run is not None and run.hedge is not None:
+            yield from self._races.judge(run, event)
+        if (run := self._live(event.run_id, event.attempt)) is None:
             return
         match event.event:
             case Token() as token:
@@ -345,8 +384,7 @@ class BrokerState:
                 if run.ticket.bounds is not None:
                     # A program may compute for long before it has anything to say.
                     run.silent_until = None
-                if not run.prompt_tokens:
-                    run.prompt_tokens = min(prompt_tokens, run.ticket.prompt_tokens_bound)
+                run.accept(prompt_tokens)
             case PromptScored() as scored:
                 if run.take_scores() and run.cancel_until is None:
                     yield Emit(run_id=event.run_id, event=scored)
@@ -369,7 +407,13 @@ class BrokerState:
             return
         instance = run.instance or ""
         self.fleet.succeeded(instance)
+        request = run.ticket.request
+        if request.mode == "query" and run.num_tokens:
+            self._lengths.observe(request.sampling.max_tokens, run.num_tokens / len(run.counts))
         if run.attempt_first_at is not None and not run.held_back and not is_program:
+            self._races.waits.observe(run.attempt_first_at - run.sent_at, run.expected_s)
+            if (moved := run.transfer()) is not None:
+                self._links.observe(*moved)
             self.fleet.observed(
                 now,
                 instance,
@@ -412,6 +456,9 @@ class BrokerState:
         """The attempt is over without a result: go on elsewhere if that is allowed."""
         instance = run.instance or ""
         self.fleet.failed(now, instance)
+        if run.hedge is not None:
+            yield from self._races.promote(run, error.message)
+            return
         self._detach(run)
         if run.cancel_until is not None:
             yield from self._end(run, now, RequestCancelled())
@@ -419,7 +466,7 @@ class BrokerState:
             yield from self._complete(run, now, None)
         elif (run.num_tokens or run.has_saves) and not run.resumable:
             yield from self._end(run, now, broken(run, instance, error))
-        elif run.attempt >= self._settings.max_attempts:
+        elif run.num_sent >= self._settings.max_attempts:
             yield from self._end(run, now, error)
         else:
             run.last_error = error
@@ -451,12 +498,15 @@ class BrokerState:
                 yield AbandonAttempt(run_id=run_id, attempt=run.attempt)
                 timeout = FirstTokenTimeout(instance=run.instance, timeout_s=silence_s)
                 yield from self._on_lost(run, now, timeout)
+            elif now >= run.hedge_at:
+                yield from self._hedge(run, now)
         yield from self._take_turns(now, everyone=True)
 
     def _on_client_gone(self, run: Progress, now: float) -> Instructions:
         if run.instance is None:
             yield from self._end(run, now, RequestCancelled())
         elif run.cancel_until is None:
+            yield from self._races.drop(run)
             run.cancel_until = now + self._settings.cancel_grace_s
             yield CancelAttempt(
                 run_id=run.ticket.request.id, instance=run.instance, attempt=run.attempt
@@ -491,7 +541,8 @@ class BrokerState:
         )
 
     def _close(self, run: Progress, outcome: Outcome) -> Instructions:
-        """Forget the run and its attempt, and settle or return its hold."""
+        """Forget the run and its attempts, and settle or return its hold."""
+        yield from self._races.drop(run)
         self._detach(run)
         self.line.ended(run, outcome.usage, outcome.total_s)
         run_id = run.ticket.request.id
@@ -504,6 +555,9 @@ class BrokerState:
 
     def _detach(self, run: Progress) -> None:
         if run.instance is not None:
-            self.fleet.release(run.instance, run.ticket.request.id)
-            self.line.freed(run.instance, run.ticket.request.id)
+            self._release(run.instance, run.ticket.request.id)
             run.instance, run.silent_until = None, None
+
+    def _release(self, instance: str, run_id: str) -> None:
+        self.fleet.release(instance, run_id)
+        self.line.freed(instance, run_id)

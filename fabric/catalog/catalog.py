@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Literal
 
-from fabric.catalog import functions, launches, models, redemptions, runs, sites
+from fabric.catalog import functions, launches, models, redemptions, rules, runs, sites
 from fabric.catalog.records import (
     FunctionRecord,
     LaunchRecord,
+    Maintenance,
     ModelVersion,
     RedemptionRecord,
     RunRecord,
     SiteRecord,
+    SiteRules,
     SiteState,
     UsageSum,
     UserSum,
@@ -96,13 +98,16 @@ class Catalog:
         state: SiteState | None = None,
         facts: Mapping[str, object] | None = None,
     ) -> SiteRecord:
-        """Change a site's fields.
+        """Change a site's fields; its ``rules`` stay among its facts.
 
         Raises:
             UnknownSite: There is none of this name.
         """
-        changes = _given(display=display, channel=channel, state=state, facts=facts)
         with self._database.transaction() as connection:
+            kept = sites.get(connection, name).facts.get("rules")
+            if facts is not None and kept is not None:
+                facts = {**facts, "rules": kept}
+            changes = _given(display=display, channel=channel, state=state, facts=facts)
             return sites.modify(connection, name, changes)
 
     def delete_site(self, name: str) -> None:
@@ -113,6 +118,42 @@ class Catalog:
         """
         with self._database.transaction() as connection:
             sites.remove(connection, name)
+
+    def add_maintenance(
+        self, site: str, *, starts_at: datetime, ends_at: datetime, reason: str = ""
+    ) -> Maintenance:
+        """Plan a time in which a site takes no requests, nor before it those that would not be
+        done by then.
+
+        Raises:
+            UnknownSite: There is none of this name.
+            RequestInvalid: The times are in the wrong order, over, without a zone, or overlap
+                another maintenance.
+        """
+        with self._database.transaction() as connection:
+            return rules.add_maintenance(
+                connection, site, starts_at, ends_at, reason, self._clock()
+            )
+
+    def delete_maintenance(self, site: str, name: str) -> Maintenance:
+        """Forget a maintenance and return it; one that is going on is over.
+
+        Raises:
+            UnknownSite: There is no such site.
+            NotFound: It has no maintenance of this id.
+        """
+        with self._database.transaction() as connection:
+            return rules.delete_maintenance(connection, site, name)
+
+    def set_max_in_flight(self, site: str, number: int | None) -> SiteRules:
+        """Set how many requests of a hub a site takes at once; ``None`` lifts the limit.
+
+        Raises:
+            UnknownSite: There is none of this name.
+            RequestInvalid: The number is not positive, or over a million.
+        """
+        with self._database.transaction() as connection:
+            return rules.set_max_in_flight(connection, site, number)
 
     # Models
 

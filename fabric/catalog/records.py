@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from pydantic import AwareDatetime, Field
+
 from fabric.messages import InstanceState, Placement, RunState, Usage
 from fabric.messages.wire import Wire
 
@@ -20,7 +22,7 @@ class SiteRecord:
     """A centre that runs instances. ``facts`` is what its site file says of it, as JSON.
 
     A machine on which somebody runs instances in jobs of their own is a site too; its facts are
-    ``OwnSite``.
+    ``OwnSite``. What administrators set for the broker is among the facts as well: ``SiteRules``.
     """
 
     name: str
@@ -36,9 +38,34 @@ class SiteRecord:
         owner = self.facts.get("owner")
         return None if owner is None else OwnSite.model_validate(owner)
 
+    @property
+    def rules(self) -> SiteRules:
+        """What the broker keeps to there."""
+        return SiteRules.model_validate(self.facts.get("rules", {}))
+
     def may_use(self, project: str, key_id: str) -> bool:
         """Return whether requests of a caller may run there."""
         return self.own is None or self.own.admits(project, key_id)
+
+
+class Maintenance(Wire):
+    """A time in which a site takes no requests, from ``starts_at`` until ``ends_at``."""
+
+    id: str
+    starts_at: AwareDatetime
+    ends_at: AwareDatetime
+    reason: str = ""
+
+
+class SiteRules(Wire):
+    """What the broker keeps to at a site.
+
+    ``max_in_flight`` is how many requests it has there at once; ``maintenance`` is in order of
+    time.
+    """
+
+    max_in_flight: int | None = Field(default=None, ge=1)
+    maintenance: tuple[Maintenance, ...] = ()
 
 
 class OwnSite(Wire):

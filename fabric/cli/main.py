@@ -60,6 +60,7 @@ _ADMIN_TABLE = {
     "audit": (f"{_ADMIN}.audit", "What administrators changed."),
     "alloc": (f"{_ADMIN}.alloc", "What a project may spend at a site."),
     "rate": (f"{_ADMIN}.rate", "What tokens cost."),
+    "maintenance": (f"{_ADMIN}.maintenance", "Times in which a site takes no requests."),
     "reconcile": (f"{_ADMIN}.reconcile", "Compare a centre's charges with what was billed."),
     "tier": (f"{_ADMIN}.tier", "What haste costs."),
     "db": (f"{_ADMIN}.db", "The hub's database."),

@@ -92,7 +92,8 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One site; ``detail`` is what its agent last said of a launch in progress."""
+    """One site; ``detail`` is what its agent last said of a launch in progress, and when it is next
+    in maintenance."""
 
     name: str
     display: str
@@ -229,11 +230,21 @@ def _site(hub: Hub, site: SiteRecord, permits: Permits) -> Site:
         display=site.display,
         channel=site.channel,
         state=_site_state(site, report, {view.state for view in here}),
-        detail=report.detail if report is not None else "",
+        detail="; ".join(filter(None, (report.detail if report else "", _closing(site)))),
         replicas=_replicas(
             view for view in here if permits.sees_model(view.model.partition("@")[0])
         ),
     )
+
+
+def _closing(site: SiteRecord) -> str:
+    """Return when a site is next in maintenance, in words."""
+    now = datetime.now(UTC)
+    coming = (one for one in site.rules.maintenance if one.ends_at > now)
+    if (one := next(coming, None)) is None:
+        return ""
+    times = f"{one.starts_at.astimezone(UTC):%Y-%m-%d %H:%M} to {one.ends_at:%Y-%m-%d %H:%M} UTC"
+    return f"maintenance {times}" + (f" ({one.reason})" if one.reason else "")
 
 
 def _site_state(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from fabric.auth import require_site
-from fabric.errors import UnknownModel
+from fabric.auth import Identity, Rules, require_site
 from fabric.gateway.access import Needs
 from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.hub import SiteReport, caller_of, hub_of
@@ -39,6 +40,33 @@ class StatusBody(Wire):
     detail: str = Field(default="", max_length=1000)
 
 
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """A site's agent as a ``fabric.catalog.Viewer``: what may run at its site is there for it."""
+
+    caller: Identity
+    rules: Rules
+    site: str
+
+    @property
+    def project(self) -> str:
+        """Whose key it has."""
+        return self.caller.project
+
+    @property
+    def key_id(self) -> str:
+        """Its key."""
+        return self.caller.key_id
+
+    def sees_model(self, model: str) -> bool:
+        """Return whether the site may run a model."""
+        return self.rules.serves(model, self.site)
+
+    def sees_site(self, site: str) -> bool:
+        """Return whether it is its own."""
+        return site == self.site
+
+
 @router.post("/launches", openapi_extra=documented(LaunchBody))
 async def add_launch(request: Request) -> Launch:
     """Permit one instance to be started at the caller's site: of a private model, if somebody may
@@ -46,11 +74,9 @@ async def add_launch(request: Request) -> Launch:
     body = await read_body(request, LaunchBody)
     require_site(caller_of(request), body.site)
     hub = hub_of(request)
-    rules = await hub.broker.rules.current()
-    if not rules.serves(body.model.partition("@")[0], body.site):
-        raise UnknownModel(model=body.model, known=())
-    launch, token = await hub.offload(hub.catalog.add_launch, body.site, body.model)
-    version = await hub.offload(hub.catalog.resolve, launch.model)
+    agent = Agent(caller_of(request), await hub.broker.rules.current(), body.site)
+    version = await hub.offload(hub.catalog.seen_by(agent).resolve, body.model)
+    launch, token = await hub.offload(hub.catalog.add_launch, body.site, version.ref)
     return Launch(
         instance=launch.instance,
         site=launch.site,

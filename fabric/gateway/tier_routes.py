@@ -70,11 +70,15 @@ async def read_attainment(request: Request) -> Listing[Attained]:
 
 @router.get("/queue")
 async def list_waiting(request: Request) -> Listing[Queue]:
-    """Return what waits at the hub. Whose it is, others are not told."""
-    hub, project = hub_of(request), caller_of(request).project
+    """Return what waits at the hub for models that the caller may use. Whose it is, others are not
+    told."""
+    hub, caller = hub_of(request), caller_of(request)
+    permits, project = await hub.permits(caller), caller.project
     numbers, mine = Counter[tuple[str, Tier]](), Counter[tuple[str, Tier]]()
     seconds: dict[tuple[str, Tier], float] = {}
     for one in hub.broker.tiers.waiting():
+        if not permits.sees_model(one.model.partition("@")[0]):
+            continue
         key = one.model, one.tier
         numbers[key] += one.num_waiting
         mine[key] += one.num_waiting if one.project == project else 0

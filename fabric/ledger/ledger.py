@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Concatenate, NotRequired, ParamSpec, TypedDict, TypeVar, Unpack
@@ -14,6 +14,7 @@ from fabric.errors import Duplicate, UnknownAccount
 from fabric.ledger import (
     allocations,
     audit,
+    burn,
     holds,
     overhead,
     rates,
@@ -193,6 +194,12 @@ class Ledger:
         if not found:
             raise UnknownAccount(account=name)
         return found[0]
+
+    def burn(self, project: str) -> Mapping[str, float]:
+        """Return the micro-SU a day that each allocation of a project was charged of late: over the
+        last seven days, or since its first charge in them, but over one day at least."""
+        with self._database.read() as connection:
+            return burn.burn_usu_per_day(connection, project, self._clock())
 
     def payers(
         self, project: str, caller: str, at: datetime | None = None

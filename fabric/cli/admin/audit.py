@@ -20,8 +20,8 @@ def audit() -> None:
     """What administrators changed: who, what, before, after and when.
 
     \b
-    Note what `verify` prints somewhere else, and give it back later. Example:
-      fabric-admin audit verify --noted 5d3c
+    Example:
+      fabric-admin audit show --since 2030-01-01
     """
 
 
@@ -34,7 +34,7 @@ def show(since: datetime | None, limit: int, books: Books, output: Output) -> No
 
     \b
     Example:
-      fabric-admin audit show --since 2030-01-01
+      fabric-admin audit show --limit 5
     """
     entries = books.audit.entries(since=since, limit=limit)
     if output.is_json:
@@ -50,11 +50,13 @@ def show(since: datetime | None, limit: int, books: Books, output: Output) -> No
 @click.option("--noted", metavar="SHA256", help="What an earlier check printed.")
 @database_options
 def verify(noted: str | None, books: Books, output: Output) -> None:
-    """Check that no entry was changed, taken out or put in; print the last one's hash.
+    """Check that no entry was changed, taken out or put in; print the last hash.
+
+    Note it somewhere else, and give it back later.
 
     \b
     Example:
-      fabric-admin audit verify > audit.sha256
+      fabric-admin audit verify --noted 5d3c7e01
     """
     num_entries, sha256 = books.audit.verify(noted_sha256=noted)
     if output.is_json:

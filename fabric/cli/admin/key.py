@@ -124,7 +124,7 @@ def modify(
     books: Books,
     change: Change,
 ) -> None:
-    """Change a key; running hubs notice within a minute.
+    """Change a key; running hubs notice within a second.
 
     \b
     Example:
@@ -146,7 +146,7 @@ def modify(
 @yes_option
 @change_options
 def delete(key_id: str, yes: bool, books: Books, change: Change) -> None:
-    """Revoke a key for good; running hubs notice within a minute.
+    """Revoke a key for good; running hubs notice within a second.
 
     \b
     Example:

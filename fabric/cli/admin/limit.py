@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from fabric.cli.admin.change import undoable_options
-from fabric.cli.admin.database import Books, confirm, database_options, yes_option
-from fabric.cli.output import Column, Output, note
+from fabric.cli.admin.change import Change, change_options
+from fabric.cli.admin.database import Books, database_options, yes_option
+from fabric.cli.output import Column, Output
 from fabric.errors import Duplicate, NotFound
+
+if TYPE_CHECKING:
+    from fabric.auth import Limit
 
 POSITIVE = click.IntRange(min=1)
 bounds = [
@@ -19,11 +24,13 @@ bounds = [
 
 @click.group()
 def limit() -> None:
-    """How much a project or key may ask.
+    """How much a project, key or login may ask.
+
+    SUBJECT is project:NAME, key:ID or user:NAME@DOMAIN; with * in place of the name it
+    holds for each that has no limit of its own.
 
     \b
-    SUBJECT is project:NAME, key:ID or user:NAME@DOMAIN; with * in place of the
-    name it holds for each that has no limit of its own. Example:
+    Example:
       fabric-admin limit add 'key:*' --requests 600 --tokens 200000
     """
 
@@ -33,28 +40,33 @@ def limit() -> None:
 @bounds[0]
 @bounds[1]
 @bounds[2]
-@undoable_options
+@change_options
 def add(
     subject: str,
     requests: int | None,
     tokens: int | None,
     concurrent: int | None,
     books: Books,
-    output: Output,
+    change: Change,
 ) -> None:
     """Limit SUBJECT.
 
     \b
     Example:
-      fabric-admin limit add project:astro --requests 600 --concurrent 32
+      fabric-admin limit add project:astro --requests 2000 --concurrent 64
     """
-    with books.database.transaction():
+    given = {
+        "requests_per_min": requests,
+        "tokens_per_min": tokens,
+        "max_concurrent": concurrent,
+    }
+
+    def make() -> Limit:
         if books.grants.limits(subject):
             raise Duplicate(kind="limit", name=subject)
-        record = books.grants.set_limit(
-            subject, requests_per_min=requests, tokens_per_min=tokens, max_concurrent=concurrent
-        )
-    output.json(record) if output.is_json else note(f"Limited {record.subject}.")
+        return books.grants.set_limit(subject, **given)
+
+    change.add(f"limit of {subject}", make, lambda: _find(books, subject), given)
 
 
 @limit.command()
@@ -67,11 +79,12 @@ def show(subject: str | None, books: Books, output: Output) -> None:
     Example:
       fabric-admin limit show project:astro
     """
-    records = books.grants.limits(subject)
-    if subject is not None and not records:
-        raise NotFound(kind="limit", name=subject)
+    if subject is not None:
+        output.record(_find(books, subject))
+        return
+    records = books.grants.limits()
     if output.is_json:
-        output.json(records[0] if subject else records)
+        output.json(records)
         return
     heads = [Column(head, numeric=True) for head in ("REQUESTS/MIN", "TOKENS/MIN", "AT ONCE")]
     rows = [(r.subject, r.requests_per_min, r.tokens_per_min, r.max_concurrent) for r in records]
@@ -83,44 +96,48 @@ def show(subject: str | None, books: Books, output: Output) -> None:
 @bounds[0]
 @bounds[1]
 @bounds[2]
-@undoable_options
+@change_options
 def modify(
     subject: str,
     requests: int | None,
     tokens: int | None,
     concurrent: int | None,
     books: Books,
-    output: Output,
+    change: Change,
 ) -> None:
     """Change a limit; what is left out stays as it is.
 
     \b
     Example:
-      fabric-admin limit modify project:astro --tokens 200000
+      fabric-admin limit modify project:astro --tokens 1000000
     """
     with books.database.transaction():
-        if not (found := books.grants.limits(subject)):
-            raise NotFound(kind="limit", name=subject)
-        record = books.grants.set_limit(
+        before = _find(books, subject)
+        after = books.grants.set_limit(
             subject,
-            requests_per_min=requests or found[0].requests_per_min,
-            tokens_per_min=tokens or found[0].tokens_per_min,
-            max_concurrent=concurrent or found[0].max_concurrent,
+            requests_per_min=requests or before.requests_per_min,
+            tokens_per_min=tokens or before.tokens_per_min,
+            max_concurrent=concurrent or before.max_concurrent,
         )
-    output.json(record) if output.is_json else note(f"Changed the limit of {record.subject}.")
+    change.tell("changed", f"limit of {subject}", after, before=before)
 
 
 @limit.command()
 @click.argument("subject")
 @yes_option
-@undoable_options
-def delete(subject: str, yes: bool, books: Books, output: Output) -> None:
+@change_options
+def delete(subject: str, yes: bool, books: Books, change: Change) -> None:
     """Take a limit away.
 
     \b
     Example:
       fabric-admin limit delete project:astro --yes
     """
-    confirm(f"Take away the limit of {subject}?", yes=yes)
-    record = books.grants.delete_limit(subject)
-    output.json(record) if output.is_json else note(f"{subject} has no limit any more.")
+    change.confirm(f"Take away the limit of {subject}?", yes=yes)
+    change.tell("deleted", f"limit of {subject}", books.grants.delete_limit(subject))
+
+
+def _find(books: Books, subject: str) -> Limit:
+    for found in books.grants.limits(subject):
+        return found
+    raise NotFound(kind="limit", name=subject)

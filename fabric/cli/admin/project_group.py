@@ -97,7 +97,7 @@ def show(project: str | None, books: Books, output: Output) -> None:
 @yes_option
 @change_options
 def delete(project: str, group_id: str, yes: bool, books: Books, change: Change) -> None:
-    """End what the group's members may do in PROJECT; running hubs notice within a minute.
+    """End what the group's members may do in PROJECT; running hubs notice within a second.
 
     \b
     Example:

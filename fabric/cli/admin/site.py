@@ -85,12 +85,19 @@ def show(name: str | None, books: Books, output: Output) -> None:
 @click.option("--file", type=click.Path(path_type=Path), help="Its file, which has changed.")
 @click.option("--display", metavar="TEXT", help="What people read.")
 @click.option("--state", type=click.Choice(["enabled", "disabled"]), help="May it be asked?")
+@click.option(
+    "--max-in-flight",
+    type=click.IntRange(0, 10**6),
+    metavar="N",
+    help="Requests it works on at once; 0 is any number.",
+)
 @change_options
 def modify(
     name: str,
     file: Path | None,
     display: str | None,
     state: Literal["enabled", "disabled"] | None,
+    max_in_flight: int | None,
     books: Books,
     change: Change,
 ) -> None:
@@ -104,6 +111,8 @@ def modify(
     facts, title = _read(file)
     if facts and facts["name"] != name:
         raise RequestInvalid(param="file", value=str(file), reason=f"it is of {facts['name']!r}")
+    if max_in_flight is not None:
+        books.catalog.set_max_in_flight(name, max_in_flight or None)
     after = books.catalog.modify_site(
         name, display=display or title or None, state=state, facts=facts or None
     )

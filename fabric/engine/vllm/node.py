@@ -1,6 +1,7 @@
 """``python -m fabric.engine.vllm.node``: the part of a vLLM server on a further node of a block.
 
-It becomes ``vllm serve --headless``, which ends with the server of the first node.
+It becomes ``vllm serve --headless``. That outlives the first node's server; whoever
+started it ends it.
 """
 
 from __future__ import annotations

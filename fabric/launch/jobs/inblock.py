@@ -21,7 +21,14 @@ from typing import IO
 
 from fabric.config import System, load_job
 from fabric.errors import FabricError, NodeFailed
-from fabric.launch.jobs.nodes import NodeCommand, NodeProcess, get_address, get_hosts, listen
+from fabric.launch.jobs.nodes import (
+    END_S,
+    NodeCommand,
+    NodeProcess,
+    get_address,
+    get_hosts,
+    listen,
+)
 from fabric.launch.jobs.records import LaunchFolder, LaunchRecord, write_whole
 from fabric.launch.jobs.stage import Stage
 from fabric.messages import EngineOptions, InstanceSpec, InstanceState, InstanceStatus
@@ -106,7 +113,8 @@ class Tenant:
             return 1
         finally:
             for other in self._others:
-                other.end()
+                # vLLM's does not end by itself.
+                other.end(0.0 if self._spec.options.backend == "vllm" else END_S)
 
     def _bring_weights(self) -> str:
         stage = Stage(

@@ -160,13 +160,13 @@ class NodeProcess:
         """Return the exit code, negative or over 128 for a signal; ``None`` while it runs."""
         return self._process.poll()
 
-    def end(self) -> None:
-        """See it end: by itself, told to, or killed."""
+    def end(self, patience_s: float = END_S) -> None:
+        """See it end: by itself within ``patience_s``, told to, or killed."""
         for step in (None, self._process.terminate, self._process.kill):
             if step is not None:
                 step()
             try:
-                self._process.wait(END_S)
+                self._process.wait(patience_s if step is None else END_S)
                 return
             except subprocess.TimeoutExpired:
                 continue

@@ -6,9 +6,10 @@ users and accounts would have noticed.
 """
 
 from fabric.testing.simulation.baselines import BASELINES
+from fabric.testing.simulation.federation import make_federation
 from fabric.testing.simulation.report import Report
 from fabric.testing.simulation.simulator import Simulator, simulate
-from fabric.testing.simulation.traces import ARRIVALS, Arrival, make_trace
+from fabric.testing.simulation.traces import ARRIVALS, Arrival, iter_trace, make_trace
 from fabric.testing.simulation.world import SiteSketch, World, make_world
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "Simulator",
     "SiteSketch",
     "World",
+    "iter_trace",
+    "make_federation",
     "make_trace",
     "make_world",
     "simulate",

@@ -77,8 +77,13 @@ def of_pick(pick: Callable[[Choice], int]) -> Decide:
 
 
 def ours(_: World) -> Decide:
-    """The broker's own choice."""
-    return decide
+    """The broker's own choice; nobody reads the tables of a simulation."""
+
+    def choose(request: Request, replicas: Replicas, context: Context) -> Decision:
+        made = decide(request, replicas, context)
+        return _Untold(request, made.pool, context, made.row, made.ranking, made.is_trial)
+
+    return choose
 
 
 def random_choice(_: World) -> Decide:

@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fabric.testing.simulation.traces import Arrival
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """How one request ended, ``total_s`` after it came. A failed one took its whole deadline."""
+    """How one request ended, ``total_s`` after it came at ``at_s``. A failed one took its whole
+    deadline; ``slo_s`` was acceptable, and ``alone_s`` is what it takes on an idle replica."""
 
-    arrival: Arrival
+    run_id: str
+    project: str
+    at_s: float
+    slo_s: float
+    alone_s: float
     total_s: float
     charge_usu: int
     attempts: int
@@ -39,7 +42,7 @@ class Report:
     @property
     def attainment(self) -> float:
         """Share of the requests that were answered in acceptable time."""
-        kept = [end.completed and end.total_s <= end.arrival.slo_s for end in self.ends]
+        kept = [end.completed and end.total_s <= end.slo_s for end in self.ends]
         return sum(kept) / len(kept)
 
     @property
@@ -60,8 +63,8 @@ class Report:
         """
         speeds = defaultdict(list)
         for end in self.ends:
-            speed = end.arrival.alone_s / end.total_s if end.completed and end.total_s else 0.0
-            speeds[end.arrival.project].append(speed)
+            speed = end.alone_s / end.total_s if end.completed and end.total_s else 0.0
+            speeds[end.project].append(speed)
         return jain([sum(those) / len(those) for those in speeds.values()])
 
     def row(self) -> dict[str, float | int | str]:

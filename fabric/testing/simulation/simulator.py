@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 
 import simpy
 
-from fabric.broker.select import Offer, expected_tokens
+from fabric.broker.lengths import Lengths
+from fabric.broker.select import expected_tokens
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import (
     AbandonAttempt,
@@ -34,10 +35,10 @@ from fabric.broker.signals import (
 )
 from fabric.broker.state import BrokerState
 from fabric.errors import SessionLost
-from fabric.ledger import charge_usu, max_charge_usu
 from fabric.messages import Accepted, Finished, Hello, Limits, RunState, Task, Token, Usage
 from fabric.messages.events import FinishReason
 from fabric.testing.simulation.baselines import BASELINES
+from fabric.testing.simulation.prices import Prices
 from fabric.testing.simulation.report import End, Report
 from fabric.testing.simulation.traces import PREFIX_TOKENS, Arrival
 from fabric.testing.simulation.world import CONTEXT_TOKENS, DIGEST, SiteSketch, World
@@ -48,9 +49,6 @@ LONG_AGO = -1_000.0
 """When the hub came up, so that no replica is expected any more."""
 OVERHEAD_S = 0.03
 TICK_S = 0.5
-FEW_LINES = 4
-"""Nobody reads the tables of a simulation."""
-GRANT_USU = 10**15
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,7 +72,7 @@ class Simulator:
 
     Args:
         world: Sites and links.
-        trace: Requests in the order of their arrival.
+        trace: Requests in the order of their arrival; each is read when it comes.
         policy: A key of ``BASELINES``; ``fabric`` is the broker's own.
         seed: Of failures, waits and the speeds of replicas: the same for every policy.
         settings: Of the broker; its bandwidths are the world's.
@@ -83,7 +81,7 @@ class Simulator:
     def __init__(
         self,
         world: World,
-        trace: Sequence[Arrival],
+        trace: Iterable[Arrival],
         policy: str = "fabric",
         *,
         seed: int = 1,
@@ -92,30 +90,34 @@ class Simulator:
         self.report = Report(policy=policy)
         self._world = world
         self._trace = trace
-        self._arrivals = {one.request.id: one for one in trace}
+        self._arrivals: dict[str, Arrival] = {}
+        self._is_over = False
         self._drawn = random.Random(seed)  # noqa: S311
         self._settings = settings or BrokerSettings(
             tick_s=TICK_S,
-            max_table=FEW_LINES,
             bandwidth_bytes_per_s=world.bandwidth_bytes_per_s,
             bandwidths_bytes_per_s=world.bandwidths_bytes_per_s,
         )
         # Others' ways to choose have no line at the hub.
         self._settings = replace(self._settings, fair=policy == "fabric")
         self._env = simpy.Environment()
+        self._lengths = Lengths()
         self._state = BrokerState(
-            self._settings, started_at=LONG_AGO, decide=BASELINES[policy](world)
+            self._settings,
+            started_at=LONG_AGO,
+            decide=BASELINES[policy](world),
+            lengths=self._lengths,
         )
         self._rates = {site.name: site.rate() for site in world.sites}
+        self._prices = Prices(self._rates)
         self._replicas: dict[str, _Replica] = {}
+        self._where: dict[tuple[str, int], _Replica] = {}
         self._events: deque[StateEvent] = deque()
         self._handling = False
         self._done = self._env.event()
 
     def run(self) -> Report:
         """Simulate until the last request has ended, and return what was noticed."""
-        if not self._trace:
-            return self.report
         for site in self._world.sites:
             for index in range(site.num_replicas):
                 self._add(site, index)
@@ -142,24 +144,30 @@ class Simulator:
                 replica = self._replicas[instance]
                 process = self._env.process(self._serve(replica, task))
                 replica.work[task.id, task.attempt] = process
+                self._where[task.id, task.attempt] = replica
             case MoveHold(run_id=run_id):
                 self._feed(HoldMoved(now=self._env.now, run_id=run_id))
             case (
                 AbandonAttempt(run_id=run_id, attempt=attempt)
                 | CancelAttempt(run_id=run_id, attempt=attempt)
             ):
-                self._stop([(run_id, attempt)], self._replicas.values())
+                if (where := self._where.get((run_id, attempt))) is not None:
+                    self._stop([(run_id, attempt)], where)
             case Settle(outcome=outcome) | Void(outcome=outcome):
                 self._conclude(outcome)
 
     def _conclude(self, outcome: Outcome) -> None:
         assert isinstance(outcome.ticket, Ticket)
-        arrival = self._arrivals[outcome.ticket.request.id]
+        arrival = self._arrivals.pop(outcome.ticket.request.id)
         completed = outcome.state is RunState.COMPLETED
         deadline_s = arrival.request.deadline_s
         self.report.ends.append(
             End(
-                arrival=arrival,
+                run_id=arrival.request.id,
+                project=arrival.project,
+                at_s=arrival.at_s,
+                slo_s=arrival.slo_s,
+                alone_s=arrival.alone_s,
                 total_s=outcome.total_s if completed else max(deadline_s, outcome.total_s),
                 charge_usu=outcome.charge_usu,
                 attempts=outcome.attempts,
@@ -167,14 +175,20 @@ class Simulator:
                 completed=completed,
             )
         )
-        if len(self.report.ends) == len(self._trace):
+        self._check_done()
+
+    def _check_done(self) -> None:
+        if self._is_over and not self._arrivals and not self._done.triggered:
             self._done.succeed()
 
     def _arrive(self) -> Process:
         for arrival in self._trace:
             yield self._env.timeout(max(0.0, arrival.at_s - self._env.now))
             now = self._env.now
+            self._arrivals[arrival.request.id] = arrival
             self._feed(Admitted(now=now, started_at=now, ticket=self._ticket(arrival)))
+        self._is_over = True
+        self._check_done()
 
     def _tick(self) -> Process:
         while True:
@@ -184,18 +198,8 @@ class Simulator:
     def _ticket(self, arrival: Arrival) -> Ticket:
         request = arrival.request
         bound, most = request.prompt_tokens_bound(), request.sampling.max_tokens or 0
-        prompt, output = expected_tokens(request)
-        likely = Usage(prompt_tokens=prompt, output_tokens=output)
-        offers = {
-            site: Offer(
-                site=site,
-                allocation=arrival.project,
-                available_usu=GRANT_USU,
-                max_charge_usu=max_charge_usu(rate, request.tier, bound, most),
-                expected_charge_usu=charge_usu(rate, request.tier, likely),
-            )
-            for site, rate in self._rates.items()
-        }
+        likely = expected_tokens(request, self._lengths)
+        offers = self._prices.offers(arrival.project, (bound, most), likely)
         return Ticket(
             request=request,
             project=arrival.project,
@@ -274,7 +278,7 @@ class Simulator:
             yield self._env.timeout(drawn.expovariate(1 / mtbf_s))
             replica.up, now = False, self._env.now
             self._feed(ReplicaLeft(now=now, instance=replica.name, lost=True))
-            for run_id, attempt in self._stop(list(replica.work), [replica]):
+            for run_id, attempt in self._stop(list(replica.work), replica):
                 error = SessionLost(instance=replica.name, reason="its node failed")
                 self._feed(AttemptLost(now=now, run_id=run_id, attempt=attempt, error=error))
             replica.ready = None
@@ -283,16 +287,13 @@ class Simulator:
             replica.up = True
             self._join(replica)
 
-    def _stop(
-        self, keys: Iterable[tuple[str, int]], replicas: Iterable[_Replica]
-    ) -> list[tuple[str, int]]:
+    def _stop(self, keys: Iterable[tuple[str, int]], replica: _Replica) -> list[tuple[str, int]]:
         stopped = []
-        for replica in replicas:
-            for key in keys:
-                if (process := replica.work.pop(key, None)) is not None:
-                    stopped.append(key)
-                    if process.is_alive and process is not self._env.active_process:
-                        process.interrupt()
+        for key in keys:
+            if (process := replica.work.pop(key, None)) is not None:
+                stopped.append(key)
+                if process.is_alive and process is not self._env.active_process:
+                    process.interrupt()
         return stopped
 
     def _serve(self, replica: _Replica, task: Task) -> Process:
@@ -313,6 +314,7 @@ class Simulator:
             pass
         finally:
             replica.work.pop(key, None)
+            self._where.pop(key, None)
             replica.used_at = self._env.now
 
     def _bring_data(self, arrival: Arrival, site: str) -> Process:
@@ -363,7 +365,7 @@ class Simulator:
 
 def simulate(
     world: World,
-    trace: Sequence[Arrival],
+    trace: Iterable[Arrival],
     policy: str = "fabric",
     *,
     seed: int = 1,

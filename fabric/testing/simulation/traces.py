@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from fabric.messages import Request, Sampling, TextInput
 from fabric.testing.simulation.world import World
@@ -92,7 +93,29 @@ def make_trace(
     skew: float = 1.0,
     seed: int = 1,
 ) -> list[Arrival]:
-    """Return requests at a share of what the world's warm replicas can do.
+    """Return ``iter_trace`` as a list."""
+    return list(
+        iter_trace(
+            world,
+            arrivals,
+            num_requests=num_requests,
+            utilisation=utilisation,
+            skew=skew,
+            seed=seed,
+        )
+    )
+
+
+def iter_trace(
+    world: World,
+    arrivals: str,
+    *,
+    num_requests: int,
+    utilisation: float = 0.6,
+    skew: float = 1.0,
+    seed: int = 1,
+) -> Iterator[Arrival]:
+    """Yield requests at a share of what the world's warm replicas can do.
 
     Args:
         world: Where the data of some of them lies.
@@ -109,7 +132,6 @@ def make_trace(
     pick_prefix = _zipf(drawn, NUM_PREFIXES, skew)
     homes = drawn.sample(world.sites, len(world.sites))
     pick_home = _zipf(drawn, len(homes), skew)
-    trace = []
     for number in range(num_requests):
         prefix = pick_prefix()
         begins = drawn.random() < 0.5
@@ -136,21 +158,18 @@ def make_trace(
                 **data,
             }
         )
-        trace.append(
-            Arrival(
-                at_s=next(times),
-                request=request,
-                project=f"project-{pick_project()}",
-                prefix=prefix if begins else -1,
-                prompt_tokens=prompt_tokens,
-                output_tokens=output_tokens,
-                alone_s=prompt_tokens / 4_000 + output_tokens / 40,
-            )
+        yield Arrival(
+            at_s=next(times),
+            request=request,
+            project=f"project-{pick_project()}",
+            prefix=prefix if begins else -1,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            alone_s=prompt_tokens / 4_000 + output_tokens / 40,
         )
-    return trace
 
 
 def _zipf(drawn: random.Random, number: int, skew: float) -> Callable[[], int]:
-    weights = [1.0 / (rank + 1) ** skew for rank in range(number)]
+    summed = list(accumulate(1.0 / (rank + 1) ** skew for rank in range(number)))
     choices = range(number)
-    return lambda: drawn.choices(choices, weights)[0]
+    return lambda: drawn.choices(choices, cum_weights=summed)[0]

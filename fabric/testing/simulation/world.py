@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from typing import Self
 
 from fabric.ledger import Rate
 
@@ -54,6 +55,11 @@ class SiteSketch:
         alone_s = 400 / self.prefill_tokens_per_s + 90 / self.decode_tokens_per_s
         warm = self.num_replicas - self.num_cold
         return warm * self.max_rows / (alone_s * (1.0 + self.slowdown))
+
+    def priced(self, factor: float) -> Self:
+        """Return the site at its prices times a factor."""
+        prompt_usu, output_usu = self.prompt_usu * factor, self.output_usu * factor
+        return replace(self, prompt_usu=round(prompt_usu, 4), output_usu=round(output_usu, 4))
 
     def rate(self) -> Rate:
         """Return its prices; what a replica computed before is at a quarter."""

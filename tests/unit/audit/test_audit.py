@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import bindparam, insert, text, update
+from sqlalchemy import Connection, bindparam, insert, text, update
 from sqlalchemy.exc import IntegrityError
 
 from fabric.audit import AuditLog, recording
@@ -108,6 +108,21 @@ def test_every_room_is_heard(database: Database, log: AuditLog, act: Act) -> Non
     assert len(log.entries()) == 1, "what is not recorded is in the log"
 
 
+def test_money_is_told_from_the_journal_on(database: Database, log: AuditLog) -> None:
+    Keys(database).add_project("astro")
+    ledger = Ledger(database)
+    with recording(database, who="me", what="alloc"):
+        ledger.grant(ledger.open_allocation("astro", "*"), 5, memo="for a year")
+    granted, opened = log.entries()
+    assert {"allocations", "accounts"} <= set(tables(opened.after))
+    assert {"journal", "entries", "accounts"} == set(tables(granted.after))
+    assert set(tables(granted.before)) == {"accounts"}
+    assert "for a year" in {row.get("memo") for row in granted.after}
+    with database.read() as connection:
+        known = {name for (name,) in connection.execute(text("SELECT name FROM accounts"))}
+    assert {row["name"] for row in opened.after if row["table"] == "accounts"} <= known
+
+
 def test_reading_writes_nothing(recorded: Database, log: AuditLog) -> None:
     Keys(recorded).projects()
     Catalog(recorded).sites()
@@ -197,6 +212,15 @@ def test_the_database_refuses_changes(three: Database, statement: str) -> None:
         connection.execute(text(statement))
 
 
+def unguard(connection: Connection) -> None:
+    """Do away with the triggers, as whoever owns the database can."""
+    drops = ["DROP TRIGGER audit_no_update", "DROP TRIGGER audit_no_delete"]
+    if connection.dialect.name == "postgresql":
+        drops = ["DROP TRIGGER audit_unchanged ON audit"]
+    for drop in drops:
+        connection.execute(text(drop))
+
+
 @pytest.mark.parametrize(
     ("statement", "seq"),
     [
@@ -213,8 +237,7 @@ def test_tampering_past_the_triggers_shows(
     three: Database, log: AuditLog, statement: str, seq: int
 ) -> None:
     with three.transaction() as connection:
-        connection.execute(text("DROP TRIGGER audit_no_update"))
-        connection.execute(text("DROP TRIGGER audit_no_delete"))
+        unguard(connection)
         connection.execute(text(statement))
     with pytest.raises(AuditBroken) as broken:
         log.verify()
@@ -226,7 +249,7 @@ def test_a_tail_that_was_cut_shows_by_the_hash_that_was_noted(
 ) -> None:
     _, noted = log.verify()
     with three.transaction() as connection:
-        connection.execute(text("DROP TRIGGER audit_no_delete"))
+        unguard(connection)
         connection.execute(text("DELETE FROM audit WHERE seq = 3"))
     assert log.verify()[0] == 2
     with pytest.raises(AuditBroken, match=noted):

@@ -95,13 +95,21 @@ class Broker(RuleBasedStateMachine):
         super().__init__()
         self.now = 100.0
         self.state = BrokerState(
-            BrokerSettings(eject_after=2, retry_burst=4.0, patience_s=5.0, cancel_grace_s=1.0),
+            BrokerSettings(
+                eject_after=2,
+                retry_burst=4.0,
+                patience_s=5.0,
+                cancel_grace_s=1.0,
+                hedge_samples=1,
+                hedge_quantile=0.5,
+                hedge_min_s=0.1,
+            ),
             started_at=0.0,
         )
         self.digests: dict[str, str] = {}
         self.requests: dict[str, Request] = {}
         self.sent: dict[tuple[str, int], SendTask] = {}
-        self.live: dict[str, SendTask] = {}
+        self.live: dict[tuple[str, int], SendTask] = {}
         self.moving: set[str] = set()
         self.moved: set[str] = set()
         self.has_ticked = False
@@ -119,7 +127,10 @@ class Broker(RuleBasedStateMachine):
             assert not self.ends[run_id], "an instruction for a run that has ended"
             match out:
                 case SendTask(task=task, instance=instance):
-                    assert run_id not in self.live, "two live attempts"
+                    beside = [one for one in self.live.values() if one.run_id == run_id]
+                    assert len(beside) <= 1, "three live attempts"
+                    assert all(one.instance != instance for one in beside)
+                    assert not (beside and self.positions[run_id, 0]), "it has answered already"
                     assert self.digests[instance] == task.digest == DIGEST
                     assert task.attempt <= 3
                     if task.attempt == 1 and run_id not in self.moved:
@@ -128,9 +139,10 @@ class Broker(RuleBasedStateMachine):
                     emitted = self.positions[run_id, 0]
                     assert task.prefix == tuple(emitted) or not task.prefix
                     assert task.prefix or not emitted, "delivered tokens would come again"
-                    self.live[run_id] = self.sent[run_id, task.attempt] = out
-                case AbandonAttempt():
-                    del self.live[run_id]
+                    assert (run_id, task.attempt) not in self.sent, "a number used twice"
+                    self.live[run_id, task.attempt] = self.sent[run_id, task.attempt] = out
+                case AbandonAttempt(attempt=attempt):
+                    del self.live[run_id, attempt]
                 case MoveHold():
                     self.moving.add(run_id)
                     self.moved.add(run_id)
@@ -147,8 +159,8 @@ class Broker(RuleBasedStateMachine):
                     seen.append(position)
 
     def say(self, sent: SendTask, event: Event) -> None:
-        if isinstance(event, Finished | Failed) and self.live.get(sent.run_id) is sent:
-            del self.live[sent.run_id]
+        if isinstance(event, Finished | Failed):
+            self.live.pop(key_of(sent), None)
         self.feed(
             AttemptEvent(now=self.now, run_id=sent.run_id, attempt=sent.task.attempt, event=event)
         )
@@ -280,8 +292,7 @@ class Broker(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     def speak(self, data: st.DataObject, late: bool, rogue: bool, prompt_tokens: int) -> None:
         """An attempt, live or long over, says something, true or false."""
-        live = {(one.run_id, one.task.attempt): one for one in self.live.values()}
-        sent = self.sent[data.draw(st.sampled_from(sorted(self.sent if late else live)))]
+        sent = self.sent[data.draw(st.sampled_from(sorted(self.sent if late else self.live)))]
         key = {"task_id": sent.run_id, "attempt": sent.task.attempt}
         num_choices = sent.task.request.sampling.n
         counts = [len(self.positions[sent.run_id, choice]) for choice in range(num_choices)]
@@ -295,7 +306,7 @@ class Broker(RuleBasedStateMachine):
                 self.say(sent, Accepted(**key, prompt_tokens=prompt_tokens))
             case "token":
                 self.token(sent, choice, position)
-            case "finished" if self.live.get(sent.run_id) is not sent or done:
+            case "finished" if key_of(sent) not in self.live or done:
                 reasons = ("length",) * num_choices
                 self.say(sent, Finished(**key, finish_reasons=reasons, usage=usage))
             case "failed":
@@ -312,7 +323,7 @@ class Broker(RuleBasedStateMachine):
         self.lose(self.live[data.draw(st.sampled_from(sorted(self.live)))])
 
     def lose(self, sent: SendTask) -> None:
-        if self.live.pop(sent.run_id, None) is None:
+        if self.live.pop(key_of(sent), None) is None:
             return
         error = SessionLost(instance=sent.instance, reason="gone")
         self.feed(
@@ -338,6 +349,11 @@ class Broker(RuleBasedStateMachine):
         assert set(self.state.runs) == set(self.requests) - set(self.ends)
         assert self.closings == self.ends
         assert all(count == 1 for count in self.ends.values())
+
+    @invariant()
+    def one_attempt_is_left_once_it_has_answered(self) -> None:
+        runs = Counter(sent.run_id for sent in self.live.values())
+        assert all(count == 1 or not self.positions[run, 0] for run, count in runs.items())
 
     @invariant()
     def counters_do_not_leak(self) -> None:
@@ -377,6 +393,10 @@ class Broker(RuleBasedStateMachine):
         assert set(self.ends) == set(self.requests)
         assert not self.state.line.waiting()
         assert not self.state.line._turns
+
+
+def key_of(sent: SendTask) -> tuple[str, int]:
+    return sent.run_id, sent.task.attempt
 
 
 Broker.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

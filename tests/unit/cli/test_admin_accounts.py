@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from sqlalchemy import insert, update
+from sqlalchemy import insert, select, update
 
 from fabric.catalog import Catalog, RunRecord
 from fabric.cli.main import fabric_admin
@@ -199,10 +199,7 @@ def run(number: int) -> RunRecord:
 def test_storage_is_charged_once_a_day(admin: Admin) -> None:
     admin.ok("rate", "add", "*", "*", "--prompt", "1", "--output", "1", "--stored", "1000000")
     assert admin.json("alloc", "rent") == []
-    with Database(admin.url) as database, database.transaction() as connection:
-        row = {"id": "file-1", "project": "astro", "filename": "f", "purpose": "batch"}
-        times = {"created_at": utc_now(), "expires_at": utc_now()}
-        connection.execute(insert(metadata.tables["files"]), row | times | {"num_bytes": 2**29})
+    store(admin, 2**29)
     (refused,) = admin.json("alloc", "rent")
     assert "0 micro-SU available" in refused["state"]
     admin.ok("alloc", "add", "astro", "--su", "5")
@@ -231,6 +228,57 @@ def test_jobs_are_reconciled_once(admin: Admin, tmp_path: Path) -> None:
     admin.ok("db", "verify")
     assert admin.run(*gpus, stdin="<html>").exit_code == 3
     assert admin.run("reconcile", "nowhere", str(jobs), "--unit", "node-hour").exit_code == 3
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "alloc refund run_1",
+        "alloc exchange astro --to alpha --su 1",
+        "alloc rent",
+        "rate unit add gpu-hour --su 1",
+        "rate delete * * --from 2999-01-01 -y",
+        "reconcile alpha - --unit node-hour",
+    ],
+)
+def test_a_dry_run_changes_nothing_and_the_log_has_what_was_changed(
+    admin: Admin, command: str
+) -> None:
+    admin.ok("rate", "unit", "add", "node-hour", "--su", "2")
+    prices = ["--prompt", "1", "--output", "1", "--stored", "1000000"]
+    admin.ok("rate", "add", "*", "*", *prices)
+    admin.ok("rate", "add", "*", "*", *prices, "--from", "2999-01-01")
+    admin.ok("alloc", "add", "astro", "--su", "5")
+    admin.ok("alloc", "add", "astro", "--site", "alpha", "--su", "5")
+    admin.charge("run_1", 2_000_000)
+    store(admin, 2**29)
+    num_logged = len(admin.json("audit", "show"))
+    before = kept(admin)
+    dry = admin.ok(*command.split(), "--dry-run", stdin=SACCT)
+    assert "Nothing was changed" in dry.stderr
+    assert kept(admin) == before
+    assert len(admin.json("audit", "show")) == num_logged
+    admin.ok(*command.split(), stdin=SACCT)
+    assert kept(admin) != before
+    [latest, *others] = admin.json("audit", "show")
+    assert len(others) == num_logged
+    assert command.startswith(latest["what"])
+    admin.ok("db", "verify")
+
+
+def kept(admin: Admin) -> list[Any]:
+    with Database(admin.url) as database, database.read() as connection:
+        tables = [metadata.tables[name] for name in ("journal", "entries", "accounts", "units")]
+        rows = [connection.execute(select(table)).all() for table in tables]
+    return [*rows, admin.json("rate", "show", "--all")]
+
+
+def store(admin: Admin, num_bytes: int) -> None:
+    file = {"id": "file-1", "project": "astro", "filename": "f", "purpose": "batch"}
+    times = {"created_at": utc_now(), "expires_at": utc_now()}
+    with Database(admin.url) as database, database.transaction() as connection:
+        row = file | times | {"num_bytes": num_bytes}
+        connection.execute(insert(metadata.tables["files"]), row)
 
 
 def test_help_tells_the_command_whose_output_is_read() -> None:

@@ -210,6 +210,20 @@ MATRIX: dict[tuple[str, str], list[Call]] = {
         private(body(model=..., program=PROGRAM)),
         Call(about="list", sent=body(**COMPLETION)),
     ],
+    ("POST", f"{F}/estimate"): [
+        private(body(model=..., num_requests=10, prompt_tokens=8, output_tokens=8)),
+        private(
+            lambda name: {
+                "json": {
+                    **{"model": MODEL, "num_requests": 10, "prompt_tokens": 8, "output_tokens": 8},
+                    "sites": [name],
+                }
+            },
+            thing=vault,
+        ),
+    ],
+    ("GET", f"{F}/queue"): [LIST],
+    ("GET", f"{F}/slo"): [LIST],
     ("GET", f"{F}/usage"): [LIST],
     ("GET", f"{F}/runs"): [LIST],
     ("GET", f"{F}/runs/{{run}}"): [mine(World.run)],
@@ -405,10 +419,9 @@ def test_no_key_opens_a_session(world: World) -> None:
 
 LOOKUPS = re.compile(r"hub\.catalog\.(resolve|models|sites|get_site)\b")
 BEHIND_A_CHECK = {
-    # The hub's health says no name; the other two come after the check of the same model, or look
-    # for what belongs to the caller.
+    # The hub's health says no name; the others come after the check of the same model, or look for
+    # what belongs to the caller.
     "operations.py": 1,
-    "launch_routes.py": 1,
     "own_instances.py": 3,
 }
 

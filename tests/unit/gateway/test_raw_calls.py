@@ -339,6 +339,29 @@ def test_calls_count_for_the_keys_limit(hub, client, launch) -> None:
         assert instance.redeem(issue(single), second) is None
 
 
+def test_a_ticket_opens_nothing_that_its_project_was_not_granted(hub, client, launch) -> None:
+    ticket, dialled = issue(client), launch()
+    hub.grants.close("model", MODEL)
+    with dialled() as instance:
+        wait_until(lambda: instance.redeem(ticket, request()) == "model_not_found", timeout_s=20)
+        hub.grants.add(f"project:{PROJECT}", model=MODEL, site="beta")
+        wait_until(lambda: instance.redeem(ticket, request()) == "not_granted", timeout_s=20)
+
+
+def test_raw_calls_count_for_the_minute(hub, client, launch) -> None:
+    hub.grants.set_limit(f"project:{PROJECT}", requests_per_min=2, tokens_per_min=100)
+    ticket = issue(client)
+    wait_until(lambda: "x-ratelimit-limit-tokens" in client.get("/v1/models").headers, timeout_s=20)
+    with launch()() as instance:
+        first = request()
+        assert instance.redeem(ticket, first) is None
+        instance.report(first.id, prompt_tokens=3, output_tokens=4)
+        headers = client.get("/v1/models").headers
+        assert headers["x-ratelimit-remaining-tokens"] == "93"
+        assert instance.redeem(ticket, request()) is None
+        assert instance.redeem(ticket, request()) == "rate_limit_exceeded"
+
+
 def test_a_hold_lives_as_long_as_its_instances_session(hub, client, launch) -> None:
     asked, dialled = request(), launch()
     with dialled() as instance:

@@ -22,9 +22,7 @@ def world() -> World:
 def test_every_request_ends_once_though_replicas_fail(world: World, policy: str) -> None:
     trace = make_trace(world, "bursty", num_requests=NUM_REQUESTS, utilisation=0.5)
     report = simulate(world, trace, policy)
-    assert sorted(end.arrival.request.id for end in report.ends) == sorted(
-        one.request.id for one in trace
-    )
+    assert sorted(end.run_id for end in report.ends) == sorted(one.request.id for one in trace)
     assert any(end.attempts > 1 for end in report.ends)
     assert all(end.charge_usu > 0 for end in report.ends if end.completed)
     assert 0.0 < report.attainment <= 1.0
@@ -57,7 +55,7 @@ def test_a_replica_that_sleeps_is_started_when_nothing_else_serves() -> None:
     report = simulate(world, make_trace(awake, "poisson", num_requests=20))
     assert report.num_cold_starts == 1
     assert report.num_failed == 0
-    first = min(report.ends, key=lambda end: end.arrival.at_s)
+    first = min(report.ends, key=lambda end: end.at_s)
     assert first.total_s > 15.0
 
 

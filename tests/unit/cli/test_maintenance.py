@@ -1,0 +1,74 @@
+"""``fabric-admin maintenance`` and a site's limit, on a real database."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fabric.cli.exits import Exit
+from fabric.cli.main import fabric_admin
+
+
+class Admin:
+    """Runs commands on one database."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def run(self, *args: str) -> Result:
+        return CliRunner().invoke(fabric_admin, [*args, "--database", self.url])
+
+    def json(self, *args: str) -> Any:
+        result = self.run(*args, "--format", "json")
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+
+@pytest.fixture
+def admin(tmp_path: Path) -> Admin:
+    admin = Admin(f"sqlite:///{tmp_path / 'hub.db'}")
+    admin.json("site", "add", "polaris")
+    return admin
+
+
+TIMES = ("--from", "2038-01-11 08:00:00", "--until", "2038-01-11 18:00:00")
+
+
+def test_maintenance_is_planned_shown_and_deleted(admin: Admin) -> None:
+    added = admin.json("maintenance", "add", "polaris", *TIMES, "--reason", "new disks")
+    assert added["starts_at"].startswith("2038-01-11T08:00:00")
+    shown = admin.run("maintenance", "show")
+    assert "2038-01-11 08:00" in shown.output
+    assert "new disks" in shown.output
+    assert max(len(line) for line in shown.output.splitlines()) <= 80
+    assert admin.json("maintenance", "show", "polaris") == [{"site": "polaris", **added}]
+    asked = admin.run("maintenance", "delete", "polaris", added["id"])
+    assert asked.exit_code == Exit.REFUSED
+    admin.json("maintenance", "delete", "polaris", added["id"], "--yes")
+    assert "No maintenance is planned." in admin.run("maintenance", "show").output
+
+
+def test_what_cannot_be_planned_is_refused_with_the_reason(admin: Admin) -> None:
+    admin.json("maintenance", "add", "polaris", *TIMES)
+    twice = admin.run("maintenance", "add", "polaris", *TIMES)
+    assert twice.exit_code == Exit.REFUSED
+    assert "is planned then; delete it first" in twice.stderr
+    unknown = admin.run("maintenance", "add", "aurora", *TIMES)
+    assert unknown.exit_code == Exit.REFUSED
+    assert "'aurora' is not in the catalog" in unknown.stderr
+    wrong = admin.run("maintenance", "add", "polaris", "--from", "soon", "--until", "later")
+    assert wrong.exit_code == 2
+    nobody = admin.run("maintenance", "delete", "polaris", "mnt_0", "--yes")
+    assert "'mnt_0'" in nobody.stderr
+
+
+def test_a_site_is_limited_and_the_limit_lifted(admin: Admin) -> None:
+    site = admin.json("site", "modify", "polaris", "--max-in-flight", "8")
+    assert site["facts"]["rules"]["max_in_flight"] == 8
+    site = admin.json("site", "modify", "polaris", "--max-in-flight", "0")
+    assert site["facts"]["rules"]["max_in_flight"] is None
+    assert admin.run("site", "modify", "polaris", "--max-in-flight", "-1").exit_code == 2
