@@ -43,7 +43,7 @@ class ReplicaSnapshot:
         load_s: Seconds until the model is loaded after that.
         modes: What it may be asked for.
         adapters: Whether it serves adapters.
-        max_in_flight: How many attempts this hub sends there at most at once.
+        max_in_flight: How many attempts this hub may have there that have rows.
         caches_prefixes: Whether it has been seen to reuse the beginning of a prompt.
     """
 

@@ -1,13 +1,14 @@
 """The line: runs that wait at the hub for a row, in fair order, and what that waiting will be.
 
-A replica gets no more attempts than it has rows, so that who goes next is decided here, when a row
+A replica gets few more attempts than it has rows, so that who goes next is decided here, when a row
 is free, and not by who came first. Batch work takes rows only where others leave enough of them.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -17,15 +18,17 @@ from fabric.broker.cost import times_s
 from fabric.broker.facts import Context, ReplicaSnapshot
 from fabric.broker.fair import FairQueue, Waiter
 from fabric.broker.policies import get_weights
-from fabric.broker.pool import Floats, Pool, Rows
+from fabric.broker.pool import Floats, Pool, Replicas, Rows
 from fabric.broker.progress import Progress
 from fabric.broker.replicas import Fleet
 from fabric.broker.select import Decision
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.tiers import PROMISES, Tier, tier_of
 from fabric.broker.usual import SMOOTHING
-from fabric.errors import Overloaded, TierNotHeld
+from fabric.errors import NoReplica, Overloaded, TierNotHeld
 from fabric.messages import Request, Usage
+
+_Decide = Callable[[Request, Replicas, Context], Decision]
 
 BUSY = 2.0
 """How much longer a row of a full batch is expected to take than one alone (see ``times_s``)."""
@@ -207,7 +210,9 @@ class Line:
 
     # ---- what waiting will be -------------------------------------------------------------------
 
-    def foresee(self, request: Request, project: str, context: Context, decision: Decision) -> None:
+    def foresee(
+        self, now: float, request: Request, project: str, context: Context, decision: Decision
+    ) -> None:
         """Expect a request that is being admitted, if it can be answered in time.
 
         Only what waiting costs is held against it, and only by measured rates.
@@ -221,7 +226,8 @@ class Line:
             return
         chosen, digest = decision.chosen, context.digest
         row_s, tier = self._row_s(request, chosen), tier_of(request)
-        wait_s = self._wait_s(request, project, decision, row_s, context.remaining_s)
+        mine = self._waiter(request, project, row_s, now + context.remaining_s)
+        wait_s = self._wait_s(request, mine, decision)
         times = times_s(request, chosen)
         work_s, admit_s = times.first_s + times.rest_s, PROMISES[tier].admit_s
         limits = [("end", times.cold_s + work_s, times.share * work_s, context.remaining_s)]
@@ -264,19 +270,17 @@ class Line:
             retry_after_s=float(np.ceil(retry_after_s)),
         )
 
-    def _wait_s(
-        self, request: Request, project: str, decision: Decision, row_s: float, left_s: float
-    ) -> float:
+    def _wait_s(self, request: Request, mine: Waiter, decision: Decision) -> float:
         """Return the seconds until a newcomer is expected to have its row."""
-        digest, pool = decision.chosen.digest, decision.pool
+        digest, pool, row_s = decision.chosen.digest, decision.pool, mine.seconds
         num_before = self._num_expected[digest]
-        rows_K = _rows_of(pool, digest)
+        rows_K = np.isfinite(decision.ranking.cost_N).nonzero()[0]
         num_free = np.maximum(0.0, self._room(request, pool)[rows_K]).sum()
         if self._room_of(request, decision.chosen) > 0 and num_before < num_free:
             return 0.0
         before_s = num_before * row_s
         if (queue := self._queues.get(digest)) is not None:
-            before_s += queue.before_s(self._waiter(request, project, row_s, left_s))
+            before_s += queue.before_s(mine)
         before_s = max(0.0, before_s - num_free * row_s)
         return float(before_s + row_s) / self._num_rows(request, pool, rows_K)
 
@@ -290,8 +294,8 @@ class Line:
         row = ranking.best()
         if row is None:
             return None
-        rows_K = _rows_of(pool, digest)
-        num_full = self._num_rows(request, pool, rows_K[room_N[rows_K] <= 0])
+        full_K = (np.isfinite(decision.ranking.cost_N) & (room_N <= 0)).nonzero()[0]
+        num_full = self._num_rows(request, pool, full_K)
         wait_s = self._queues[digest].backlog_s / num_full
         best_s = decision.ranking.cost_N[decision.row] + get_weights(request)["queue"] * wait_s
         if ranking.cost_N[row] > best_s:
@@ -310,9 +314,8 @@ class Line:
     def _room(self, request: Request, pool: Pool) -> Floats:
         """Return the same for all replicas; shape (N,)."""
         tier, most_N = tier_of(request), pool.column("max_in_flight")
-        if tier == "batch":
-            most_N = np.maximum(1.0, np.floor(self._part(tier) * most_N))
-        room_N = most_N - pool.column("num_in_flight")
+        part = 1.0 if tier == "introspection" else self._part(tier)
+        room_N = np.maximum(1.0, np.floor(part * most_N)) - pool.column("num_in_flight")
         if tier == "introspection":
             for instance in self._programs:
                 if (row := pool.row(instance)) is not None:
@@ -324,11 +327,11 @@ class Line:
             "batch": self._settings.batch_share,
             "introspection": self._settings.introspection_share,
         }
-        return shares.get(tier, 1.0)
+        return shares.get(tier, 1.0 + self._settings.rows_ahead)
 
     def _num_rows(self, request: Request, pool: Pool, rows_K: Rows) -> float:
         num_rows = pool.column("max_rows")[rows_K].sum()
-        return max(1.0, float(num_rows) * self._part(tier_of(request)))
+        return max(1.0, float(num_rows) * min(1.0, self._part(tier_of(request))))
 
     def _row_s(self, request: Request, snapshot: ReplicaSnapshot | None) -> float:
         """Return the row-seconds a request is expected to take in a full batch."""
@@ -352,8 +355,14 @@ class Line:
         )
 
 
-def _rows_of(pool: Pool, digest: str) -> Rows:
-    """Return the rows of a version that take requests now; shape (K,)."""
-    groups = pool.groups.get(digest, {}).values()
-    rows_K = np.concatenate([np.array([], np.intp), *(pool.rows(group) for group in groups)])
-    return rows_K[pool.column("blocked_s")[rows_K] == 0] if pool.has_blocked else rows_K
+def keeping_promises(decide: _Decide) -> _Decide:
+    """Return a way to choose that first looks where a tier's first token is expected in time."""
+
+    def decide_so(request: Request, replicas: Replicas, context: Context) -> Decision:
+        admit_s = PROMISES[tier_of(request)].admit_s
+        if admit_s is not None and admit_s < context.remaining_s and not context.tried:
+            with suppress(NoReplica):
+                return decide(request, replicas, replace(context, remaining_s=admit_s))
+        return decide(request, replicas, context)
+
+    return decide_so

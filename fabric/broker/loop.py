@@ -229,8 +229,7 @@ class Broker:
             RateMissing: The model has no price where it may run.
             InsufficientBalance: No allocation covers the largest charge.
             NoReplica: None can serve it, and no wait could help.
-            Overloaded: It is predicted to come too late for its tier or its deadline.
-            TierNotHeld: No replica holds what its tier promises.
+            Overloaded, TierNotHeld: It would come too late for its deadline or its tier.
         """
         started_at = time.monotonic()
         await self.rules.current()

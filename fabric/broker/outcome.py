@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
+from fabric.broker.cost import times_s
+from fabric.broker.facts import ReplicaSnapshot
+from fabric.broker.lengths import Lengths
 from fabric.broker.progress import Progress
+from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import Outcome
 from fabric.errors import DeadlineExceeded, FabricError, StreamBroken
 from fabric.messages import RunCompleted, RunState, Usage
 
 BACKOFF_S = 0.2
+SILENCE_FACTOR = 4.0
 
 
 def get_outcome(
@@ -98,6 +103,18 @@ def broken(run: Progress, instance: str, error: FabricError) -> StreamBroken:
             why="only a single choice can be continued elsewhere",
         )
     return StreamBroken(instance=instance, num_tokens=run.num_tokens, cause=error.code)
+
+
+def silent_until(
+    run: Progress,
+    chosen: ReplicaSnapshot,
+    now: float,
+    settings: BrokerSettings,
+    lengths: Lengths,
+) -> float:
+    """Return when a replica that streams is given up for a run if it says nothing."""
+    expected_s = times_s(run.ticket.request, chosen, lengths).total_s
+    return now + max(settings.first_token_timeout_s, SILENCE_FACTOR * expected_s)
 
 
 def backoff_s(run: Progress) -> float:

@@ -202,7 +202,10 @@ class Fleet:
     def has_room(self, instance: str) -> bool:
         """Whether an instance may have more attempts than it has."""
         replica = self._replicas.get(instance)
-        return replica is not None and len(replica.in_flight) < replica.max_in_flight
+        if replica is None:
+            return False
+        most = int(replica.max_in_flight * (1.0 + self._settings.rows_ahead))
+        return len(replica.in_flight) < most
 
     def digests_of(self, instances: Iterable[str]) -> set[str]:
         """Return the versions that instances serve."""

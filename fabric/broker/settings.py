@@ -46,8 +46,10 @@ class BrokerSettings:
         prefix_replicas: How many replicas one beginning is sent to by preference.
         prefix_hit: How likely one of them has it still.
         explore: Share of the requests that try another replica than the best.
-        fair: Whether the hub keeps a line: a replica gets as many attempts as it has rows, and who
-            is next is decided by what each project and tier was given.
+        fair: Whether the hub keeps a line: a replica gets about as many attempts as it has rows,
+            and who is next is decided by what each project and tier was given.
+        rows_ahead: Attempts beyond its rows that a replica gets, as a part of them, so that no row
+            is idle while the next attempt and its data are on their way.
         blind_factor: How many times its rows a replica may have whose channel does not tell at once
             when one is free.
         batch_share: The part of a replica's rows that batch work may take, if nobody else does.
@@ -87,6 +89,7 @@ class BrokerSettings:
     prefix_hit: float = 0.5
     explore: float = 0.01
     fair: bool = True
+    rows_ahead: float = 0.2
     blind_factor: int = 4
     batch_share: float = 0.75
     introspection_share: float = 0.5

@@ -12,12 +12,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from fabric.broker.budget import RetryBudget
-from fabric.broker.cost import times_s
 from fabric.broker.hedge import first_answer_s, may_hedge, suits
 from fabric.broker.lengths import Lengths
-from fabric.broker.line import Line
+from fabric.broker.line import Line, keeping_promises
 from fabric.broker.links import Links
-from fabric.broker.outcome import backoff_s, broken, get_completed, get_outcome, too_late
+from fabric.broker.outcome import (
+    backoff_s,
+    broken,
+    get_completed,
+    get_outcome,
+    silent_until,
+    too_late,
+)
 from fabric.broker.pool import Replicas
 from fabric.broker.progress import Progress
 from fabric.broker.races import Races
@@ -76,8 +82,6 @@ from fabric.messages import (
     Usage,
 )
 
-SILENCE_FACTOR = 4.0
-
 HUBS_OWN = (AuthError, ConfigError, LedgerError)
 """What no instance has to say of a task: a client would take it for the hub's word."""
 
@@ -114,7 +118,7 @@ class BrokerState:
         self.runs: dict[str, Progress] = {}
         self._settings = settings
         self._started_at = started_at
-        self._decide = decide
+        self._decide = keeping_promises(decide)
         self._tasks = Tasks(settings, salt_key)
         self._budget = RetryBudget(settings)
         self._links = Links()
@@ -124,12 +128,11 @@ class BrokerState:
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
-        handled = (
+        done = list(
             self._on_attempt_event(event)
             if isinstance(event, AttemptEvent)
             else self._others(event)
         )
-        done = list(handled)
         if self.line.has_freed:
             done += self._take_turns(event.now)
         return done
@@ -152,7 +155,7 @@ class BrokerState:
             if self._may_wait(now) or may_come(request, replicas, context):
                 return None
             raise
-        self.line.foresee(request, project, context, decision)
+        self.line.foresee(now, request, project, context, decision)
         return decision.bare()
 
     def informed(self, now: float, context: Context) -> Context:
@@ -304,8 +307,7 @@ class BrokerState:
         replica = self.fleet.get(chosen.instance)
         if replica is None or not replica.streams:
             return None
-        expected_s = times_s(run.ticket.request, chosen, self._lengths).total_s
-        return now + max(self._settings.first_token_timeout_s, SILENCE_FACTOR * expected_s)
+        return silent_until(run, chosen, now, self._settings, self._lengths)
 
     def _may_wait(self, now: float) -> bool:
         return now - self._started_at < self._settings.patience_s

@@ -73,7 +73,7 @@ async def list_waiting(request: Request) -> Listing[Queue]:
     """Return what waits at the hub for models that the caller may use. Whose it is, others are not
     told."""
     hub, caller = hub_of(request), caller_of(request)
-    permits, project = await hub.permits(caller), caller.project
+    permits = await hub.permits(caller)
     numbers, mine = Counter[tuple[str, Tier]](), Counter[tuple[str, Tier]]()
     seconds: dict[tuple[str, Tier], float] = {}
     for one in hub.broker.tiers.waiting():
@@ -81,7 +81,7 @@ async def list_waiting(request: Request) -> Listing[Queue]:
             continue
         key = one.model, one.tier
         numbers[key] += one.num_waiting
-        mine[key] += one.num_waiting if one.project == project else 0
+        mine[key] += one.num_waiting if one.project == caller.project else 0
         seconds[key] = seconds.get(key, 0.0) + one.seconds
     return Listing(data=_queues(numbers, mine, seconds))
 

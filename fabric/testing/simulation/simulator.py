@@ -99,7 +99,8 @@ class Simulator:
             bandwidths_bytes_per_s=world.bandwidths_bytes_per_s,
         )
         # Others' ways to choose have no line at the hub.
-        self._settings = replace(self._settings, fair=policy == "fabric")
+        fair = self._settings.fair and policy == "fabric"
+        self._settings = replace(self._settings, fair=fair)
         self._env = simpy.Environment()
         self._lengths = Lengths()
         self._state = BrokerState(

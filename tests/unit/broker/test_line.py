@@ -10,7 +10,7 @@ from fabric.broker.select import Context
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import ClientGone, Instruction, SendTask, Void
 from fabric.errors import Overloaded, TierNotHeld
-from fabric.messages import Placed, Request, RunFailed, Sampling, TextInput
+from fabric.messages import Placed, Placement, Request, RunFailed, Sampling, TextInput
 from fabric.testing.broker_rig import DIGEST, Rig, make_ticket, offer
 
 ROWS = 4
@@ -38,15 +38,18 @@ def end(rig: Rig, task: SendTask, *, in_s: float = 0.0, **usage: Any) -> list[In
     return rig.finish(task, 4, **usage)
 
 
-def foresee(rig: Rig, *, project: str = "astro", max_tokens: int = 4, **changes: Any) -> None:
+def foresee(
+    rig: Rig, *, project: str = "astro", max_tokens: int = 4, **changes: Any
+) -> Placement | None:
     """Do as admission does before it holds the charge."""
+    others = changes.pop("offers", {})
     request = Request(
         model="smol",
         input=changes.pop("input", TextInput(text="Why?")),
         sampling=Sampling(max_tokens=max_tokens, temperature=0.0),
         **changes,
     )
-    offers = {one: offer(one) for one in ("alpha", "beta")}
+    offers = {one: offer(one) for one in ("alpha", "beta")} | others
     context = Context(
         model="smol@1",
         digest=DIGEST,
@@ -54,13 +57,13 @@ def foresee(rig: Rig, *, project: str = "astro", max_tokens: int = 4, **changes:
         remaining_s=request.deadline_s,
         settings=BrokerSettings(),
     )
-    rig.state.foresee(rig.now, request, context, project=project)
+    return rig.state.foresee(rig.now, request, context, project=project)
 
 
-def learn(rig: Rig, seconds: float = 1.0) -> None:
-    """Let the rig's replica be seen to take so long for a request."""
+def learn(rig: Rig, seconds: float = 1.0, site: str = "alpha") -> None:
+    """Let a site's replica be seen to take so long for a request."""
     for number in range(8):
-        task = rig.admit(f"known_{number}")
+        task = rig.admit(f"known_{site}_{number}", sites=(site,))
         assert task is not None
         rig.accept(task)
         rig.now += seconds
@@ -77,6 +80,12 @@ def test_a_replica_has_as_many_attempts_as_rows_and_the_next_goes_when_one_ends(
     assert sent(end(rig, tasks[0])) == ["later_0"]
     assert sent(end(rig, tasks[1])) == ["later_1"]
     assert sent(rig.tick(1.0)) == []
+
+
+def test_a_few_more_than_have_rows_are_on_their_way() -> None:
+    rig = Rig("alpha", rows_ahead=0.5)
+    assert all(rig.admit(f"run_{number}") for number in range(ROWS + 2))
+    assert rig.admit("waits") is None
 
 
 def test_a_project_that_asks_for_little_does_not_wait_behind_one_that_asks_for_much() -> None:
@@ -239,7 +248,7 @@ def test_without_a_line_a_replica_gets_all_at_once() -> None:
 
 
 def test_a_channel_that_is_blind_to_free_rows_is_given_more_than_there_are() -> None:
-    rig = Rig()
+    rig = Rig(rows_ahead=0.0)
     rig.join("alpha", streams=False)
     assert all(rig.admit(f"run_{number}") for number in range(4 * ROWS))
     assert rig.admit("waits") is None
@@ -309,6 +318,42 @@ def test_a_tier_that_no_replica_holds_is_refused_for_good() -> None:
     assert not refused.value.retryable
     assert "retry_after_s" not in refused.value.detail
     foresee(rig, tier="standard")
+
+
+def test_a_request_goes_where_its_tier_is_held_though_that_is_dearer() -> None:
+    rig = Rig("alpha", "beta", explore=0.0)
+    learn(rig, seconds=5.0, site="alpha")
+    learn(rig, seconds=0.5, site="beta")
+    dear = {"beta": offer("beta", expected_charge_usu=20_000)}
+    places = {tier: foresee(rig, tier=tier, offers=dear) for tier in ("standard", "interactive")}
+    assert {tier: place and place.site for tier, place in places.items()} == {
+        "standard": "alpha",
+        "interactive": "beta",
+    }
+
+
+def test_free_rows_of_a_site_where_it_may_not_run_are_no_comfort() -> None:
+    rig = Rig("alpha", "beta")
+    learn(rig)
+    fill(rig, sites=("alpha",))
+    for number in range(20):
+        rig.admit(f"later_{number}", sites=("alpha",))
+    with pytest.raises(Overloaded):
+        foresee(rig, deadline_s=5.0, sites=("alpha",))
+    foresee(rig, deadline_s=5.0)
+
+
+def test_batch_work_that_is_due_sooner_is_not_told_to_wait_for_what_is_due_later() -> None:
+    rig = Rig("alpha")
+    learn(rig)
+    fill(rig, deadline_s=9_000.0)
+    for number in range(100):
+        rig.admit(f"later_{number}", tier="batch", deadline_s=9_000.0)
+    foresee(rig, tier="batch", deadline_s=100.0)
+    for number in range(200):
+        rig.admit(f"sooner_{number}", tier="batch", deadline_s=90.0)
+    with pytest.raises(Overloaded):
+        foresee(rig, tier="batch", deadline_s=100.0)
 
 
 def test_nobody_is_refused_by_guesses() -> None:

@@ -184,7 +184,7 @@ class Broker(RuleBasedStateMachine):
         if any(one.instance == instance for one in self.live.values()):
             return
         self.digests[instance] = digest
-        self.rooms[instance] = max_rows if streams else 4 * max_rows
+        self.rooms[instance] = int(1.2 * (max_rows if streams else 4 * max_rows))
         hello = Hello(
             instance=instance,
             site=site,

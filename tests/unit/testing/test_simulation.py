@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fabric.broker import BrokerSettings
 from fabric.testing.simulation import ARRIVALS, BASELINES, World, make_trace, make_world, simulate
 from fabric.testing.simulation.report import jain
 
@@ -103,3 +104,15 @@ def test_skew_gives_some_projects_most_of_the_requests() -> None:
 def test_jain_is_one_for_equals_and_a_share_for_a_winner() -> None:
     assert jain([2.0, 2.0, 2.0]) == pytest.approx(1.0)
     assert jain([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+
+
+def test_a_line_at_the_hub_makes_an_overload_no_worse() -> None:
+    world = make_world(4, 3, seed=1)
+    trace = make_trace(world, "poisson", num_requests=500, utilisation=1.0, seed=3)
+    settings = BrokerSettings(tick_s=0.5, max_table=4)
+    line, heap = (
+        simulate(world, trace, settings=replace(settings, fair=fair)) for fair in (True, False)
+    )
+    assert line.num_failed == 0
+    assert line.attainment >= heap.attainment - 0.03
+    assert line.percentile_s(95) <= 1.05 * heap.percentile_s(95)
