@@ -206,8 +206,7 @@ ELSEWHERE = {
     *("model show", "function show", "project show", "project group show"),
     *("key show", "grant show", "limit show", "audit show", "audit verify", "alloc show"),
     *("rate show", "rate unit show", "alloc statement", "endpoint show", "replica show"),
-    *("user show", "tier show", "doctor", "completion"),
-    "maintenance show",
+    *("maintenance show", "user show", "tier show", "doctor", "completion"),
 }
 NEED_MORE = {
     # They change what no command makes: launches, charges of runs and of jobs, what is stored.
