@@ -3,7 +3,8 @@
 Three processes on loopback: a hub as ``fabric-admin hub`` runs it, an instance that answers after a
 fixed delay, and this load generator. Closed-loop clients ask the instance by its direct route and
 by the hub in turns, within each round; what is compared is the same work at the same concurrency.
-Every request through the hub is authenticated, admitted, held, placed, settled and recorded.
+Every request through the hub is authenticated, counted against limits of requests, tokens and
+concurrency, admitted, held, placed, settled and recorded.
 
 With ``--litellm VENV`` LiteLLM's proxy stands beside it before an upstream of the same delay, asked
 in the same rounds: its added latency is that over its own upstream.
@@ -34,6 +35,7 @@ import psutil
 import uvloop
 from hub_overhead_litellm import Peer, running_litellm
 
+from fabric.auth import Grants
 from fabric.cli import processes
 from fabric.cli.federation import choose_port
 from fabric.cli.seed import seed
@@ -51,6 +53,7 @@ from fabric.messages import (
     Token,
     new_id,
 )
+from fabric.sql import Database
 
 HOST = "127.0.0.1"
 MODEL = "fixed-delay"
@@ -94,6 +97,11 @@ def running_rig(delay_s: float) -> Iterator[Rig]:
         model = SiteModel(name=MODEL, source=source, context_tokens=2048, options=options)
         site = SiteSpec(name="bench", models=(model,))
         seeded = seed(state.database_url, [site], project="bench", label="bench", grant_usu=10**15)
+        with Database(state.database_url) as database:
+            # Never met, and counted at every request.
+            bounds = {"requests_per_min": 10**9, "tokens_per_min": 10**12, "max_concurrent": 10**6}
+            for subject in ("project:bench", "key:*"):
+                Grants(database).set_limit(subject, **bounds)
         port = choose_port(HOST, 0)
         base_url = f"http://{HOST}:{port}"
         hub = processes.spawn(

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypedDict
 
-from fabric.auth import Decision, Identity, Permits, Rulebook, get_modes, require
+from fabric.auth import Identity, Permits, Rulebook, require
 from fabric.broker.lengths import Lengths
 from fabric.broker.limits import Limiter, Standing, Turn
 from fabric.broker.programs import MARGIN, ProgramBounds
-from fabric.broker.select import MAX_SCARCITY, Closure, Context, Offer, expected_tokens
+from fabric.broker.records import Facts, Records, get_permitted
+from fabric.broker.select import MAX_SCARCITY, Context, Offer, expected_tokens
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import Ticket
-from fabric.catalog import Catalog, ModelVersion, SiteRules
+from fabric.catalog import Catalog
 from fabric.errors import (
     ContextExceeded,
     FabricError,
@@ -35,13 +34,10 @@ from fabric.errors import (
     RequestInvalid,
     RequestOverLimit,
     TierNotHeld,
-    UnknownModel,
-    UnknownSite,
 )
 from fabric.ledger import (
     AllocationBalance,
     Ledger,
-    Rate,
     charge_usu,
     kv_block_s_bound,
     max_charge_usu,
@@ -58,42 +54,7 @@ Also = Callable[[Ticket], None]
 
 NOTHING_USED = Usage()
 
-BURN_TTL_S = 600.0
-"""How old the rate at which a project spends may be."""
-
-STALE_FACTOR = 5
-"""How many times their lifetime facts may serve while newer ones are being read."""
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What the database says about one project's use of one model, at one moment.
-
-    ``rates`` has the enabled sites that have a price; ``sites`` all that the caller may know of, by
-    the rules of ``rules_version``, and ``hidden`` the other sites and the digests of other models.
-    ``closures`` are the sites' maintenance by the broker's clock, ``max_in_flight`` their limits
-    where they have any, and ``burns`` what each allocation is charged a day.
-    """
-
-    version: ModelVersion
-    sites: tuple[str, ...]
-    rates: Mapping[str, Rate]
-    allocations: tuple[AllocationBalance, ...]
-    hidden: frozenset[str]
-    rules_version: int
-    read_at: float
-    read_on: datetime
-    max_in_flight: Mapping[str, int | None] = field(default_factory=dict)
-    closures: Mapping[str, tuple[Closure, ...]] = field(default_factory=dict)
-    burns: Mapping[str, float] = field(default_factory=dict)
-
-    def days_left(self, allocation: AllocationBalance | None) -> float | None:
-        """Return the days until an allocation ends, if it does."""
-        if allocation is None or allocation.ends_at is None:
-            return None
-        return (allocation.ends_at - self.read_on) / timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +93,6 @@ class Admission:
         lengths: Lengths | None = None,
     ) -> None:
         self._ledger = ledger
-        self._catalog = catalog
         self._offload = offload
         self._settings = settings
         self._rules = rules
@@ -140,9 +100,9 @@ class Admission:
         self._lengths = lengths
         self._limiter = Limiter()
         self._turns: dict[str, Turn] = {}
-        self._facts: dict[tuple[str, str, str], Facts] = {}
-        self._burns: dict[str, tuple[float, Mapping[str, float]]] = {}
-        self._reading: dict[tuple[str, str, str], asyncio.Future[Facts]] = {}
+        self._records = Records(
+            ledger=ledger, catalog=catalog, offload=offload, settings=settings, rules=rules
+        )
 
     def enter(self, run_id: str, identity: Identity) -> None:
         """Count a request. Nothing is awaited, so that no limit can be overshot; the caller has
@@ -217,13 +177,13 @@ class Admission:
         _require(identity, scope, bounds)
         permits = await self._rules.permits(identity)
         try:
-            facts = await self._recent(permits, request.model)
+            facts = await self._records.recent(permits, request.model)
             return await self._admit(identity, permits, request, facts, foresee, also, bounds)
         except (NotGranted, RateLimited, RequestOverLimit, Overloaded, TierNotHeld):
             # Newer prices would not help, and who is refused must not cost much.
             raise
         except FabricError:
-            facts = await self._read(permits, request.model)
+            facts = await self._records.read(permits, request.model)
             return await self._admit(identity, permits, request, facts, foresee, also, bounds)
 
     async def prospect(
@@ -233,7 +193,7 @@ class Admission:
         for the balance, which the choice weighs."""
         require(identity, "query" if bounds is None else "program:read")
         permits = await self._rules.permits(identity)
-        facts = await self._read(permits, request.model)
+        facts = await self._records.read(permits, request.model)
         context = self._check(request, facts, permits, bounds).context
         await self._adapter_of(identity.project, request, facts.version.ref)
         return context
@@ -326,7 +286,7 @@ class Admission:
     def _check(
         self, request: Request, facts: Facts, permits: Permits, bounds: ProgramBounds | None
     ) -> _Checked:
-        version, sites = facts.version, _permitted(request, facts, permits, bounds)
+        version, sites = facts.version, get_permitted(request, facts, permits, bounds)
         if request.mode == "program" and bounds is None:
             reason = "programs have a route of their own, which checks and bounds them"
             raise RequestInvalid(param="mode", value=request.mode, reason=reason)
@@ -412,70 +372,6 @@ class Admission:
             raise RateMissing(model=facts.version.ref, site=allowed[0])
         return offers
 
-    # ---- facts ----------------------------------------------------------------------------------
-
-    async def _recent(self, permits: Permits, model: str) -> Facts:
-        """Return facts read within ``facts_ttl_s``, or a little older while newer ones are read."""
-        key = (permits.project, permits.key_id, model)
-        facts = self._facts.get(key)
-        if facts is not None and facts.rules_version != self._rules.known.version:
-            facts = None
-        age_s = math.inf if facts is None else time.monotonic() - facts.read_at
-        if facts is not None and age_s < self._settings.facts_ttl_s:
-            return facts
-        reading = self._reading.get(key)
-        if reading is None:
-            reading = self._reading[key] = asyncio.ensure_future(self._read(permits, model))
-            reading.add_done_callback(lambda _: self._reading.pop(key))
-        if facts is not None and age_s < STALE_FACTOR * self._settings.facts_ttl_s:
-            reading.add_done_callback(_heard)
-            return facts
-        return await asyncio.shield(reading)
-
-    async def _read(self, permits: Permits, model: str) -> Facts:
-        facts = await self._offload(self._query, permits, model, self._rules.known.version)
-        self._facts[permits.project, permits.key_id, model] = facts
-        return facts
-
-    def _query(self, permits: Permits, model: str, rules_version: int) -> Facts:
-        seen = self._catalog.seen_by(permits)
-        version, everywhere = seen.resolve(model), self._catalog.sites()
-        sites = [site for site in everywhere if seen.shows(site)]
-        hidden = {site.name for site in everywhere} - {site.name for site in sites}
-        if permits.models:
-            hidden |= _digests(self._catalog.models()) - _digests(seen.models())
-        rates = {}
-        for site in sites:
-            if site.state == "enabled":
-                try:
-                    rates[site.name] = self._ledger.rate(version.ref, site.name)
-                except RateMissing:
-                    continue
-        now, now_s = utc_now(), time.monotonic()
-        site_rules = {site.name: site.rules for site in sites}
-        return Facts(
-            version=version,
-            sites=tuple(site.name for site in sites),
-            rates=rates,
-            allocations=tuple(self._ledger.payers(permits.project, permits.key_id)),
-            hidden=frozenset(hidden),
-            rules_version=rules_version,
-            read_at=now_s,
-            read_on=now,
-            max_in_flight={site: one.max_in_flight for site, one in site_rules.items()},
-            closures={site: tuple(_closures(one, now, now_s)) for site, one in site_rules.items()},
-            burns=self._burn(permits.project),
-        )
-
-    def _burn(self, project: str) -> Mapping[str, float]:
-        """Return how fast the project's allocations are spent; read seldom, for it takes long."""
-        read_at, burns = self._burns.get(project, (-math.inf, {}))
-        now_s = time.monotonic()
-        if now_s - read_at >= BURN_TTL_S:
-            burns = self._ledger.burn(project)
-            self._burns[project] = now_s, burns
-        return burns
-
 
 class _Hooks(TypedDict, total=False):
     """What programs pay beside tokens."""
@@ -485,64 +381,9 @@ class _Hooks(TypedDict, total=False):
     device_s: float
 
 
-def _permitted(
-    request: Request, facts: Facts, permits: Permits, bounds: ProgramBounds | None
-) -> tuple[str, ...]:
-    """Return where a request may run: of the sites it asks for, those where it is allowed.
-
-    Raises:
-        UnknownModel: The model is hidden from the caller.
-        UnknownSite: A site that it names is hidden, or not there.
-        NotGranted: It is allowed at none of them.
-    """
-    name = facts.version.name
-    if not permits.sees_model(name):
-        raise UnknownModel(model=request.model, known=())
-    sites = [site for site in facts.sites if permits.sees_site(site)]
-    for site in (*(request.sites or ()), *filter(None, [request.data_site])):
-        if site not in sites:
-            raise UnknownSite(site=site, known=sites)
-    modes = get_modes(request, () if bounds is None else bounds.scopes)
-    asked = tuple(sites) if request.sites is None else request.sites
-    allowed = tuple(
-        site
-        for site in asked
-        if permits.decide(model=name, site=site, modes=modes, tier=request.tier) is Decision.ALLOWED
-    )
-    if asked and not allowed:
-        raise NotGranted(
-            project=permits.project,
-            model=name,
-            modes=sorted(modes),
-            tier=request.tier,
-            sites=request.sites or (),
-        )
-    return allowed
-
-
-def _digests(versions: Iterable[ModelVersion]) -> set[str]:
-    return {version.digest for version in versions if version.digest is not None}
-
-
 def _require(identity: Identity, scope: str, bounds: ProgramBounds | None) -> None:
     for one in sorted({scope} if bounds is None else {scope, *bounds.scopes}):
         require(identity, one)
-
-
-def _closures(rules: SiteRules, now: datetime, now_s: float) -> Iterator[Closure]:
-    for one in rules.maintenance:
-        if one.ends_at > now:
-            yield Closure(
-                begins_s=now_s + (one.starts_at - now).total_seconds(),
-                ends_s=now_s + (one.ends_at - now).total_seconds(),
-                until=one.ends_at.astimezone(UTC),
-            )
-
-
-def _heard(reading: asyncio.Future[Facts]) -> None:
-    """A reading that nobody waits for failed; the next request that needs it will say so."""
-    if not reading.cancelled() and reading.exception() is not None:
-        logger.info("prices and balances not read", exc_info=reading.exception())
 
 
 def _bounds(request: Request, context_tokens: int) -> tuple[int, int]:

@@ -1,14 +1,15 @@
-"""What the broker knows of programs before and while they run."""
+"""What the broker is asked of programs, and told of instances that are on their way."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from fabric.auth import Identity
 from fabric.broker.admit import Admission
 from fabric.broker.programs import ProgramBounds, get_bounds
+from fabric.broker.signals import ReplicaExpected, ReplicaGivenUp, StateEvent
 from fabric.broker.state import BrokerState
 from fabric.messages import InstanceState, PointManifest, Request
 from fabric.programs import Checked
@@ -81,3 +82,35 @@ class ProgramDesk:
         if run is None or run.instance != instance or run.ticket.bounds is None:
             return None
         return run.ticket.project, run.ticket.bounds.hook_bytes_out
+
+
+class ArrivalDesk:
+    """Instances that were asked for and have not joined. Called on the broker's event loop."""
+
+    def __init__(self, feed: Callable[[StateEvent], None]) -> None:
+        self._feed = feed
+
+    def expect(self, instance: str, *, site: str, model: str, ready_in_s: float) -> None:
+        """Note when an instance should join: requests that nothing else can serve wait for it.
+
+        Whoever starts it says so again and again; what was not repeated for a minute is forgotten.
+
+        Args:
+            instance: The one that will join.
+            site: Where.
+            model: What it will run, as ``name@revision``.
+            ready_in_s: Seconds until it should have joined.
+        """
+        self._feed(
+            ReplicaExpected(
+                now=time.monotonic(),
+                instance=instance,
+                site=site,
+                model=model,
+                ready_in_s=ready_in_s,
+            )
+        )
+
+    def give_up(self, instance: str) -> None:
+        """Note that an instance will not join; one that was not expected is no error."""
+        self._feed(ReplicaGivenUp(now=time.monotonic(), instance=instance))

@@ -15,7 +15,7 @@ from typing import cast
 from fabric.auth import Identity, Rulebook, TicketRecord
 from fabric.broker.admit import Admission, FindAdapter
 from fabric.broker.conclude import Also, Conclusion, End
-from fabric.broker.desk import ProgramDesk
+from fabric.broker.desk import ArrivalDesk, ProgramDesk
 from fabric.broker.lengths import Lengths
 from fabric.broker.limits import Standing
 from fabric.broker.metering import Metering
@@ -136,6 +136,7 @@ class Broker:
             lengths=lengths,
         )
         self.programs = ProgramDesk(self._state, self._admission)
+        self.arrivals = ArrivalDesk(self._feed)
         self.tiers = TierDesk(self._state, self._admission)
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()

@@ -141,6 +141,25 @@ class ReplicaLeft:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaExpected:
+    """An instance was asked for and should join in ``ready_in_s`` seconds."""
+
+    now: float
+    instance: str
+    site: str
+    model: str
+    ready_in_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaGivenUp:
+    """An instance that was expected will not join."""
+
+    now: float
+    instance: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptEvent:
     """An instance said something about an attempt."""
 
@@ -190,6 +209,8 @@ StateEvent = (
     | ReplicaJoined
     | ReplicaReported
     | ReplicaLeft
+    | ReplicaExpected
+    | ReplicaGivenUp
     | AttemptEvent
     | AttemptLost
     | ClientGone

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from fabric.broker.budget import RetryBudget
+from fabric.broker.coming import Arrivals
 from fabric.broker.hedge import first_answer_s, may_hedge, suits
 from fabric.broker.lengths import Lengths
 from fabric.broker.line import Line, keeping_promises
@@ -44,6 +45,8 @@ from fabric.broker.signals import (
     Instruction,
     MoveHold,
     Outcome,
+    ReplicaExpected,
+    ReplicaGivenUp,
     ReplicaJoined,
     ReplicaLeft,
     ReplicaReported,
@@ -115,6 +118,7 @@ class BrokerState:
         lengths: Lengths | None = None,
     ) -> None:
         self.fleet = Fleet(settings)
+        self.arrivals = Arrivals()
         self.runs: dict[str, Progress] = {}
         self._settings = settings
         self._started_at = started_at
@@ -151,10 +155,11 @@ class BrokerState:
         replicas, context = self.fleet.pool(now), self.informed(now, context)
         try:
             decision = self._decide(request, replicas, context)
-        except NoReplica:
-            if self._may_wait(now) or may_come(request, replicas, context):
+        except NoReplica as error:
+            may_come_back = self._may_wait(now) or may_come(request, replicas, context)
+            if may_come_back or self.arrivals.in_time(request, context, now):
                 return None
-            raise
+            raise self.arrivals.told_in(error, request, context, now) from None
         self.line.foresee(now, request, project, context, decision)
         return decision.bare()
 
@@ -190,7 +195,13 @@ class BrokerState:
                     run.refused_sites.add(run.moving_to.site)
                     run.moving_to = None
                     yield from self._place(run, now)
+            case ReplicaExpected(instance=instance):
+                if self.fleet.get(instance) is None:
+                    self.arrivals.expect(event)
+            case ReplicaGivenUp(instance=instance):
+                self.arrivals.forget(instance)
             case ReplicaJoined(hello=hello):
+                self.arrivals.forget(hello.instance)
                 self.fleet.join(now, hello, streams=event.streams, joined_at=event.joined_at)
                 yield from self._place_waiting(now)
             case ReplicaReported():
@@ -228,8 +239,12 @@ class BrokerState:
         """Send a run that waits to the best replica, let it wait on, or end it.
 
         All retries share one budget, and a replica that has just failed the run gets a pause.
+        Where another is on its way in time, patience lasts to the deadline, but not for a stream
+        that has begun: nobody wants to read on minutes later.
         """
-        out_of_patience = now - self.line.waits_since(run) >= self._settings.patience_s
+        awaited = self._awaits(run, now)
+        waited_s = now - self.line.waits_since(run)
+        out_of_patience = not awaited and waited_s >= self._settings.patience_s
         no_budget = run.attempt > 0 and not self._budget.allows
         if not out_of_patience and (no_budget or run.seen_version == self.fleet.version):
             return
@@ -241,8 +256,9 @@ class BrokerState:
             run.seen_version = self.fleet.version
             self.fleet.await_place(full_sites(replicas, context))
             hopeless = not self._may_wait(now) and not may_come(request, replicas, context)
-            if hopeless or out_of_patience:
-                yield from self._end(run, now, run.last_error if run.num_tokens else error)
+            if out_of_patience or (hopeless and not awaited):
+                told = self.arrivals.told_in(error, request, context, now)
+                yield from self._end(run, now, run.last_error if run.num_tokens else told)
             return
         if run.in_line:
             if (turn := self.line.turn(run, decision, now)) is None:
@@ -264,6 +280,12 @@ class BrokerState:
             )
         else:
             yield from self._send(run, decision, now)
+
+    def _awaits(self, run: Progress, now: float) -> bool:
+        """Return whether a run may wait to its deadline, because a replica is on its way."""
+        if run.num_tokens or not self.arrivals:
+            return False
+        return self.arrivals.in_time(run.ticket.request, self._context(run, now), now)
 
     def _on_hold_moved(self, run: Progress, now: float) -> Instructions:
         if (placement := run.moving_to) is None:
@@ -481,6 +503,7 @@ class BrokerState:
 
     def _on_tick(self, now: float) -> Instructions:
         self.fleet.tick(now)
+        self.arrivals.tick(now)
         self._budget.refill(now)
         for run in list(self.runs.values()):
             run_id = run.ticket.request.id

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -14,7 +15,14 @@ from pydantic import ValidationError
 
 from fabric.cli import launching
 from fabric.cli.output import Column
-from fabric.config import SiteSpec, StateDir, find_site, load_settings, load_site
+from fabric.config import (
+    ComputeExecutor,
+    SiteSpec,
+    StateDir,
+    find_site,
+    load_settings,
+    load_site,
+)
 from fabric.errors import BlockFailed, LaunchImpossible, UnknownModel
 from fabric.launch.jobs import (
     JobRecord,
@@ -24,17 +32,25 @@ from fabric.launch.jobs import (
     Order,
     get_launch_plan,
 )
+from fabric.launch.jobs.charges import JobAccounts
 from fabric.launch.jobs.history import History
 from fabric.launch.jobs.launcher import history_path
-from fabric.launch.jobs.plan import get_command
+from fabric.launch.jobs.login import LoginNode
+from fabric.launch.jobs.means import Means, get_means
+from fabric.launch.jobs.plan import get_scheduler
+from fabric.launch.jobs.records import Via
+from fabric.launch.jobs.through import get_login
 from fabric.messages.wire import Wire
 
 if TYPE_CHECKING:
     from fabric.sdk import Fabric
 
-POLL_S = 0.5
+POLL_S = 0.2
 START_TIMEOUT_S = 60.0
 """How long the process that watches a launch may take to begin."""
+
+FAR_START_TIMEOUT_S = 240.0
+"""The same through an endpoint, which may have to start first."""
 
 T = TypeVar("T", bound=Wire)
 
@@ -73,34 +89,55 @@ def find_version(fabric: Fabric, model: str) -> str:
     return known[-1].id
 
 
-def prepare(
-    order: Order, fabric: Fabric, *, keep: bool, module: str = "fabric.instance"
-) -> tuple[LaunchPlan, LaunchFolder]:
-    """Plan an order and make its folder, unless it is only looked at.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A launch that can be made: its plan, who pays, what will be kept of it, and the way there."""
+
+    plan: LaunchPlan
+    means: Means
+    record: LaunchRecord
+    login: LoginNode
+
+    def keep(self) -> LaunchFolder:
+        """Make the launch's folder."""
+        folder = LaunchFolder.create(root())
+        folder.write_launch(self.record.model_copy(update={"name": folder.name}))
+        return folder
+
+
+@contextmanager
+def prepared(
+    order: Order, fabric: Fabric, *, via: Via | None, module: str = "fabric.instance"
+) -> Iterator[Prepared]:
+    """Yield a planned order.
 
     Raises:
         LaunchImpossible: The machine cannot do it.
         SettingInvalid: There is no such site file.
+        FabricError: The machine's endpoint cannot be reached.
     """
-    site = load_site(find_site(order.machine))
+    site, where = load_site(find_site(order.machine)), root()
     order = _as_at_site(order, site)
-    where = root()
-    plan = get_launch_plan(order, site, History(history_path(where)))
-    if not keep:
-        return plan, LaunchFolder(where / "l-00000000")
-    folder = LaunchFolder.create(where)
-    folder.write_launch(
-        LaunchRecord(
-            name=folder.name,
+    get_scheduler(site)
+    way = via or ("endpoint" if isinstance(site.executor, ComputeExecutor) else "login")
+    login = get_login(site, way, where)
+    try:
+        plan = get_launch_plan(order, site, History(history_path(where)), ask=login.estimate_wait)
+        record = LaunchRecord(
+            name="l-00000000",
             order=order,
             site=site,
             queue=plan.queue,
             hub_url=fabric.base_url,
+            via=way,
+            ranks=plan.division.ranks,
             module=module,
             created_at=datetime.now(UTC),
         )
-    )
-    return plan, folder
+        means = get_means(plan, login.balance)
+        yield Prepared(plan=plan, means=means, record=record, login=login)
+    finally:
+        login.close()
 
 
 def _as_at_site(order: Order, site: SiteSpec) -> Order:
@@ -112,20 +149,6 @@ def _as_at_site(order: Order, site: SiteSpec) -> Order:
     return order
 
 
-def render(plan: LaunchPlan) -> str:
-    """Return the batch script of a launch's first job, with names in capitals for its own."""
-    folder = root() / "LAUNCH"
-    command = get_command(
-        plan,
-        folder / "jobs" / "INSTANCE.spec.json",
-        folder / "jobs" / "INSTANCE.log",
-        "fabric.instance",
-    )
-    with tempfile.TemporaryDirectory(prefix="fabric-dry-run-") as scratch:
-        script = plan.get_submitter(Path(scratch)).render(command, "fabric-LAUNCH")
-        return script.replace(scratch, str(folder / "scripts"))
-
-
 def submit(folder: LaunchFolder) -> None:
     """Have the launch watched by a process of its own; return once it has submitted.
 
@@ -134,7 +157,9 @@ def submit(folder: LaunchFolder) -> None:
     """
     given = click.get_current_context().params
     launching.start(folder, api_key=given.get("api_key"), project=given.get("project"))
-    until = time.monotonic() + START_TIMEOUT_S
+    record = folder.launch()
+    far = record is not None and record.via == "endpoint"
+    until = time.monotonic() + (FAR_START_TIMEOUT_S if far else START_TIMEOUT_S)
     while time.monotonic() < until:
         record = folder.launch()
         if record is not None and record.ended_at is not None:
@@ -157,7 +182,7 @@ def wait_ready(folder: LaunchFolder) -> None:
     with following(heads, heads.index("STATE")) as show:
         while True:
             record, jobs = folder.launch(), folder.jobs()
-            shown = [row[:4] + row[5:] for row in rows(folder, jobs)]
+            shown = [row[:4] + row[6:] for row in rows(folder, jobs)]
             show(shown)
             if any(job.ready_at is not None for job in jobs):
                 return
@@ -168,7 +193,7 @@ def wait_ready(folder: LaunchFolder) -> None:
 
 COLUMNS = (
     *(Column("LAUNCH", whole=True), "MACHINE", Column("JOB", whole=True), "STATE"),
-    *(Column("LEFT", numeric=True), "DETAIL"),
+    *(Column("LEFT", numeric=True), Column("CHARGE", numeric=True), "DETAIL"),
 )
 
 
@@ -179,8 +204,20 @@ def rows(folder: LaunchFolder, jobs: list[JobRecord]) -> list[tuple[object, ...]
         return []
     machine = record.order.machine
     if not jobs:
-        return [(folder.name, machine, "", record.state, "", record.detail)]
-    return [(folder.name, machine, j.job_id or "", j.state, _left(j), j.detail) for j in jobs]
+        return [(folder.name, machine, "", record.state, "", "", record.detail)]
+    return [
+        (folder.name, machine, j.job_id or "", j.state, _left(j), _charge(j), j.detail)
+        for j in jobs
+    ]
+
+
+def is_settled(folder: LaunchFolder) -> bool:
+    """Return whether a launch is over, and the hub has what its jobs took."""
+    record = folder.launch()
+    if record is None or record.ended_at is None:
+        return record is None
+    accounts = JobAccounts(record.order, record.site, record.queue)
+    return not any(accounts.owes(job) for job in folder.jobs())
 
 
 def describe(folder: LaunchFolder) -> dict[str, object]:
@@ -199,6 +236,10 @@ def _left(job: JobRecord) -> str:
         return ""
     left_s = max(0, int((job.deadline_at - datetime.now(UTC)).total_seconds()))
     return f"{left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02}"
+
+
+def _charge(job: JobRecord) -> str:
+    return "" if job.charge is None else f"{job.charge:.3g} {job.unit}s"
 
 
 def _failed(folder: LaunchFolder, reason: str) -> BlockFailed:

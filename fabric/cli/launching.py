@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fabric.errors import FabricError
+from fabric.errors import FabricError, NotFound
 from fabric.launch.jobs import LaunchFolder
 from fabric.launch.jobs.history import History
 from fabric.launch.jobs.launcher import Launcher, history_path
+from fabric.launch.jobs.through import get_login
 from fabric.sdk import Fabric
 
 
@@ -25,8 +26,15 @@ def watch(folder: LaunchFolder, fabric: Fabric) -> bool:
     with folder.watched() as ours:
         if not ours:
             return False
-        history = History(history_path(folder.path.parent))
-        Launcher(folder, fabric, history).run()
+        record = folder.launch()
+        if record is None:
+            raise NotFound(kind="launch", name=folder.name)
+        root = folder.path.parent
+        login = get_login(record.site, record.via, root)
+        try:
+            Launcher(folder, fabric, History(history_path(root)), login).run()
+        finally:
+            login.close()
         return True
 
 

@@ -24,8 +24,8 @@ Every error that crosses a room, a process or the wire is one of these::
     │                        HubUnreachable, HubNotConnected, ServiceUnreachable, ServiceBusy,
     │                        ServiceRefused, TaskLost, TaskTimedOut, TaskFailed
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
-    │                        BalanceUnavailable, LaunchImpossible, JobRefused, JobsFailing,
-    │                        NodeFailed, WeightsMissing
+    │                        BalanceUnavailable, LaunchImpossible, AllocationTooSmall,
+    │                        JobRefused, JobsFailing, NodeFailed, WeightsMissing
     ├── EngineError          ModelNotLoadable, RowFailed, ConstraintFailed, CacheExhausted,
     │                        BackendFailed, EngineStopped, RankLost, AdapterMemoryFull,
     │                        AdapterUnavailable
@@ -90,6 +90,7 @@ from fabric.errors.batches import (
     FilesFull,
 )
 from fabric.errors.compute import (
+    AllocationTooSmall,
     AlreadyStarted,
     BackendFailed,
     BalanceUnavailable,
@@ -228,6 +229,7 @@ __all__ = [
     "AdaptersFull",
     "AdmissionError",
     "AllocationClosed",
+    "AllocationTooSmall",
     "AlreadyRunning",
     "AlreadyStarted",
     "ArtifactsFull",

@@ -73,6 +73,27 @@ class LaunchImpossible(LaunchError):
         )
 
 
+class AllocationTooSmall(LaunchError):
+    """A launch may take more than its account at the machine has left."""
+
+    code = "allocation_too_small"
+    http_status = 402
+
+    def __init__(
+        self, *, account: str, machine: str, available: float, charge: float, unit: str
+    ) -> None:
+        super().__init__(
+            f"The account {account!r} at {machine} has {available:,.4g} {unit}s left and the launch"
+            f" may take {charge:,.4g}; ask for less time, fewer nodes or replicas, name another"
+            " account, or launch all the same with --force.",
+            account=account,
+            machine=machine,
+            available=available,
+            charge=charge,
+            unit=unit,
+        )
+
+
 class JobRefused(LaunchError):
     """The scheduler did not take a job."""
 

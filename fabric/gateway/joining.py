@@ -36,6 +36,14 @@ async def check(hub: Hub, launch: LaunchRecord, hello: Hello) -> None:
     await hub.offload(hub.catalog.register_digest, launch.model, hello.digest)
 
 
+def expect(hub: Hub, launch: LaunchRecord, ready_in_s: float) -> None:
+    """Let requests wait for the instance of a launch, unless the launch is over."""
+    if launch.ended_at is None:
+        hub.broker.arrivals.expect(
+            launch.instance, site=launch.site, model=launch.model, ready_in_s=ready_in_s
+        )
+
+
 async def serve(
     hub: Hub, channel: Channel, welcome: Callable[[], Awaitable[None]] | None = None
 ) -> None:

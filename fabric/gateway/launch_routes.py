@@ -12,9 +12,13 @@ from fabric.auth import Identity, Rules, require_site
 from fabric.gateway.access import Needs
 from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.hub import SiteReport, caller_of, hub_of
+from fabric.gateway.joining import expect
 from fabric.messages import InstanceState, Launch
 from fabric.messages.request import ModelRef, SiteName
 from fabric.messages.wire import Wire
+
+MAX_START_S = 30 * 86_400.0
+"""A queue of weeks, and a load."""
 
 router = APIRouter(prefix="/v1/fabric", tags=["sites"], dependencies=[Depends(Needs("site"))])
 
@@ -31,6 +35,12 @@ class EndBody(Wire):
 
     reason: str = Field(max_length=1000)
     failed: bool = False
+
+
+class OutlookBody(Wire):
+    """``POST /v1/fabric/launches/{instance}/outlook``."""
+
+    ready_in_s: float = Field(ge=0, le=MAX_START_S)
 
 
 class StatusBody(Wire):
@@ -93,8 +103,19 @@ async def end_launch(request: Request, instance: str) -> Response:
     body = await read_body(request, EndBody)
     hub, site = hub_of(request), caller_of(request).site
     await hub.offload(hub.catalog.end_launch, instance, body.reason, failed=body.failed, site=site)
+    hub.broker.arrivals.give_up(instance)
     if (channel := hub.channels.get(instance)) is not None:
         await channel.close("its launch was ended")
+    return Response(status_code=204)
+
+
+@router.post("/launches/{instance}/outlook", status_code=204, openapi_extra=documented(OutlookBody))
+async def tell_outlook(request: Request, instance: str) -> Response:
+    """Say when an instance of the caller's site should have joined: requests may wait for it."""
+    body = await read_body(request, OutlookBody)
+    hub, site = hub_of(request), caller_of(request).site
+    launch = await hub.offload(hub.catalog.launch, instance, site=site)
+    expect(hub, launch, body.ready_in_s)
     return Response(status_code=204)
 
 

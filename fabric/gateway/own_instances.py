@@ -7,10 +7,11 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from typing import Literal
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import Field
+from pydantic import AwareDatetime, Field
 
 from fabric.auth import Decision, Identity
 from fabric.catalog import LaunchRecord, OwnSite
@@ -19,6 +20,8 @@ from fabric.gateway.access import Needs
 from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.fabric_routes import Listing
 from fabric.gateway.hub import Hub, caller_of, hub_of
+from fabric.gateway.joining import expect
+from fabric.ledger import JobCharge
 from fabric.messages import Launch
 from fabric.messages.request import ModelRef, SiteName
 from fabric.messages.wire import Wire
@@ -38,6 +41,29 @@ class InstanceBody(Wire):
     machine: SiteName
     sharing: Literal["private", "project", "shared"] = "project"
     lifetime_s: float = Field(default=7 * 86_400.0, gt=0, le=MAX_LIFETIME_S)
+
+
+class OutlookBody(Wire):
+    """``POST /v1/fabric/instances/{instance}/outlook``: when it should have joined."""
+
+    ready_in_s: float = Field(ge=0, le=MAX_LIFETIME_S)
+
+
+class JobBody(Wire):
+    """``POST /v1/fabric/instances/{instance}/job``: what an instance's job took, once it is over.
+
+    ``charge`` is in ``unit``, the machine's own.
+    """
+
+    launch: str = Field(pattern=r"^l-[0-9a-f]{8}$")
+    job_id: str = Field(min_length=1, max_length=100, pattern=r"^[\w.@\[\]+-]+$")
+    account: str | None = Field(default=None, max_length=64)
+    num_nodes: int = Field(ge=1, le=1_000_000)
+    elapsed_s: float = Field(ge=0, le=MAX_LIFETIME_S, allow_inf_nan=False)
+    charge: Decimal = Field(ge=0, le=10**9, allow_inf_nan=False)
+    unit: str = Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")
+    source: Literal["sacct", "scontrol", "qstat", "launcher"]
+    ended_at: AwareDatetime
 
 
 class EndBody(Wire):
@@ -101,6 +127,19 @@ async def list_instances(request: Request) -> Listing[OwnInstance]:
     return Listing(data=data)
 
 
+@router.post("/{instance}/outlook", openapi_extra=documented(OutlookBody))
+async def tell_outlook(request: Request, instance: str) -> LaunchRecord:
+    """Say when an instance of the caller's should have joined: requests may wait for it.
+
+    What is not said again within a minute is forgotten.
+    """
+    body = await read_body(request, OutlookBody)
+    hub, caller = hub_of(request), caller_of(request)
+    launch = await hub.offload(_find, hub, caller, instance)
+    expect(hub, launch, body.ready_in_s)
+    return launch
+
+
 @router.post("/{instance}/drain")
 async def drain_instance(request: Request, instance: str) -> LaunchRecord:
     """Ask an instance of the caller's to finish what it has and leave."""
@@ -113,6 +152,25 @@ async def drain_instance(request: Request, instance: str) -> LaunchRecord:
     return launch
 
 
+@router.post("/{instance}/job", openapi_extra=documented(JobBody))
+async def report_job(request: Request, instance: str) -> JobCharge:
+    """Note in the project's statement what the machine charges for an instance's job.
+
+    It is a memo, which moves no balance. The first report of a job counts.
+    """
+    body = await read_body(request, JobBody)
+    hub, caller = hub_of(request), caller_of(request)
+    launch = await hub.offload(_find, hub, caller, instance)
+    charge = JobCharge(
+        project=caller.project,
+        site=launch.site,
+        instance=instance,
+        model=launch.model,
+        **body.model_dump(),
+    )
+    return await hub.offload(hub.ledger.note_job, charge)
+
+
 @router.post("/{instance}/end", openapi_extra=documented(EndBody))
 async def end_instance(request: Request, instance: str) -> LaunchRecord:
     """Void the token of an instance of the caller's and end its session."""
@@ -120,6 +178,7 @@ async def end_instance(request: Request, instance: str) -> LaunchRecord:
     hub, caller = hub_of(request), caller_of(request)
     await hub.offload(_find, hub, caller, instance)
     launch = await hub.offload(hub.catalog.end_launch, instance, body.reason, failed=body.failed)
+    hub.broker.arrivals.give_up(instance)
     if (channel := hub.channels.get(instance)) is not None:
         await channel.close("its launch was ended")
     return launch

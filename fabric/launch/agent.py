@@ -24,6 +24,9 @@ STEADY_S = 60.0
 
 MAX_DELAY_S = 5.0
 
+USUAL_START_S = 30.0
+"""What an instance is taken to need until it is ready, before one has shown it."""
+
 _GRACE = 0.75
 """What part of its time to drain an instance lets requests run on before it gives them back."""
 
@@ -59,6 +62,7 @@ class SiteAgent:
         self._hub = SiteHub(spec.hub_url, spec.token, self._site)
         self._stopping = asyncio.Event()
         self._starter: Starter | None = None
+        self._start_s: dict[str, float] = {}
 
     async def run(self) -> None:
         """Start what starts instances, keep the models up, and end all on SIGTERM or SIGINT.
@@ -148,14 +152,21 @@ class SiteAgent:
 
     async def _watch(self, launched: Launched, starter: Starter) -> float:
         """Report what an instance says of itself until it ends; return how long it was ready."""
+        launch, began_at = launched.spec.launch, time.monotonic()
         ready_at = None
-        reached_at = -REPORT_S
+        reached_at = told_at = -REPORT_S
         while not launched.ended.done():
+            if ready_at is None and time.monotonic() - told_at >= REPORT_S:
+                told_at = time.monotonic()
+                start_s = self._start_s.get(launch.model, USUAL_START_S)
+                await self._hub.expect(launch.instance, max(0.0, start_s - (told_at - began_at)))
             status = await asyncio.to_thread(launched.status)
             if status is not None:
                 self._hub.say(InstanceState(status.state), status.detail)
                 if status.state == InstanceState.READY:
-                    ready_at = ready_at or time.monotonic()
+                    if ready_at is None:
+                        ready_at = time.monotonic()
+                        self._start_s[launch.model] = ready_at - began_at
                     if time.monotonic() - reached_at >= REPORT_S:
                         reached_at = time.monotonic()
                         await self._tell_reach(launched, status)

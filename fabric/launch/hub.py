@@ -72,6 +72,10 @@ class SiteHub:
         """Void a launch that is over."""
         await self._post(f"/v1/fabric/launches/{instance}/end", {"reason": reason[:1000]})
 
+    async def expect(self, instance: str, ready_in_s: float) -> None:
+        """Tell when an instance should have joined: requests may wait for it."""
+        await self._post(f"/v1/fabric/launches/{instance}/outlook", {"ready_in_s": ready_in_s})
+
     async def reach(self, instance: str, reach: Reach) -> None:
         """Tell how the hub can reach an instance that does not dial it."""
         await self._post(f"/v1/fabric/launches/{instance}/reach", reach.model_dump(mode="json"))

@@ -22,10 +22,18 @@ from fabric.ledger import (
     transfers,
     units,
 )
+from fabric.ledger import jobs as job_memos
 from fabric.ledger.posting import check_amount
 from fabric.ledger.rates import Rate
 from fabric.ledger.reconcile import EndedJob, Reconciliation
-from fabric.ledger.records import AllocationBalance, Hold, Refund, Settlement, Statement
+from fabric.ledger.records import (
+    AllocationBalance,
+    Hold,
+    JobCharge,
+    Refund,
+    Settlement,
+    Statement,
+)
 from fabric.ledger.units import Unit
 from fabric.sql import Database, utc_now
 
@@ -355,6 +363,23 @@ class Ledger:
             jobs: Those that ended; all that ran at the time, or others get what was billed in them.
         """
         return self._twice(overhead.post_overheads, site, jobs, self._clock())
+
+    def note_job(self, job: JobCharge) -> JobCharge:
+        """Note what a machine charges for a job, as a memo; return what is noted of it.
+
+        It moves no balance. The first time counts: the same job again changes nothing.
+
+        Raises:
+            UnknownAccount: The project has no allocation at the job's site.
+        """
+        return self._twice(job_memos.note, job, self._clock())
+
+    def job_charges(
+        self, project: str | None = None, *, launch: str | None = None
+    ) -> list[JobCharge]:
+        """Return what machines charge for jobs, of a project or all, in the order noted."""
+        with self._database.read() as connection:
+            return job_memos.listed(connection, project, launch)
 
     def verify(self) -> None:
         """Recompute all balances from the entries.

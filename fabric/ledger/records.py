@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from enum import StrEnum
 from typing import Literal
 
 LineKind = Literal[
-    "grant", "withdrawal", "share", "return", "exchange", "charge", "refund", "expiry"
+    "grant", "withdrawal", "share", "return", "exchange", "charge", "refund", "expiry", "memo"
 ]
-"""What changes what an allocation owns; holds only move it between its own accounts."""
+"""What changes what an allocation owns, or is noted beside it; holds only move it between its own
+accounts."""
 
 
 class HoldState(StrEnum):
@@ -96,7 +98,8 @@ class StatementLine:
 
     ``amount_usu`` is positive for what came and negative (or 0) for what went; ``balance_usu`` is
     what the allocation had after it, held amounts included. ``run``, ``site`` and ``model`` are
-    those of a charge; a refund ``mends`` the charge whose ``entry`` that is.
+    those of a charge; a refund ``mends`` the charge whose ``entry`` that is. A memo changes
+    nothing: it tells what the machine itself charges for ``job``.
     """
 
     entry: int
@@ -110,6 +113,42 @@ class StatementLine:
     model: str | None
     memo: str
     mends: int | None = None
+    job: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobCharge:
+    """What a machine charges for a job that a project has brought; the fabric charges nothing.
+
+    Args:
+        project: Whose job.
+        launch: Which of its launches, and ``job_id`` the scheduler's id in it.
+        job_id: The scheduler's id.
+        site: The machine as the project's place to run.
+        instance: What ran in it.
+        model: As ``name@revision``.
+        account: Of the machine's; ``None``: the user's default there.
+        num_nodes: Nodes that it had.
+        elapsed_s: For so many seconds.
+        charge: In ``unit``, the machine's own; exact to a millionth.
+        unit: In the singular, as ``node-hour``.
+        source: Who says how long it took: ``sacct``, ``scontrol``, ``qstat`` or ``launcher``.
+        ended_at: When it ended.
+    """
+
+    project: str
+    launch: str
+    job_id: str
+    site: str
+    instance: str
+    model: str
+    account: str | None
+    num_nodes: int
+    elapsed_s: float
+    charge: Decimal
+    unit: str
+    source: str
+    ended_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Select, func, or_, select
 
 from fabric.ledger.allocations import balances
 from fabric.ledger.records import LineKind, Statement, StatementLine
-from fabric.ledger.tables import allocations, entries, journal
+from fabric.ledger.tables import allocations, entries, job_charges, journal
 
 _KINDS = get_args(LineKind)
 
@@ -57,6 +57,7 @@ def statement(
                 model=row.model,
                 memo=row.memo,
                 mends=row.mends_id,
+                job=row.job,
             )
         )
         balance_usu[row.allocation] -= amount_usu
@@ -79,8 +80,14 @@ def _lines(project: str, allocation: str | None) -> Select[tuple[object, ...]]:
         journal.c.allocation_id == allocations.c.id, journal.c.source_id == allocations.c.id
     )
     query = (
-        select(journal, allocations.c.name.label("allocation"), amount_usu.label("amount_usu"))
+        select(
+            journal,
+            allocations.c.name.label("allocation"),
+            amount_usu.label("amount_usu"),
+            job_charges.c.job_id.label("job"),
+        )
         .join(allocations, either)
+        .outerjoin(job_charges, job_charges.c.journal_id == journal.c.id)
         .where(allocations.c.project == project, journal.c.kind.in_(_KINDS))
     )
     return query if allocation is None else query.where(allocations.c.name == allocation)

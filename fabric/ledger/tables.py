@@ -13,6 +13,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -89,6 +90,25 @@ holds = Table(
     Index(None, "state", "lease_expires_at"),
     CheckConstraint("amount_usu >= 0", name="amount_not_negative"),
     CheckConstraint("charged_usu BETWEEN 0 AND amount_usu", name="charge_within_hold"),
+)
+
+job_charges = Table(
+    "job_charges",
+    metadata,
+    Column("project", Text, primary_key=True),
+    Column("launch", Text, primary_key=True),
+    Column("job_id", Text, primary_key=True),
+    Column("journal_id", ForeignKey("journal.id"), nullable=False, unique=True),
+    Column("site", Text, nullable=False),
+    Column("instance", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("account", Text),
+    Column("num_nodes", Integer, nullable=False),
+    Column("elapsed_s", Float, nullable=False),
+    Column("charge_millionths", BigInteger, nullable=False),
+    Column("unit", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("ended_at", UtcTime, nullable=False),
 )
 
 rates = Table(

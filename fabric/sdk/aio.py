@@ -338,6 +338,14 @@ class AsyncFabric:
         """Return the instances that the project has brought, newest first."""
         return await instances.listed(self._transport)
 
+    async def expect_instance(self, instance: str, ready_in_s: float) -> None:
+        """Say when an instance should have joined; see ``Fabric.expect_instance``."""
+        await instances.expect(self._transport, instance, ready_in_s)
+
+    async def report_job(self, instance: str, job: Mapping[str, object]) -> Json:
+        """Note what an instance's job took; see ``Fabric.report_job``."""
+        return await instances.report_job(self._transport, instance, job)
+
     async def drain_instance(self, instance: str) -> None:
         """Ask an instance of the project's to finish what it has and leave."""
         await instances.drain(self._transport, instance)

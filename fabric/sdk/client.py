@@ -419,6 +419,32 @@ class Fabric:
         """Return the instances that the project has brought, newest first."""
         return self._background.run(self._fabric.instances())
 
+    def expect_instance(self, instance: str, ready_in_s: float) -> None:
+        """Say when an instance of the project's should have joined: requests may wait for it.
+
+        What is not said again within a minute is forgotten.
+
+        Raises:
+            NotFound: There is none of this name, or it is somebody else's.
+        """
+        self._background.run(self._fabric.expect_instance(instance, ready_in_s))
+
+    def report_job(self, instance: str, job: Mapping[str, object]) -> Json:
+        """Note in the project's statement what the machine charges for an instance's job.
+
+        Args:
+            instance: What ran in it.
+            job: ``launch``, ``job_id``, ``account``, ``num_nodes``, ``elapsed_s``, ``charge`` in
+                the machine's ``unit``, ``source`` and ``ended_at``.
+
+        Returns:
+            What is noted of the job: the first report counts.
+
+        Raises:
+            NotFound: There is no such instance, or it is somebody else's.
+        """
+        return self._background.run(self._fabric.report_job(instance, job))
+
     def drain_instance(self, instance: str) -> None:
         """Ask an instance of the project's to finish what it has and leave.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,17 @@ async def listed(transport: Transport) -> tuple[OwnInstance, ...]:
     """Return the project's own instances, newest first."""
     reply = await transport.get(_PATH)
     return tuple(OwnInstance.from_reply(item) for item in reply["data"])
+
+
+async def expect(transport: Transport, instance: str, ready_in_s: float) -> None:
+    """Say when an instance should have joined."""
+    await transport.post(f"{_PATH}/{instance}/outlook", {"ready_in_s": ready_in_s})
+
+
+async def report_job(transport: Transport, instance: str, job: Mapping[str, object]) -> Json:
+    """Note what an instance's job took."""
+    reply: Json = await transport.post(f"{_PATH}/{instance}/job", dict(job))
+    return reply
 
 
 async def drain(transport: Transport, instance: str) -> None:

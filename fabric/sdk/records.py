@@ -137,7 +137,8 @@ class Allocation(Record):
 class StatementLine(Record):
     """One line of a statement: a grant is positive, a charge negative.
 
-    A refund ``mends`` the charge that has this ``entry``.
+    A refund ``mends`` the charge that has this ``entry``. A memo is 0: it tells what a machine
+    charges its own account for ``job``, in words.
     """
 
     at: str
@@ -151,6 +152,7 @@ class StatementLine(Record):
     memo: str
     entry: int | None = None
     mends: int | None = None
+    job: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,11 +27,12 @@ def instances(name: str | None, also_over: bool, is_watching: bool, output: Outp
     shown, unwatched = [], []
     for folder in folders:
         record = folder.launch()
-        if record is None or (record.ended_at is not None and not (also_over or name)):
+        if record is None:
             continue
-        shown.append(folder)
-        if record.ended_at is None and not folder.is_watched():
+        if not launches.is_settled(folder) and not folder.is_watched():
             unwatched.append(folder)
+        if record.ended_at is None or also_over or name:
+            shown.append(folder)
     if is_watching:
         for folder in unwatched:
             launching.start(folder, api_key=None, project=None)

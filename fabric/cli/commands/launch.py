@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -13,6 +13,7 @@ from fabric.cli.output import Output, note
 
 if TYPE_CHECKING:
     from fabric.launch.jobs import LaunchPlan, Order
+    from fabric.launch.jobs.means import Means
     from fabric.sdk import Fabric
 
 _EPILOG = """\b
@@ -23,10 +24,10 @@ Examples:
   fabric launch mymodel --site local-slurm --walltime 01:00:00 \\
       --keep-alive-until 8h --idle-stop 20m --wait
 
-Run it where the machine's batch commands are (its login node). Nothing is
-charged here for what your own jobs serve: the machine charges you. The launch
-goes on when this command has ended; `fabric instances` shows it, and
-`fabric stop` ends it.
+Run it where the machine's batch commands are (its login node), or anywhere with
+--via endpoint. Nothing is charged here for what your own jobs serve: the machine
+charges you. The launch goes on when this command has ended; `fabric instances`
+shows it, and `fabric stop` ends it.
 """
 _ENGINE = ("backend", "max_rows", "dtype", "tensor_parallel", "pipeline_parallel")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
@@ -114,6 +115,13 @@ class Until(click.ParamType):
 @click.option("--backend", type=click.Choice(["fabric", "vllm"]), help="What computes.")
 @click.option("--max-rows", type=click.IntRange(1), help="Rows of the engine.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Of the weights.")
+@click.option(
+    "--via",
+    type=click.Choice(["login", "endpoint"]),
+    help="Submit from here, or through the machine's Globus Compute endpoint."
+    "  [default: as its site file says]",
+)
+@click.option("--force", is_flag=True, help="Launch though the account's balance is too small.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the script; submit nothing.")
 @click.option("--wait", "is_waiting", is_flag=True, help="Show how far it is until it is ready.")
 @click.option("--module", default="fabric.instance", hidden=True)
@@ -123,6 +131,8 @@ def launch(
     fabric: Fabric,
     output: Output,
     *,
+    via: Literal["login", "endpoint"] | None,
+    force: bool,
     dry_run: bool,
     is_waiting: bool,
     module: str,
@@ -139,16 +149,23 @@ def launch(
     given = {name: value for name, value in asked.items() if value is not None}
     options = {name: given.pop(name) for name in _ENGINE if name in given}
     order = launches.checked(Order, given | {"model": version, "options": options})
-    plan, folder = launches.prepare(order, fabric, keep=not dry_run, module=module)
-    if dry_run:
-        script = launches.render(plan)
-        if output.is_json:
-            output.json(_record(plan) | {"script": script})
-        else:
-            _print(plan, output)
-            click.echo()
-            click.echo(script.rstrip())
-        return
+    with launches.prepared(order, fabric, via=via, module=module) as prepared:
+        plan, means = prepared.plan, prepared.means
+        if means.failed:
+            note(f"Warning: {means.unknown}.")
+        if dry_run:
+            script = prepared.login.render(prepared.record)
+            if output.is_json:
+                output.json(_record(plan, means) | {"script": script})
+            else:
+                _print(plan, means, output)
+                click.echo()
+                click.echo(script.rstrip())
+        if not force:
+            means.check(plan.site.name)
+        if dry_run:
+            return
+        folder = prepared.keep()
     launches.submit(folder)
     if is_waiting:
         launches.wait_ready(folder)
@@ -159,11 +176,11 @@ def launch(
     note(f"`fabric instances` shows how far it is; `fabric stop {folder.name}` ends it.")
 
 
-def _print(plan: LaunchPlan, output: Output) -> None:
-    output.facts([(name, value) for name, value in _facts(plan) if value])
+def _print(plan: LaunchPlan, means: Means, output: Output) -> None:
+    output.facts([(name, value) for name, value in _facts(plan, means) if value])
 
 
-def _facts(plan: LaunchPlan) -> list[tuple[str, str]]:
+def _facts(plan: LaunchPlan, means: Means) -> list[tuple[str, str]]:
     order, wait = plan.order, plan.wait
     nodes = "1 node" if order.nodes == 1 else f"{order.nodes} nodes"
     told = f"recorded waits of {wait.num_waits} jobs" if wait.num_waits else "the scheduler says so"
@@ -186,9 +203,25 @@ def _facts(plan: LaunchPlan) -> list[tuple[str, str]]:
         ("wait", waits),
         ("load", f"{_time(plan.load_s)}, then ready"),
         ("charge there", f"{charge}, a job"),
+        ("balance there", _balance(means)),
+        ("left after it", _remains(means)),
         ("charge here", "0 SU: what your own jobs serve is not charged again"),
         ("kept until", f"{order.keep_until:%Y-%m-%d %H:%M UTC}" if order.keep_until else ""),
     ]
+
+
+def _balance(means: Means) -> str:
+    if means.balance is None:
+        return means.unknown
+    return f"{means.balance.available:,.4g} {means.balance.unit} of {means.account}"
+
+
+def _remains(means: Means) -> str:
+    if means.remains is None:
+        return means.unknown if means.balance is not None else ""
+    jobs = f"when all of it has run, {means.charge:,.4g} {means.unit}s at most"
+    short = "" if means.remains >= 0 else "; too little"
+    return f"{means.remains:,.4g} {means.unit}s {jobs}{short}"
 
 
 def _time(seconds: float | None) -> str:
@@ -199,7 +232,7 @@ def _time(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _record(plan: LaunchPlan) -> dict[str, object]:
+def _record(plan: LaunchPlan, means: Means) -> dict[str, object]:
     order: Order = plan.order
     return {
         "order": order.model_dump(mode="json"),
@@ -213,5 +246,11 @@ def _record(plan: LaunchPlan) -> dict[str, object]:
         "load_s": plan.load_s,
         "charge": plan.charge,
         "unit": plan.unit,
+        "total_charge": means.charge,
+        "account": means.account,
+        "balance": None if means.balance is None else float(means.balance.available),
+        "balance_unit": None if means.balance is None else means.balance.unit,
+        "remains": None if means.remains is None else float(means.remains),
+        "balance_unknown": means.unknown,
         "charge_usu": 0,
     }

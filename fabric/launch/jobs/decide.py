@@ -104,6 +104,32 @@ def decide(
     return actions
 
 
+def get_ready_in_s(
+    job: JobRecord, order: Order, now: datetime, outlook: Outlook, *, starts_at: datetime | None
+) -> float:
+    """Return in how many seconds a job's instance should have joined.
+
+    Args:
+        job: One that has not ended, and whose instance is not ready.
+        order: What it is for.
+        now: The time.
+        outlook: What is usual.
+        starts_at: When its scheduler says that it starts, if it says so.
+    """
+    if job.started_at is not None:
+        return max(0.0, outlook.load_s - (now - job.started_at).total_seconds())
+    if starts_at is not None and starts_at > now:
+        return (starts_at - now).total_seconds() + outlook.load_s
+    waited_s = max(0.0, (now - job.submitted_at).total_seconds())
+    left_s = _usual_wait_s(order, outlook) - waited_s
+    # Where it has waited longer than expected, as long again is the best guess.
+    return (left_s if left_s > 0 else waited_s) + outlook.load_s
+
+
+def _usual_wait_s(order: Order, outlook: Outlook) -> float:
+    return UNKNOWN_WAIT_SHARE * order.walltime_s if outlook.wait_s is None else outlook.wait_s
+
+
 def _about(
     replica: int,
     jobs: Sequence[JobRecord],
@@ -136,12 +162,9 @@ def _successor_due(job: JobRecord, order: Order, now: datetime, outlook: Outlook
         return False
     if job.deadline_at >= order.keep_until:
         return False
-    wait_s = outlook.wait_s
-    if wait_s is None:
-        wait_s = UNKNOWN_WAIT_SHARE * order.walltime_s
     # It must be ready before this one is told to drain.
     load_s = LOAD_FACTOR * outlook.load_s
-    early_s = wait_s + load_s + MARGIN_S + get_warning_s(order.walltime_s)
+    early_s = _usual_wait_s(order, outlook) + load_s + MARGIN_S + get_warning_s(order.walltime_s)
     early = timedelta(seconds=early_s)
     return now >= job.deadline_at - early
 

@@ -1,7 +1,8 @@
 """Keeps a launch going: submits its jobs, watches them, hands over and ends them.
 
 All that it knows is on disk (``LaunchFolder``): one that was killed is started again and finds its
-jobs. It works where the scheduler's commands are, in one thread.
+jobs. It works in one thread, where the scheduler's commands are or by the machine's endpoint there
+(``LoginNode``).
 """
 
 from __future__ import annotations
@@ -9,21 +10,21 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 from fabric.errors import (
     AuthError,
+    DispatchError,
     FabricError,
     JobRefused,
     JobsFailing,
     NotFound,
-    SchedulerFailed,
     UnknownModel,
 )
+from fabric.launch.jobs.charges import JobAccounts, describe
 from fabric.launch.jobs.decide import (
     MAX_FAILURES,
     Action,
@@ -33,63 +34,30 @@ from fabric.launch.jobs.decide import (
     Over,
     Submit,
     decide,
+    get_ready_in_s,
 )
 from fabric.launch.jobs.history import History, Passed
-from fabric.launch.jobs.plan import LaunchPlan, get_command, get_launch_plan
-from fabric.launch.jobs.queue import JobPhase, JobState, get_states
+from fabric.launch.jobs.hub import InstanceHub
+from fabric.launch.jobs.login import LoginNode, Sight
+from fabric.launch.jobs.observe import LEAVING, observe
+from fabric.launch.jobs.plan import LaunchPlan, get_launch_plan
+from fabric.launch.jobs.queue import JobPhase
 from fabric.launch.jobs.records import JobRecord, LaunchFolder, LaunchRecord
-from fabric.launch.jobs.submit import Submitter, get_warning_s
 from fabric.messages import InstanceSpec, InstanceState, Launch
 
-FASTEST_POLL_S = 1.0
 SLOWEST_POLL_S = 15.0
+SETTLE_POLL_S = 2.0
+SETTLE_S = 600.0
+"""A launch that is over waits so long until the hub has what its jobs took."""
 FORECAST_S = 60.0
 """A scheduler is asked for a forecast at most so often."""
 LEAVE_S = 120.0
 """A job that was asked to leave and has not ended after so long is cancelled."""
+EXPECT_S = 10.0
+"""The hub is told again so often when an instance should join."""
 LIFETIME_S = 30 * 86_400.0
 """How long an instance may take to join: a queue of weeks."""
-FINAL = frozenset({InstanceState.DRAINING, InstanceState.HANDING_OVER})
-
 logger = logging.getLogger(__name__)
-
-
-class OwnInstanceLike(Protocol):
-    """What the hub says of an instance of one's own."""
-
-    @property
-    def instance(self) -> str:
-        """Its id."""
-
-    @property
-    def connected(self) -> bool:
-        """Whether the hub has its session."""
-
-    @property
-    def num_running(self) -> int:
-        """Rows that run."""
-
-    @property
-    def num_waiting(self) -> int:
-        """Rows that wait."""
-
-
-class InstanceHub(Protocol):
-    """The hub, as somebody who brings instances sees it (``fabric.sdk.Fabric``)."""
-
-    def add_instance(
-        self, model: str, machine: str, *, sharing: str, lifetime_s: float
-    ) -> Mapping[str, object]:
-        """Return the permission to start an instance, a ``Launch`` as JSON."""
-
-    def instances(self) -> Sequence[OwnInstanceLike]:
-        """Return the caller's instances."""
-
-    def drain_instance(self, instance: str) -> None:
-        """Ask an instance to finish what it has and leave."""
-
-    def end_instance(self, instance: str, reason: str, *, failed: bool = False) -> None:
-        """Void an instance's token."""
 
 
 class Launcher:
@@ -99,6 +67,7 @@ class Launcher:
         folder: Its records.
         hub: Where its instances join.
         history: What later launches learn from.
+        login: Where its jobs are submitted.
         clock: The time in UTC.
     """
 
@@ -107,6 +76,7 @@ class Launcher:
         folder: LaunchFolder,
         hub: InstanceHub,
         history: History,
+        login: LoginNode,
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -116,33 +86,57 @@ class Launcher:
         self._folder = folder
         self._hub = hub
         self._history = history
+        self._login = login
         self._clock = clock
         self._record: LaunchRecord = record
         self._jobs = {job.instance: job for job in folder.jobs()}
         self._plan: LaunchPlan | None = None
         self._planned_at = -FORECAST_S
-        self._submitter: Submitter | None = None
+        self._accounts = JobAccounts(record.order, record.site, record.queue)
+        self._unsent: dict[str, InstanceSpec] = {}
+        self._vain: set[str] = set()
         self._joined: frozenset[str] = frozenset()
         self._busy_at: dict[str, datetime] = {}
         self._asked_at: dict[str, datetime] = {}
+        self._starts_at: dict[str, datetime | None] = {}
+        self._told: dict[str, tuple[InstanceState, datetime]] = {}
         self._changed_at = time.monotonic()
-        for job in self._sorted():
-            if job.open and job.job_id is None:
-                # Its launcher was killed while it submitted: without a spec the job ends at once.
-                lost = {"state": InstanceState.FAILED, "detail": "its launcher was killed"}
-                self._put(job.model_copy(update=lost | {"ended_at": self._now}))
-                self._forget(self._jobs[job.instance])
 
     def run(self) -> None:
-        """Watch until the launch is over.
+        """Watch until the launch is over, and the hub has what its jobs took.
 
         Raises:
             JobsFailing: Its jobs ended one after the other before they served.
             FabricError: The first job was refused.
         """
-        while self._try_step():
-            age_s = time.monotonic() - self._changed_at
-            time.sleep(min(SLOWEST_POLL_S, max(FASTEST_POLL_S, age_s / 10)))
+        try:
+            if self._record.ended_at is None:
+                self._bury_unknown()
+                while self._try_step():
+                    age_s = time.monotonic() - self._changed_at
+                    fastest_s = self._login.fastest_poll_s
+                    time.sleep(min(SLOWEST_POLL_S, max(fastest_s, age_s / 10)))
+        finally:
+            self._settle()
+
+    def _bury_unknown(self) -> None:
+        """End jobs whose launcher was killed while it submitted them: nobody knows their ids."""
+        for job in self._sorted():
+            if job.open and job.job_id is None:
+                self._end_unsent(job, InstanceState.FAILED, "its launcher was killed")
+
+    def _settle(self) -> None:
+        """Tell the hub what is left to tell; a launch that is over waits for that a while."""
+        until = time.monotonic() + SETTLE_S
+        while self._owed() and time.monotonic() < until:
+            self._observe()
+            self._tell_charges()
+            if self._owed():
+                time.sleep(max(SETTLE_POLL_S, self._login.fastest_poll_s))
+
+    def _owed(self) -> list[JobRecord]:
+        jobs = [job for job in self._sorted() if job.instance not in self._vain]
+        return [job for job in jobs if self._accounts.owes(job)]
 
     def _try_step(self) -> bool:
         try:
@@ -168,12 +162,16 @@ class Launcher:
             # What its owner's other commands write.
             order = self._record.order.model_copy(update={"keep_until": on_disk.order.keep_until})
             self._record = self._record.model_copy(update={"stop": on_disk.stop, "order": order})
+        for instance, spec in list(self._unsent.items()):
+            self._send(self._jobs[instance], spec)
         self._observe()
+        self._tell_charges()
+        outlook = self._outlook()
         actions = decide(
             self._record.order,
             self._sorted(),
             self._clock(),
-            self._outlook(),
+            outlook,
             stop=self._record.stop,
         )
         for action in actions:
@@ -181,27 +179,37 @@ class Launcher:
                 self._finish(action)
                 return False
             self._act(action)
+        self._tell_outlook(outlook)
         self._summarize()
         return True
 
     # ---- what is seen ------------------------------------------------------------------------
 
     def _observe(self) -> None:
-        waiting = [job for job in self._sorted() if job.open and job.job_id is not None]
+        ids = {job.instance: job.job_id for job in self._sorted() if job.job_id is not None}
+        looked_at = {
+            job.instance: ids[job.instance]
+            for job in self._sorted()
+            if job.instance in ids and (job.open or self._accounts.wants(job))
+        }
+        if not looked_at:
+            return
         try:
-            scheduler = self._get_plan().scheduler
-            states = get_states(scheduler, [str(job.job_id) for job in waiting])
-        except SchedulerFailed as error:
+            sights = self._login.look(self._record, looked_at)
+        except FabricError as error:
             logger.warning("%s", error.message)
             return
-        self._joined = self._ask_joined(waiting)
-        for job in waiting:
-            self._note(job, states[str(job.job_id)])
+        self._joined = self._ask_joined(sights)
+        for instance, sight in sights.items():
+            if self._jobs[instance].open:
+                self._note(self._jobs[instance], sight)
+            if not (job := self._jobs[instance]).open:
+                self._put(self._accounts.settle(job, sight.usage, self._now))
 
-    def _ask_joined(self, jobs: Sequence[JobRecord]) -> frozenset[str]:
+    def _ask_joined(self, sights: Mapping[str, Sight]) -> frozenset[str]:
         """Return which instances the hub has, if one says it is ready and was not known to be."""
-        new = [job.instance for job in jobs if job.ready_at is None]
-        statuses = (self._folder.status(instance) for instance in new)
+        new = [sight for name, sight in sights.items() if self._jobs[name].ready_at is None]
+        statuses = (sight.status for sight in new)
         if not any(one is not None and one.state == InstanceState.READY for one in statuses):
             return frozenset()
         try:
@@ -210,76 +218,18 @@ class Launcher:
             logger.warning("not asked who has joined: %s", error.message)
             return frozenset()
 
-    def _note(self, job: JobRecord, state: JobState) -> None:
+    def _note(self, job: JobRecord, sight: Sight) -> None:
         """Bring a job's record up to what its scheduler and its instance say."""
-        now = self._clock()
-        changes: dict[str, object] = {}
-        if state.phase is JobPhase.QUEUED:
-            position = f", {state.position} before it" if state.position else ""
-            changes = {"detail": f"{state.reason or 'in the queue'}{position}"}
-        elif state.phase is JobPhase.RUNNING:
-            if job.started_at is None:
-                started = min(now, state.start_at or now)
-                deadline = started + timedelta(seconds=self._walltime_s())
-                changes = {"started_at": started, "deadline_at": deadline}
-            changes |= self._seen_of_instance(job, now)
-        else:
-            changes = self._seen_of_end(job, state, now)
-        changed = job.model_copy(update=changes)
+        if sight.state.phase is JobPhase.QUEUED:
+            self._starts_at[job.instance] = sight.state.start_at
+        joined = job.instance in self._joined
+        changed = observe(job, sight, self._now, walltime_s=self._walltime_s(), joined=joined)
         if changed != job:
             self._put(changed)
             if changed.ready_at is not None and job.ready_at is None:
                 self._remember(changed)
             if not changed.open:
                 self._forget(changed)
-
-    def _seen_of_instance(self, job: JobRecord, now: datetime) -> dict[str, object]:
-        status = self._folder.status(job.instance)
-        if status is None:
-            return {"state": InstanceState.STARTING, "detail": ""}
-        state = InstanceState(status.state)
-        if job.state in FINAL and state is InstanceState.READY:
-            state = job.state  # it was asked, and has not begun yet
-        elif job.state is InstanceState.HANDING_OVER and state is InstanceState.DRAINING:
-            state = job.state
-        if state.final:
-            return {}  # the job's own end follows, and says how
-        is_new = state is InstanceState.READY and job.ready_at is None
-        if is_new and job.instance not in self._joined:
-            detail = status.detail or "joining the pool"
-            return {"state": InstanceState.LOADING, "detail": detail}
-        changes: dict[str, object] = {"state": state}
-        if state is not job.state or state is InstanceState.LOADING:
-            changes["detail"] = status.detail
-        if state is InstanceState.READY and job.ready_at is None:
-            changes["ready_at"] = now
-        return changes
-
-    def _seen_of_end(self, job: JobRecord, state: JobState, now: datetime) -> dict[str, object]:
-        status = self._folder.status(job.instance)
-        said = InstanceState(status.state) if status is not None else None
-        over = job.deadline_at is not None and now >= job.deadline_at - timedelta(
-            seconds=get_warning_s(self._walltime_s())
-        )
-        asked = job.state in FINAL
-        word = state.word or "it is not known to the scheduler any more"
-        if said is InstanceState.FAILED and status is not None:
-            final, detail = InstanceState.FAILED, status.detail.rstrip(".")
-        elif state.word == "NODE_FAIL":
-            final, detail = InstanceState.FAILED, "its job ended: NODE_FAIL, a node of it was lost"
-        elif asked:
-            final, detail = InstanceState.STOPPED, job.detail or "it left"
-        elif state.word == "TIMEOUT" or (over and job.ready_at is not None):
-            final, detail = InstanceState.EXPIRED, "its walltime was over"
-        elif over:
-            final = InstanceState.FAILED
-            detail = "its walltime was over before it was ready; ask for more"
-        elif said is InstanceState.STOPPED and job.ready_at is not None and state.word != "FAILED":
-            final, detail = InstanceState.STOPPED, "it was asked to leave"
-        else:
-            reason = f" ({state.reason})" if state.reason else ""
-            final, detail = InstanceState.FAILED, f"its job ended: {word}{reason}"
-        return {"state": final, "detail": detail, "ended_at": now}
 
     def _outlook(self) -> Outlook:
         plan = self._get_plan(fresh=True)
@@ -309,27 +259,20 @@ class Launcher:
         self._cancel_what_lingers()
 
     def _submit(self, replica: int, generation: int) -> None:
-        order, plan = self._record.order, self._get_plan()
+        order, division = self._record.order, self._get_plan().division
         reply = self._hub.add_instance(
             order.model, order.machine, sharing=order.sharing, lifetime_s=LIFETIME_S
         )
         launch = Launch.model_validate(reply)
-        status_path = self._folder.status_path(launch.instance)
         spec = InstanceSpec(
             launch=launch,
             # http://… becomes ws://…, and https://… wss://….
             session_url=self._record.hub_url.rstrip("/").replace("http", "ws", 1)
             + launch.session_path,
             direct_token=secrets.token_urlsafe(32),
-            options=plan.division.options,
+            options=division.options,
             join_s=order.join_s,
-            status_path=str(status_path),
-        )
-        command = get_command(
-            plan,
-            self._folder.write_spec(spec),
-            self._folder.instance_log(launch.instance),
-            self._record.module,
+            status_path="chosen where it runs",
         )
         job = JobRecord(
             instance=launch.instance,
@@ -338,8 +281,17 @@ class Launcher:
             submitted_at=self._clock(),
         )
         self._put(job)
+        self._send(job, spec)
+
+    def _send(self, job: JobRecord, spec: InstanceSpec) -> None:
+        """Submit a job, or note that it is to be submitted again: nobody knows whether it was."""
+        self._unsent.pop(job.instance, None)
         try:
-            job_id = self._get_submitter().submit(command, f"fabric-{self._folder.name}")
+            job_id = self._login.submit(self._record, spec)
+        except DispatchError as error:
+            logger.warning("%s is submitted again: %s", job.instance, error.message)
+            self._unsent[job.instance] = spec
+            return
         except JobRefused as error:
             ended = {"state": InstanceState.FAILED, "detail": error.message, "ended_at": self._now}
             self._put(job.model_copy(update=ended))
@@ -353,6 +305,9 @@ class Launcher:
     def _ask(self, instance: str, state: InstanceState, reason: str) -> None:
         """Let an instance leave: by the hub if it is connected, or else by its scheduler."""
         job = self._jobs[instance]
+        if job.job_id is None:
+            self._end_unsent(job, InstanceState.STOPPED, reason)
+            return
         if job.state is InstanceState.READY:
             try:
                 self._hub.drain_instance(instance)
@@ -374,8 +329,37 @@ class Launcher:
                 self._asked_at[instance] = self._now
 
     def _cancel(self, job: JobRecord) -> None:
-        if job.job_id is not None:
-            self._get_submitter().cancel(job.job_id)
+        self._login.cancel(self._record, job.instance, job.job_id)
+
+    def _end_unsent(self, job: JobRecord, state: InstanceState, detail: str) -> None:
+        """End a job whose id is not known: without its spec it ends at once when it starts."""
+        self._unsent.pop(job.instance, None)
+        try:
+            self._login.cancel(self._record, job.instance, None)
+        except FabricError as error:
+            logger.warning("not cancelled: %s", error.message)
+        self._put(job.model_copy(update={"state": state, "detail": detail, "ended_at": self._now}))
+        self._forget(self._jobs[job.instance])
+
+    def _tell_outlook(self, outlook: Outlook) -> None:
+        """Tell the hub when each instance that has not joined should: requests wait for it."""
+        now = self._now
+        for job in self._sorted():
+            state, told_at = self._told.get(job.instance, (None, now))
+            age_s = (now - told_at).total_seconds()
+            if not job.open or job.ready_at is not None or job.state in LEAVING:
+                continue
+            if state is job.state and age_s < EXPECT_S:
+                continue
+            self._told[job.instance] = (job.state, now)
+            starts_at = self._starts_at.get(job.instance)
+            try:
+                self._hub.expect_instance(
+                    job.instance,
+                    get_ready_in_s(job, self._record.order, now, outlook, starts_at=starts_at),
+                )
+            except FabricError as error:
+                logger.info("the hub was not told when %s joins: %s", job.instance, error.message)
 
     def _finish(self, over: Over) -> None:
         self._write_end(InstanceState.FAILED if over.failed else InstanceState.STOPPED, over.reason)
@@ -409,9 +393,25 @@ class Launcher:
             )
         )
 
+    def _tell_charges(self) -> None:
+        """Tell the hub what jobs took that have ended, each once it is known."""
+        for job in self._owed():
+            if job.usage is None or job.ended_at is None:
+                continue
+            if job.usage.elapsed_s > 0:
+                try:
+                    self._hub.report_job(job.instance, describe(self._record, job))
+                except AuthError as error:
+                    logger.warning("the hub does not take what %s took: %s", job.job_id, error)
+                    self._vain.add(job.instance)
+                    continue
+                except FabricError as error:
+                    logger.warning("the hub was not told what a job took: %s", error.message)
+                    return
+            self._put(job.model_copy(update={"is_told": True}))
+
     def _forget(self, job: JobRecord) -> None:
         """Void what is left of a job that has ended."""
-        self._folder.forget_secrets(job.instance)
         self._asked_at.pop(job.instance, None)
         try:
             failed = job.state is InstanceState.FAILED
@@ -455,14 +455,14 @@ class Launcher:
     def _get_plan(self, *, fresh: bool = False) -> LaunchPlan:
         stale = fresh and time.monotonic() - self._planned_at >= FORECAST_S
         if self._plan is None or stale:
-            self._plan = get_launch_plan(self._record.order, self._record.site, self._history)
+            self._plan = get_launch_plan(
+                self._record.order,
+                self._record.site,
+                self._history,
+                ask=self._login.estimate_wait,
+            )
             self._planned_at = time.monotonic()
         return self._plan
-
-    def _get_submitter(self) -> Submitter:
-        if self._submitter is None:
-            self._submitter = self._get_plan().get_submitter(self._folder.scripts)
-        return self._submitter
 
 
 def is_hopeless(error: FabricError) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from fabric.config import SiteSpec
-from fabric.config.system import Queue, System
-from fabric.errors import LaunchImpossible, PlanError, RequestInvalid, SchedulerFailed
+from fabric.config.system import Queue
+from fabric.errors import FabricError, LaunchImpossible, PlanError
 from fabric.launch.forecast import WaitForecast
+from fabric.launch.jobs.accounting import get_charge
 from fabric.launch.jobs.division import Division, get_division
 from fabric.launch.jobs.history import History
 from fabric.launch.jobs.limits import check_limits, choose_queue
@@ -17,10 +21,13 @@ from fabric.launch.jobs.memory import Fit, get_fit
 from fabric.launch.jobs.order import Order
 from fabric.launch.jobs.queue import Scheduler
 from fabric.launch.jobs.staging import Staging, choose_staging, count_reads
-from fabric.launch.jobs.submit import ParslSubmitter, get_warning_s
+from fabric.launch.jobs.submit import get_warning_s
 from fabric.launch.waits import estimate_wait
 from fabric.planning import find_shape
 from fabric.planning.model_shape import ModelShape
+
+Ask = Callable[[str, Mapping[str, object]], float | None]
+"""Asks a scheduler how many seconds a job with such options would wait."""
 
 _SCHEDULERS: dict[str, Scheduler] = {"local": "local", "slurm": "slurm", "pbspro": "pbspro"}
 
@@ -56,13 +63,26 @@ class LaunchPlan:
     charge: float | None
     unit: str
 
-    def get_submitter(self, script_dir: Path) -> ParslSubmitter:
-        """Return what takes the order's jobs to the scheduler."""
-        return ParslSubmitter(self.site, self.order, self.queue, script_dir)
+    @property
+    def total_charge(self) -> float | None:
+        """What the machine charges for all of the order's jobs at their longest."""
+        if self.charge is None:
+            return None
+        order = self.order
+        num_after = 0
+        if order.keep_until is not None:
+            lasts_s = (order.keep_until - datetime.now(UTC)).total_seconds()
+            num_after = max(0, math.ceil(lasts_s / order.walltime_s) - 1)
+        return self.charge * order.replicas * (1 + num_after)
 
 
 def get_launch_plan(
-    order: Order, site: SiteSpec, history: History, *, source: str | None = None
+    order: Order,
+    site: SiteSpec,
+    history: History,
+    *,
+    source: str | None = None,
+    ask: Ask | None = None,
 ) -> LaunchPlan:
     """Return how an order would be met. Asks the scheduler, and changes nothing.
 
@@ -71,15 +91,13 @@ def get_launch_plan(
         site: The machine's file.
         history: Of earlier jobs.
         source: Where the model's files are, if they are on this machine.
+        ask: Asks the scheduler for the wait; without it the one of this machine is asked.
 
     Raises:
         LaunchImpossible: The machine cannot do it; says what it could.
     """
-    system = site.system
-    if system is None or system.scheduler not in _SCHEDULERS:
-        reason = "its file does not say which scheduler it has"
-        raise LaunchImpossible(param="machine", value=order.machine, reason=reason)
-    scheduler = _SCHEDULERS[system.scheduler]
+    scheduler, system = get_scheduler(site), site.system
+    assert system is not None
     name, queue = choose_queue(order, system)
     if name is not None and queue is not None:
         check_limits(order, name, queue)
@@ -100,7 +118,7 @@ def get_launch_plan(
         name or "",
         nodes=order.nodes,
         walltime_s=order.walltime_s,
-        hint_s=_ask(scheduler, order, name, queue),
+        hint_s=_ask(ask or ask_here, scheduler, order, name, queue),
     )
     return LaunchPlan(
         order=order,
@@ -112,14 +130,27 @@ def get_launch_plan(
         staging=staging,
         wait=wait,
         load_s=history.predict_load_s(order.machine, order.model, fit.weight_bytes),
-        charge=_charge(order, system, queue),
+        charge=get_charge(system, queue, num_nodes=order.nodes, elapsed_s=order.walltime_s),
         unit=system.charge.unit if system.charge else "",
     )
 
 
-def get_command(plan: LaunchPlan, spec: Path, log: Path, module: str) -> list[str]:
-    """Return what a job of a plan runs on its first node."""
-    order, ranks = plan.order, plan.division.ranks
+def get_scheduler(site: SiteSpec) -> Scheduler:
+    """Return what takes a machine's jobs.
+
+    Raises:
+        LaunchImpossible: Its file does not say.
+    """
+    if site.system is None or site.system.scheduler not in _SCHEDULERS:
+        reason = "its file does not say which scheduler it has"
+        raise LaunchImpossible(param="machine", value=site.name, reason=reason)
+    return _SCHEDULERS[site.system.scheduler]
+
+
+def get_command(
+    order: Order, ranks: Sequence[int], spec: Path, log: Path, module: str
+) -> list[str]:
+    """Return what a job of an order runs on its first node, with so many processes on each."""
     return [
         *(sys.executable, "-m", "fabric.launch.jobs.inblock", str(spec), str(log)),
         *("--walltime-s", str(order.walltime_s)),
@@ -139,7 +170,20 @@ def _find_shape(order: Order, source: str | None) -> ModelShape | None:
     return None
 
 
-def _ask(scheduler: Scheduler, order: Order, name: str | None, queue: Queue | None) -> float | None:
+def ask_here(scheduler: str, options: Mapping[str, object]) -> float | None:
+    """Return the wait that the scheduler of this very machine expects, in seconds.
+
+    Raises:
+        SchedulerFailed: It does not answer.
+        RequestInvalid: It is not asked by such options.
+    """
+    expected: float | None = estimate_wait(scheduler, dict(options))["wait_s"]["p50"]
+    return expected
+
+
+def _ask(
+    ask: Ask, scheduler: Scheduler, order: Order, name: str | None, queue: Queue | None
+) -> float | None:
     """Return the wait that the scheduler itself expects of such a job, in seconds."""
     options: dict[str, object] = {}
     if scheduler == "slurm":
@@ -150,17 +194,6 @@ def _ask(scheduler: Scheduler, order: Order, name: str | None, queue: Queue | No
     elif scheduler == "pbspro" and name:
         options = {"queue": name}
     try:
-        waits = estimate_wait(scheduler, options)
-    except (SchedulerFailed, RequestInvalid):
+        return ask(scheduler, options)
+    except FabricError:
         return None  # it is only a hint; a refusal comes with its words when the job is submitted
-    expected: float | None = waits["wait_s"]["p50"]
-    return expected
-
-
-def _charge(order: Order, system: System, queue: Queue | None) -> float | None:
-    if queue is None or queue.units_per_node_hour is None:
-        return None
-    least = system.charge.min_hours if system.charge else 0.0
-    hours = max(least, order.walltime_s / 3600)
-    factor = 1.0 if queue.charge_factor is None else queue.charge_factor
-    return queue.units_per_node_hour * factor * order.nodes * hours

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,8 +11,7 @@ from enum import StrEnum
 from typing import Literal
 
 from fabric.errors import SchedulerFailed
-
-TIMEOUT_S = 60.0
+from fabric.launch.jobs.commands import run, try_run
 
 Scheduler = Literal["local", "slurm", "pbspro"]
 
@@ -128,18 +126,25 @@ def parse_qstat(output: str) -> dict[str, JobState]:
         reason = str(job.get("comment", ""))
         if phase is JobPhase.ENDED and code is not None:
             reason = f"exit status {code}"
-        states[job_id] = JobState(phase=phase, word=letter, reason=reason)
+        estimated = job.get("estimated")
+        told = estimated.get("start_time") if isinstance(estimated, dict) else None
+        states[job_id] = JobState(
+            phase=phase,
+            word=letter,
+            reason=reason,
+            start_at=_pbs_time(job.get("stime") or told),
+        )
     return states
 
 
 def _ask_slurm(job_ids: Sequence[str]) -> dict[str, JobState]:
-    queue = _run("squeue", "-h", "-a", "-o", "%i|%T|%r|%S", "--sort=-p,i")
+    queue = run("squeue", "-h", "-a", "-o", "%i|%T|%r|%S", "--sort=-p,i")
     known = parse_squeue(queue)
     states = {}
     for job_id in job_ids:
         state = known.get(job_id)
         if state is None or state.phase is JobPhase.ENDED:
-            done = _try("scontrol", "-o", "show", "job", job_id)
+            done = try_run("scontrol", "-o", "show", "job", job_id)
             if done.returncode and "Invalid job id" not in done.stderr:
                 raise SchedulerFailed(command="scontrol show job", reason=done.stderr.strip())
             state = parse_scontrol(done.stdout)
@@ -148,7 +153,7 @@ def _ask_slurm(job_ids: Sequence[str]) -> dict[str, JobState]:
 
 
 def _ask_pbs(job_ids: Sequence[str]) -> dict[str, JobState]:
-    done = _try("qstat", "-x", "-f", "-F", "json", *job_ids)
+    done = try_run("qstat", "-x", "-f", "-F", "json", *job_ids)
     try:
         known = parse_qstat(done.stdout)
     except ValueError as error:
@@ -172,20 +177,12 @@ def _ask_local(job_id: str) -> JobState:
     return JobState(phase=JobPhase.RUNNING)
 
 
-def _run(*command: str) -> str:
-    done = _try(*command)
-    if done.returncode:
-        raise SchedulerFailed(command=command[0], reason=done.stderr.strip() or "it failed")
-    return done.stdout
-
-
-def _try(*command: str) -> subprocess.CompletedProcess[str]:
+def _pbs_time(text: object) -> datetime | None:
+    """Return a time as PBS writes it (``Tue Oct 11 08:13:45 2022``), in this machine's zone."""
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise SchedulerFailed(command=command[0], reason=str(error)) from error
+        return datetime.strptime(str(text), "%a %b %d %H:%M:%S %Y").astimezone()
+    except ValueError:
+        return None
 
 
 def _time(text: str) -> datetime | None:

@@ -13,14 +13,16 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, Literal, TypeVar
 
 from pydantic import ValidationError
 
 from fabric.config import SiteSpec
 from fabric.errors import NotFound
+from fabric.launch.jobs.accounting import JobUsage
 from fabric.launch.jobs.order import Order
 from fabric.messages import InstanceSpec, InstanceState, InstanceStatus
 from fabric.messages.wire import Wire
@@ -29,10 +31,15 @@ _NAME = re.compile(r"l-[0-9a-f]{8}")
 _Record = TypeVar("_Record", bound=Wire)
 
 
+Via = Literal["login", "endpoint"]
+
+
 class LaunchRecord(Wire):
     """A launch: what was asked for and where.
 
-    ``module`` is what its jobs run by ``python -m``; ``stop`` says that its owner wants it to end.
+    ``via`` says where the launcher is: on the login node, or elsewhere and at the machine's
+    endpoint there. ``ranks`` counts the processes on each node of a job. ``module`` is what its
+    jobs run by ``python -m``; ``stop`` says that its owner wants it to end.
     """
 
     name: str
@@ -40,6 +47,8 @@ class LaunchRecord(Wire):
     site: SiteSpec
     queue: str | None
     hub_url: str
+    via: Via = "login"
+    ranks: tuple[int, ...] = (1,)
     module: str = "fabric.instance"
     created_at: datetime
     state: InstanceState = InstanceState.PENDING
@@ -52,8 +61,9 @@ class JobRecord(Wire):
     """A job: one generation of one replica.
 
     ``job_id`` is ``None`` from the moment before it is submitted until the scheduler has answered.
-    ``deadline_at`` is when its walltime ends, known once it runs. ``load_s`` is how long it took
-    from its start until it was ready.
+    ``deadline_at`` is when its walltime ends, known once it runs. ``usage`` is what it took and
+    ``charge`` what the machine asks for that in its own ``unit``, once it has ended; ``is_told``
+    says that the hub has that in its books.
     """
 
     instance: str
@@ -67,11 +77,43 @@ class JobRecord(Wire):
     deadline_at: datetime | None = None
     ready_at: datetime | None = None
     ended_at: datetime | None = None
+    usage: JobUsage | None = None
+    charge: float | None = None
+    unit: str = ""
+    is_told: bool = False
 
     @property
     def open(self) -> bool:
         """Whether it has not ended."""
         return self.ended_at is None
+
+
+def is_launch_name(text: str) -> bool:
+    """Return whether a text is a launch's name: nothing else becomes part of a path."""
+    return _NAME.fullmatch(text) is not None
+
+
+@dataclass(slots=True)
+class Submission:
+    """Whether a job's submission has begun, and its id once the scheduler has told it."""
+
+    begun: bool
+    job_id: str | None
+    _file: IO[str]
+
+    def begin(self) -> None:
+        """Note that the scheduler is asked now."""
+        self._write("begun")
+
+    def end(self, job_id: str) -> str:
+        """Note and return what the scheduler has told."""
+        self._write(job_id)
+        return job_id
+
+    def _write(self, line: str) -> None:
+        self._file.write(f"{line}\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 class LaunchFolder:
@@ -155,6 +197,17 @@ class LaunchFolder:
         name = f"jobs/{spec.launch.instance}.spec.json"
         self._write(name, spec.model_dump_json())
         return self.path / name
+
+    @contextmanager
+    def submission(self, instance: str) -> Iterator[Submission]:
+        """Yield what is known of a job's submission, to one process at a time."""
+        jobs = self.path / "jobs"
+        jobs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (jobs / f"{instance}.submission").open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            _, *told = file.read().split() or [""]
+            yield Submission(bool(file.tell()), told[0] if told else None, file)
 
     def status_path(self, instance: str) -> Path:
         """Return where an instance writes its status."""

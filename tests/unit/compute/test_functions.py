@@ -23,21 +23,31 @@ from fabric.compute.functions import (
 from fabric.errors import FabricError, FunctionDrifted, RequestInvalid
 
 NAMES = (
+    "cancel_job",
     "describe_site",
     "estimate_wait",
     "infer",
+    "poll_jobs",
+    "read_balance",
+    "read_job_logs",
     "replicate_version",
     "run_program",
     "start_instance",
     "stop_instance",
+    "submit_job",
 )
 
 ANSWERED = {
     "estimate_wait": ("local", {}),
     "describe_site": ("/no/such/site",),
     "stop_instance": ("inst_none", "/no/such/site"),
+    "cancel_job": ({}, "inst_none", None, "no safe path"),
+    "poll_jobs": ({}, {}, "no safe path"),
+    "read_balance": ({}, "astro", None, "no safe path"),
+    "read_job_logs": ({}, "inst_none", "no safe path"),
+    "submit_job": ({}, None, "no safe path"),
 }
-"""Calls that need no instance; the others refuse what they are given here."""
+"""Calls that need no instance, and those that answer with what is wrong; the others raise it."""
 
 
 @pytest.fixture(params=NAMES)

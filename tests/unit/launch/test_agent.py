@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fabric.config import SiteModel, SiteSpec
 from fabric.dispatch.session import ConnectionLost, SessionChannel
-from fabric.launch.agent import AgentSpec
+from fabric.launch.agent import USUAL_START_S, AgentSpec
 from fabric.messages import (
     Finished,
     Launch,
@@ -71,12 +71,14 @@ class LaunchHub:
         self.source = "fixed-delay:token_s=0.02"
         self.reports: list[tuple[str, str]] = []
         self.ended: list[dict[str, str]] = []
+        self.expected: list[tuple[str, float]] = []
         self.launches: list[dict[str, str]] = []
         self.channels: asyncio.Queue[SessionChannel] = asyncio.Queue()
         self.app = Starlette(
             routes=[
                 Route("/v1/fabric/launches", self._launch, methods=["POST"]),
                 Route("/v1/fabric/launches/{instance}/end", self._end, methods=["POST"]),
+                Route("/v1/fabric/launches/{instance}/outlook", self._expect, methods=["POST"]),
                 Route("/v1/fabric/sites/{site}/status", self._report, methods=["POST"]),
                 WebSocketRoute("/v1/fabric/session", self._session),
             ]
@@ -103,6 +105,11 @@ class LaunchHub:
 
     async def _end(self, request: HttpRequest) -> Response:
         self.ended.append({**request.path_params, **await request.json()})
+        return Response(status_code=204)
+
+    async def _expect(self, request: HttpRequest) -> Response:
+        body = await request.json()
+        self.expected.append((request.path_params["instance"], body["ready_in_s"]))
         return Response(status_code=204)
 
     async def _report(self, request: HttpRequest) -> Response:
@@ -181,6 +188,7 @@ async def test_site_comes_up_recovers_and_drains(hub, tmp_path) -> None:
         assert hub.launches[0] == {"site": "alpha", "model": "fixed@1"}
         await wait_until(lambda: ("ready", "") in hub.reports)
         assert hub.reports[0][0] in ("pending", "starting")
+        assert hub.expected[0] == (first.hello.instance, pytest.approx(USUAL_START_S, abs=5))
 
         instance = next(
             psutil.Process(json.loads(path.read_text())["pid"]) for path in tmp_path.glob("*.json")
@@ -190,6 +198,9 @@ async def test_site_comes_up_recovers_and_drains(hub, tmp_path) -> None:
         assert second.hello.instance != first.hello.instance
         assert hub.ended[0]["instance"] == first.hello.instance
         assert "code -9" in hub.ended[0]["reason"]
+        # By now it knows better.
+        instance, ready_in_s = next(one for one in hub.expected if one[0] == second.hello.instance)
+        assert 0 < ready_in_s < COMES_UP_S
 
         processes = guarded_by(agent.pid)
         events = second.run(make_task(50))

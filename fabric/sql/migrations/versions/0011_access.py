@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0011_access"
-down_revision = "0009_adapters"
+down_revision = "0010_job_charges"
 branch_labels = None
 depends_on = None
 

@@ -16,6 +16,7 @@ from fabric.launch.jobs.decide import (
     Over,
     Submit,
     decide,
+    get_ready_in_s,
 )
 from fabric.launch.jobs.submit import get_warning_s
 from fabric.messages import InstanceState
@@ -142,3 +143,32 @@ def test_a_stop_asks_everything_to_leave_once() -> None:
     assert leave == Leave("a", "its owner ended the launch")
     ended = [one.model_copy(update={"ended_at": NOW}) for one in jobs]
     assert decide(order(), ended, NOW, OUTLOOK, stop=True) == [Over("its owner ended it")]
+
+
+def after(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("state", "age_s", "starts_at", "ready_in_s"),
+    [
+        (InstanceState.PENDING, 30, None, 70 + 50),
+        (InstanceState.PENDING, 300, None, 300 + 50),
+        (InstanceState.PENDING, 30, after(400), 400 + 50),
+        (InstanceState.PENDING, 30, after(-5), 70 + 50),
+        (InstanceState.STARTING, 20, None, 30),
+        (InstanceState.LOADING, 200, after(400), 0),
+    ],
+    ids=["usual wait", "waits on", "scheduler", "past", "loads", "overdue"],
+)
+def test_an_instance_is_expected_by_what_is_known(
+    state: InstanceState, age_s: float, starts_at: datetime | None, ready_in_s: float
+) -> None:
+    one = job("a", state, age_s=age_s)
+    assert get_ready_in_s(one, order(), NOW, OUTLOOK, starts_at=starts_at) == ready_in_s
+
+
+def test_where_no_wait_is_known_a_part_of_the_walltime_stands_for_it() -> None:
+    unknown = Outlook(wait_s=None, load_s=50.0, idle_s={})
+    one = job("a", InstanceState.PENDING)
+    assert get_ready_in_s(one, order(), NOW, unknown, starts_at=None) == WALLTIME_S / 4 + 50

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 from pathlib import Path
 
@@ -61,6 +63,18 @@ def test_commands_for_another_node(by: NodeCommand, words: str) -> None:
 def test_a_missing_command_names_the_node(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log, pytest.raises(NodeFailed, match="The node x2"):
         NodeProcess("pbsdsh", "x2", 1, COMMAND, log=log, environ={"PATH": str(tmp_path)})
+
+
+def test_a_process_that_does_not_end_by_itself_is_told_to(tmp_path: Path) -> None:
+    shell = tmp_path / "ssh"
+    shell.write_text("#!/bin/sh\nexec sleep 600\n")
+    shell.chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with (tmp_path / "log").open("wb") as log:
+        process = NodeProcess("ssh", "x2", 1, COMMAND, log=log, environ=environ)
+        assert process.poll() is None
+        process.end(0.0)
+    assert process.poll() == -signal.SIGTERM
 
 
 def test_ports_are_held_from_the_moment_they_are_chosen() -> None:

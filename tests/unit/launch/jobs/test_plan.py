@@ -136,7 +136,8 @@ def test_the_script_says_what_was_asked_for(name: str, tmp_path: Path, history: 
     queue = next(iter(spec.system.queues)) if spec.system else None
     asked = order(machine=name, account="m1234", nodes=1, queue=queue, walltime="00:30:00")
     plan = get_launch_plan(asked, spec, history)
-    command = get_command(plan, tmp_path / "spec.json", tmp_path / "log", "fabric.instance")
+    paths = (tmp_path / "spec.json", tmp_path / "log")
+    command = get_command(plan.order, plan.division.ranks, *paths, "fabric.instance")
     script = ParslSubmitter(spec, asked, "debug", tmp_path / "scripts").render(command, "fabric-x")
     assert "fabric.launch.jobs.inblock" in script
     assert str(tmp_path / "spec.json") in script
@@ -160,8 +161,10 @@ def test_a_job_of_several_nodes_says_how_its_model_is_divided(
     plan = get_launch_plan(order(model="Llama-3-8B@1", nodes=2), machine, history)
     assert "on each of 2 nodes" in plan.fit.text
     assert str(plan.division) == "1 tensor x 2 pipeline; by node 1 + 1"
-    command = get_command(plan, tmp_path / "spec.json", tmp_path / "log", "fabric.instance")
-    script = plan.get_submitter(tmp_path / "scripts").render(command, "fabric-x")
+    paths = (tmp_path / "spec.json", tmp_path / "log")
+    command = get_command(plan.order, plan.division.ranks, *paths, "fabric.instance")
+    submitter = ParslSubmitter(machine, plan.order, plan.queue, tmp_path / "scripts")
+    script = submitter.render(command, "fabric-x")
     assert "#SBATCH --nodes=2" in script
     assert "#SBATCH --ntasks-per-node=1" in script
     assert "--ranks 1 1" in script
