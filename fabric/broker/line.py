@@ -34,8 +34,8 @@ _Decide = Callable[[Request, Replicas, Context], Decision]
 BUSY = 2.0
 """How much longer a row of a full batch is expected to take than one alone (see ``times_s``)."""
 HELD_UP = 2.5
-"""What a second in line counts where a row is free elsewhere: those behind wait for it too. Found in
-simulation, where 1 left rows idle at an overload and 1.5 fewer."""
+"""What a second in line counts where a row is free elsewhere: those behind wait for it too.
+Found in simulation, where 1 left rows idle at an overload."""
 MAX_RETRY_AFTER_S = 3_600.0
 
 
