@@ -170,6 +170,8 @@ CHANGES: list[tuple[str, list[str]]] = [
     ("project group delete", ["bio", GROUP, "-y"]),
     ("site add", ["alpha"]),
     ("site modify", ["alpha", "--state", "disabled"]),
+    ("maintenance add", ["alpha", "--from", "2999-01-01", "--until", "2999-01-02"]),
+    ("maintenance delete", ["alpha", "...", "-y"]),
     ("model add", ["toy", "--source", "x:y", "--context-tokens", "512"]),
     ("model modify", ["toy", "--context-tokens", "99"]),
     ("rate add", ["*", "*", "--prompt", "1", "--output", "2"]),
@@ -204,7 +206,7 @@ ELSEWHERE = {
     *("model show", "function show", "project show", "project group show"),
     *("key show", "grant show", "limit show", "audit show", "audit verify", "alloc show"),
     *("rate show", "rate unit show", "alloc statement", "endpoint show", "replica show"),
-    *("user show", "tier show", "doctor", "completion"),
+    *("user show", "tier show", "doctor", "completion", "maintenance show"),
 }
 NEED_MORE = {
     # They change what no command makes: launches, charges of runs and of jobs, what is stored.
