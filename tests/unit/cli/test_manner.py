@@ -128,6 +128,7 @@ CHANGES = (
     "project group delete astro {group} -y",
     "site add polaris",
     "site modify anvil --state disabled",
+    "maintenance add anvil --from 2999-01-01 --until 2999-01-02",
     "site delete anvil -y",
     "model add gpt2 --revision 2 --source /models/new --context-tokens 1024",
     "model modify gpt2@1 --dtype float32",
