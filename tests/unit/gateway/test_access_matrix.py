@@ -140,6 +140,10 @@ REACH = {
     "run_dir": "/tmp/run",
     "direct_token": "t",
 }
+JOB = {
+    **{"launch": "l-00000000", "job_id": "7", "num_nodes": 1, "elapsed_s": 60, "charge": "0.5"},
+    **{"unit": "node-hours", "source": "sacct", "ended_at": "2030-01-01T00:00:00Z"},
+}
 NO_CONTENT, NOT_THERE = frozenset({204}), frozenset({404})
 
 
@@ -268,6 +272,9 @@ MATRIX: dict[tuple[str, str], list[Call]] = {
     ("POST", f"{F}/launches/{{instance}}/reach"): [
         mine(World.ended, sent=body(**REACH), ok=NO_CONTENT)
     ],
+    ("POST", f"{F}/launches/{{instance}}/outlook"): [
+        mine(World.launch, sent=body(ready_in_s=5), ok=NO_CONTENT)
+    ],
     ("POST", f"{F}/sites/{{site}}/status"): [
         Call(about="site", path=f"{F}/sites/alpha/status", sent=body(state="ready"), ok=NO_CONTENT)
     ],
@@ -275,6 +282,10 @@ MATRIX: dict[tuple[str, str], list[Call]] = {
     ("GET", f"{F}/instances"): [LIST],
     # Nothing of the owner's is connected; whose it is was asked before.
     ("POST", f"{F}/instances/{{instance}}/drain"): [mine(World.instance, ok=NOT_THERE)],
+    ("POST", f"{F}/instances/{{instance}}/outlook"): [
+        mine(World.instance, sent=body(ready_in_s=5))
+    ],
+    ("POST", f"{F}/instances/{{instance}}/job"): [mine(World.instance, sent=body(**JOB))],
     ("POST", f"{F}/instances/{{instance}}/end"): [mine(World.instance, sent=body(reason="over"))],
     ("GET", f"{F}/functions"): [LIST],
     ("WEBSOCKET", f"{F}/session"): [ANY],
