@@ -15,7 +15,7 @@ from fabric.testing.engine import FixedDelayEngine
 from fabric.testing.hub import RunningHub, running_hub, wait_until
 
 ESTIMATE = {"model": "fixed", "num_requests": 1000, "prompt_tokens": 100, "output_tokens": 10}
-NUM_WAITING = 24
+NUM_WAITING = 36
 
 
 def complete(client: httpx.Client, **changes: Any) -> httpx.Response:
@@ -133,19 +133,17 @@ def test_who_would_be_late_is_told_when_to_come_back(busy: RunningHub) -> None:
             asked = [threads.submit(complete, client) for _ in range(NUM_WAITING)]
             wait_until(
                 lambda: (
-                    sum(one.num_waiting for one in busy.broker.tiers.waiting()) >= NUM_WAITING // 2
+                    sum(one.num_waiting for one in busy.broker.tiers.waiting()) >= NUM_WAITING - 6
                 ),
                 timeout_s=20,
             )
-            reply = complete(client, fabric={"deadline_s": 2.0})
-            quick = complete(client, fabric={"tier": "interactive"})
+            reply = complete(client, fabric={"deadline_s": 3.0})
             [mine] = client.get("/v1/fabric/queue").json()["data"]
             [theirs] = client.get("/v1/fabric/queue", headers=other).json()["data"]
             assert all(one.result().status_code == 200 for one in asked)
     assert reply.status_code == 503, reply.text
     error = reply.json()["error"]
     assert (error["code"], error["detail"]["tier"]) == ("overloaded", "standard")
-    assert quick.status_code == 200, "it passes those who have more time"
     assert 1 <= int(reply.headers["retry-after"]) <= 3600
     assert reply.headers["x-should-retry"] == "true"
     assert (mine["tier"], mine["num_mine"]) == ("standard", mine["num_waiting"])
