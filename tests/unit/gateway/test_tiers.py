@@ -66,7 +66,7 @@ def test_an_estimate_names_each_site_with_its_price_and_charges_nothing(
     lines = len(hub.ledger.statement("physics").lines)
     found = client.post("/v1/fabric/estimate", json=ESTIMATE | {"tier": "standard"}).json()
     assert {"alpha", "beta"} <= {site["site"] for site in found["sites"]}
-    assert all(site["charge_usu"] == 1000 * (100 + 2 * 10) for site in found["sites"])
+    assert {site["charge_usu"] for site in found["sites"]} == {1000 * (100 + 2 * 10)}, found
     duration = found["duration"]
     assert 0 < duration["p10_s"] <= duration["p50_s"] <= duration["p90_s"]
     cheaper = client.post("/v1/fabric/estimate", json=ESTIMATE | {"sites": ["beta"]}).json()
