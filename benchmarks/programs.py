@@ -4,11 +4,12 @@ The engine's steps are timed on its own thread in CPU seconds, so that other pro
 machine count little; rounds go through all sides in turns, and what to trust are differences and
 ratios.
 
-    python benchmarks/programs.py [--rounds 9] [--layers 30] [--nnsight PYTHON]
+    python benchmarks/programs.py [--rounds 9] [--layers 7] [--nnsight PYTHON]
         [--transformer-lens PYTHON] [--json FILE]
 
 ``--nnsight`` is a Python that has nnsight: the same toy runs there, in a process of its own, a
-round of it between two of ours. ``--layers`` is how many layers of SmolLM2 the patch grid takes;
+round of it between two of ours. ``--layers`` is how many layers of SmolLM2 the patch grid takes, as
+many as one program has runs for;
 its peers are plain PyTorch hooks over batches of the same model, and TransformerLens in a process
 of its own.
 """
@@ -388,7 +389,9 @@ def spread(values: Sequence[float]) -> Json:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--layers", type=int, default=30, help="of the patch grid; 0: none")
+    parser.add_argument(
+        "--layers", type=int, default=7, help="of the patch grid, at most 7; 0: none"
+    )
     parser.add_argument("--nnsight", help="a Python that has nnsight")
     parser.add_argument("--transformer-lens", help="a Python that has TransformerLens")
     parser.add_argument("--json", type=Path, default=RESULTS)
