@@ -7,13 +7,14 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import cast
 
 from fabric.auth import Identity, Rulebook, TicketRecord
 from fabric.broker.admit import Admission, FindAdapter
+from fabric.broker.background import Background
 from fabric.broker.conclude import Also, Conclusion, End
 from fabric.broker.desk import ArrivalDesk, ProgramDesk
 from fabric.broker.lengths import Lengths
@@ -145,14 +146,14 @@ class Broker:
         self._pumps: dict[tuple[str, int], tuple[asyncio.Task[None], Channel]] = {}
         self._events: deque[StateEvent] = deque()
         self._handling = False
-        self._jobs: set[asyncio.Task[None]] = set()
+        self._background = Background()
         self._closing = False
 
     async def start(self) -> None:
         """Release what a killed hub left held, and begin to keep time."""
         await self._metering.start()
-        self._spawn(self._forever(self._settings.tick_s, self._tick))
-        self._spawn(self._forever(self._keep_s, self._keep_holds))
+        self._background.every(self._settings.tick_s, self._tick)
+        self._background.every(self._keep_s, self._keep_holds)
 
     async def close(self) -> None:
         """Cancel all runs, settle them, and close the channels. Calling it twice is harmless."""
@@ -162,10 +163,7 @@ class Broker:
         await self._conclusion.close()
         channels, self._channels = list(self._channels.values()), {}
         await asyncio.gather(*(channel.close() for channel in channels))
-        jobs = [*self._jobs, *(pump for pump, _ in self._pumps.values())]
-        for job in jobs:
-            job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
+        await self._background.close(pump for pump, _ in self._pumps.values())
 
     # ---- replicas -------------------------------------------------------------------------------
 
@@ -185,7 +183,7 @@ class Broker:
                 now=now, hello=channel.hello, streams=channel.streams, joined_at=time.time()
             )
         )
-        self._spawn(self._watch(instance, channel))
+        self._background.spawn(self._watch(instance, channel))
         return instance
 
     def replicas(self) -> list[ReplicaView]:
@@ -290,7 +288,7 @@ class Broker:
         context = await self._admission.prospect(identity, request, bounds)
         now = time.monotonic()
         replicas = self._state.fleet.snapshots(now)
-        return select(request, replicas, self._state.informed(now, context), whole=True)
+        return select(request, replicas, self._state.experience.informed(now, context), whole=True)
 
     def standing(self, identity: Identity) -> list[Standing]:
         """Return what is left of a caller's limits of requests and tokens."""
@@ -335,7 +333,7 @@ class Broker:
         def foresee(request: Request, context: Context) -> Placement:
             now = time.monotonic()
             here = [one for one in self._state.fleet.snapshots(now) if one.instance == instance]
-            return select(request, here, self._state.informed(now, context))
+            return select(request, here, self._state.experience.informed(now, context))
 
         await self._metering.redeem(
             ticket, request, instance=instance, foresee=foresee, bounds=bounds
@@ -372,12 +370,12 @@ class Broker:
                 self._send(instruction)
             case CancelAttempt(run_id=run_id, attempt=attempt):
                 if (pump := self._pumps.get((run_id, attempt))) is not None:
-                    self._spawn(_cancel(pump[1], run_id, attempt))
+                    self._background.spawn(_cancel(pump[1], run_id, attempt))
             case AbandonAttempt(run_id=run_id, attempt=attempt):
                 if (pump := self._pumps.get((run_id, attempt))) is not None:
                     pump[0].cancel()
             case MoveHold():
-                self._spawn(self._move_hold(instruction))
+                self._background.spawn(self._move_hold(instruction))
             case Settle() | Void():
                 self._conclude(instruction)
 
@@ -488,21 +486,6 @@ class Broker:
             for run_id in self._runs.keys() & (set(live) - set(renewed)):
                 logger.error("the hold of a live run is not open", extra={"run": run_id})
         await self._metering.release()
-
-    async def _forever(
-        self, period_s: float, act: Callable[[], Coroutine[None, None, None]]
-    ) -> None:
-        while True:
-            await asyncio.sleep(period_s)
-            try:
-                await act()
-            except Exception:
-                logger.exception("periodic work failed; it is tried again")
-
-    def _spawn(self, job: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(job)
-        self._jobs.add(task)
-        task.add_done_callback(self._jobs.discard)
 
 
 def _lost(task: Task, error: DispatchError) -> AttemptLost:

@@ -4,35 +4,43 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-from fabric.broker.cost import times_s
-from fabric.broker.facts import ReplicaSnapshot
-from fabric.broker.lengths import Lengths
 from fabric.broker.progress import Progress
-from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import Outcome
-from fabric.errors import DeadlineExceeded, FabricError, StreamBroken
-from fabric.messages import RunCompleted, RunState, Usage
+from fabric.errors import (
+    AuthError,
+    ConfigError,
+    DeadlineExceeded,
+    FabricError,
+    LedgerError,
+    StreamBroken,
+)
+from fabric.messages import Failed, Failure, RunCompleted, RunFailed, RunState, Usage
 
 BACKOFF_S = 0.2
-SILENCE_FACTOR = 4.0
+
+HUBS_OWN = (AuthError, ConfigError, LedgerError)
+"""What no instance has to say of a task: a client would take it for the hub's word."""
+
+MAX_FAILURE_CHARS = 2**16
+"""The longest error of an instance that is passed on."""
 
 
 def get_outcome(
     run: Progress,
     now: float,
     state: RunState,
-    usage: Usage,
-    charge_usu: int,
-    failure_code: str | None,
+    reported: Usage | None,
+    failure_code: str | None = None,
 ) -> Outcome:
     """Return the end of a run at ``now``, as it is settled and recorded."""
+    usage = run.usage(reported, now)
     return Outcome(
         ticket=run.ticket,
         state=state,
         placement=run.placement,
         attempts=run.num_sent,
         usage=usage,
-        charge_usu=charge_usu,
+        charge_usu=run.charge_usu(usage),
         first_token_s=since_start_s(run),
         total_s=now - run.started_at,
         failure_code=failure_code,
@@ -59,6 +67,16 @@ def get_completed(run: Progress, outcome: Outcome) -> RunCompleted:
         first_token_s=outcome.first_token_s,
         total_s=outcome.total_s,
         placement=placement,
+    )
+
+
+def get_failed(run: Progress, outcome: Outcome, error: FabricError) -> RunFailed:
+    """Return what a run that failed, or was cancelled, tells its client."""
+    return RunFailed(
+        run=run.ticket.request.id,
+        failure=Failure.of(error),
+        usage=outcome.usage,
+        charge_usu=outcome.charge_usu,
     )
 
 
@@ -105,16 +123,14 @@ def broken(run: Progress, instance: str, error: FabricError) -> StreamBroken:
     return StreamBroken(instance=instance, num_tokens=run.num_tokens, cause=error.code)
 
 
-def silent_until(
-    run: Progress,
-    chosen: ReplicaSnapshot,
-    now: float,
-    settings: BrokerSettings,
-    lengths: Lengths,
-) -> float:
-    """Return when a replica that streams is given up for a run if it says nothing."""
-    expected_s = times_s(run.ticket.request, chosen, lengths).total_s
-    return now + max(settings.first_token_timeout_s, SILENCE_FACTOR * expected_s)
+def not_its_to_say(failed: Failed) -> str | None:
+    """Return what is wrong with an error that an instance may not tell."""
+    error = failed.failure.to_error()
+    if isinstance(error, HUBS_OWN):
+        return f"the error {error.code}, which is the hub's own to tell"
+    if len(failed.failure.model_dump_json()) > MAX_FAILURE_CHARS:
+        return "an error that is too long"
+    return None
 
 
 def backoff_s(run: Progress) -> float:

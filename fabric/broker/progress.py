@@ -11,7 +11,7 @@ from fabric.broker.hedge import Hedge
 from fabric.broker.signals import Ticket
 from fabric.errors import FabricError
 from fabric.ledger import charge_usu
-from fabric.messages import Placement, RunState, Saves, Token, Usage
+from fabric.messages import Embedding, Placement, RunState, Saves, Token, Usage
 from fabric.messages.events import FinishReason
 
 
@@ -116,7 +116,17 @@ class Progress:
         if not self.prompt_tokens:
             self.prompt_tokens = min(prompt_tokens, self.ticket.prompt_tokens_bound)
 
-    def take(self, token: Token, now: float) -> str | None:
+    def hear(self, said: Token | Saves | Embedding, now: float) -> str | None:
+        """Take what an attempt delivers, or return why the instance may not send it."""
+        match said:
+            case Token():
+                return self._take(said, now)
+            case Saves():
+                return self._take_saves(said, now)
+            case Embedding():
+                return self._take_embedding(now)
+
+    def _take(self, token: Token, now: float) -> str | None:
         """Count a token, or return why the instance may not send it."""
         choice = token.choice
         if not 0 <= choice < len(self.counts):
@@ -152,7 +162,7 @@ class Progress:
         self._serve()
         return True
 
-    def take_embedding(self, now: float) -> str | None:
+    def _take_embedding(self, now: float) -> str | None:
         """Note that the embedding is there, or return why the instance may not send it."""
         if self.ticket.request.mode != "embed":
             return "an embedding where none was asked for"
@@ -163,7 +173,7 @@ class Progress:
         self._serve()
         return None
 
-    def take_saves(self, saves: Saves, now: float) -> str | None:
+    def _take_saves(self, saves: Saves, now: float) -> str | None:
         """Note what a run of a program saved, or return why the instance may not send it."""
         if (bounds := self.ticket.bounds) is None:
             return "saves where no program was asked for"

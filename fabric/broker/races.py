@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
-from fabric.broker.hedge import Hedge, Waits, is_answer
+from fabric.broker.hedge import Hedge, Waits, first_answer_s, is_answer, may_hedge
 from fabric.broker.progress import Progress
 from fabric.broker.replicas import Fleet
 from fabric.broker.select import Decision
@@ -25,6 +26,14 @@ class Races:
         self.waits = Waits(settings)
         self._fleet = fleet
         self._release = release
+
+    def expect(self, run: Progress, decision: Decision, now: float) -> None:
+        """Note when the first word is expected, and when its absence is worth a second attempt."""
+        request, chosen = run.ticket.request, decision.chosen
+        run.expected_s, run.hedge_at = 0.0, math.inf
+        if run.silent_until is not None and not run.delivered and may_hedge(request, chosen):
+            run.expected_s = first_answer_s(request, chosen, decision.context)
+            run.hedge_at = now + self.waits.patience_s(run.expected_s)
 
     def start(
         self, run: Progress, now: float, decision: Decision, task: Task, silent_until: float | None

@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from fabric.broker.budget import RetryBudget
 from fabric.broker.coming import Arrivals
-from fabric.broker.hedge import first_answer_s, may_hedge, suits
+from fabric.broker.experience import Experience
+from fabric.broker.hedge import suits
 from fabric.broker.lengths import Lengths
 from fabric.broker.line import Line, keeping_promises
-from fabric.broker.links import Links
 from fabric.broker.outcome import (
     backoff_s,
     broken,
     get_completed,
+    get_failed,
     get_outcome,
-    silent_until,
+    not_its_to_say,
     too_late,
 )
 from fabric.broker.pool import Replicas
 from fabric.broker.progress import Progress
 from fabric.broker.races import Races
 from fabric.broker.replicas import Fleet
-from fabric.broker.select import Context, Decision, ReplicaSnapshot, decide, full_sites, may_come
+from fabric.broker.select import Context, Decision, decide, full_sites, may_come
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import (
     AbandonAttempt,
@@ -58,12 +58,9 @@ from fabric.broker.signals import (
 )
 from fabric.broker.tasks import Tasks
 from fabric.errors import (
-    AuthError,
-    ConfigError,
     DeadlineExceeded,
     FabricError,
     FirstTokenTimeout,
-    LedgerError,
     NoReplica,
     ProtocolViolation,
     RequestCancelled,
@@ -72,24 +69,16 @@ from fabric.messages import (
     Accepted,
     Embedding,
     Failed,
-    Failure,
     Finished,
     Placed,
     Placement,
     PromptScored,
     Request,
-    RunFailed,
     RunState,
     Saves,
     Token,
     Usage,
 )
-
-HUBS_OWN = (AuthError, ConfigError, LedgerError)
-"""What no instance has to say of a task: a client would take it for the hub's word."""
-
-MAX_FAILURE_CHARS = 2**16
-"""The longest error of an instance that is passed on."""
 
 Instructions = Iterator[Instruction]
 
@@ -125,10 +114,9 @@ class BrokerState:
         self._decide = keeping_promises(decide)
         self._tasks = Tasks(settings, salt_key)
         self._budget = RetryBudget(settings)
-        self._links = Links()
-        self._lengths = lengths or Lengths()
         self.line = Line(settings, self.fleet)
         self._races = Races(settings, self.fleet, self._release)
+        self.experience = Experience(settings, self.fleet, self._races.waits, lengths or Lengths())
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
@@ -152,7 +140,7 @@ class BrokerState:
             Overloaded: It would have to wait for too long.
             TierNotHeld: Its tier's promise cannot be held.
         """
-        replicas, context = self.fleet.pool(now), self.informed(now, context)
+        replicas, context = self.fleet.pool(now), self.experience.informed(now, context)
         try:
             decision = self._decide(request, replicas, context)
         except NoReplica as error:
@@ -162,11 +150,6 @@ class BrokerState:
             raise self.arrivals.told_in(error, request, context, now) from None
         self.line.foresee(now, request, project, context, decision)
         return decision.bare()
-
-    def informed(self, now: float, context: Context) -> Context:
-        """Return what a choice rests on with the time and the bandwidths that were observed."""
-        links, lengths = self._links.bytes_per_s, self._lengths
-        return replace(context, now=now, bandwidths_bytes_per_s=links, lengths=lengths)
 
     def _others(self, event: StateEvent) -> Instructions:
         now = event.now
@@ -248,7 +231,7 @@ class BrokerState:
         no_budget = run.attempt > 0 and not self._budget.allows
         if not out_of_patience and (no_budget or run.seen_version == self.fleet.version):
             return
-        request, context = run.ticket.request, self._context(run, now)
+        request, context = run.ticket.request, self.experience.context(run, now)
         replicas = self.fleet.pool(now)
         try:
             decision = self._decide(request, replicas, context)
@@ -285,7 +268,7 @@ class BrokerState:
         """Return whether a run may wait to its deadline, because a replica is on its way."""
         if run.num_tokens or not self.arrivals:
             return False
-        return self.arrivals.in_time(run.ticket.request, self._context(run, now), now)
+        return self.arrivals.in_time(run.ticket.request, self.experience.context(run, now), now)
 
     def _on_hold_moved(self, run: Progress, now: float) -> Instructions:
         if (placement := run.moving_to) is None:
@@ -307,8 +290,8 @@ class BrokerState:
         run.sent_at, run.attempt_first_at = now, None
         run.num_before = run.num_tokens
         run.predicted = decision.chosen
-        run.silent_until = self._silent_until(run, decision.chosen, now)
-        self._expect(run, decision, now)
+        run.silent_until = self.experience.silent_until(run, decision.chosen, now)
+        self._races.expect(run, decision, now)
         self.fleet.assign(now, placement.instance, run.ticket.request.id)
         self.line.began(run)
         yield Emit(
@@ -325,50 +308,17 @@ class BrokerState:
             task=self._tasks.get(run, run.attempt, now),
         )
 
-    def _silent_until(self, run: Progress, chosen: ReplicaSnapshot, now: float) -> float | None:
-        replica = self.fleet.get(chosen.instance)
-        if replica is None or not replica.streams:
-            return None
-        return silent_until(run, chosen, now, self._settings, self._lengths)
-
     def _may_wait(self, now: float) -> bool:
         return now - self._started_at < self._settings.patience_s
 
-    def _context(self, run: Progress, now: float) -> Context:
-        offers = run.ticket.offers
-        if run.refused_sites:
-            offers = {site: one for site, one in offers.items() if site not in run.refused_sites}
-        return Context(
-            model=run.ticket.model,
-            digest=run.ticket.digest,
-            offers=offers,
-            remaining_s=run.deadline_at - now,
-            settings=self._settings,
-            held_allocation=run.held_allocation,
-            held_usu=run.held_usu,
-            tried=frozenset(run.tried if run.instance is None else {*run.tried, run.instance}),
-            now=now,
-            bandwidths_bytes_per_s=self._links.bytes_per_s,
-            lengths=self._lengths,
-            hidden=run.ticket.hidden,
-        )
-
     # ---- second attempts ------------------------------------------------------------------------
-
-    def _expect(self, run: Progress, decision: Decision, now: float) -> None:
-        """Note when the first word is expected, and when its absence is worth a second attempt."""
-        request, chosen = run.ticket.request, decision.chosen
-        run.expected_s, run.hedge_at = 0.0, math.inf
-        if run.silent_until is not None and not run.delivered and may_hedge(request, chosen):
-            run.expected_s = first_answer_s(request, chosen, decision.context)
-            run.hedge_at = now + self._races.waits.patience_s(run.expected_s)
 
     def _hedge(self, run: Progress, now: float) -> Instructions:
         """Send a second attempt beside a silent first, if the budget allows and a replica suits."""
         run.hedge_at = math.inf
         if run.num_sent >= self._settings.max_attempts or not self._budget.is_plenty:
             return
-        request, context = run.ticket.request, self._context(run, now)
+        request, context = run.ticket.request, self.experience.context(run, now)
         try:
             decision = self._decide(request, self.fleet.pool(now), context)
         except NoReplica:
@@ -376,7 +326,7 @@ class BrokerState:
         if suits(request, decision.chosen, context):
             self._budget.withdraw()
             task = self._tasks.get(run, run.num_sent + 1, now)
-            silent_until = self._silent_until(run, decision.chosen, now)
+            silent_until = self.experience.silent_until(run, decision.chosen, now)
             yield from self._races.start(run, now, decision, task, silent_until)
 
     # ---- attempts -------------------------------------------------------------------------------
@@ -393,16 +343,11 @@ class BrokerState:
         if (run := self._live(event.run_id, event.attempt)) is None:
             return
         match event.event:
-            case Token() as token:
-                if (violation := run.take(token, now)) is not None:
+            case Token() | Saves() | Embedding() as said:
+                if (violation := run.hear(said, now)) is not None:
                     yield from self._on_violation(run, now, violation)
                 elif run.cancel_until is None:
-                    yield Emit(run_id=event.run_id, event=token)
-            case Saves() as saves:
-                if (violation := run.take_saves(saves, now)) is not None:
-                    yield from self._on_violation(run, now, violation)
-                elif run.cancel_until is None:
-                    yield Emit(run_id=event.run_id, event=saves)
+                    yield Emit(run_id=event.run_id, event=said)
             case Accepted(prompt_tokens=prompt_tokens):
                 run.state = RunState.RUNNING
                 if run.ticket.bounds is not None:
@@ -412,11 +357,6 @@ class BrokerState:
             case PromptScored() as scored:
                 if run.take_scores() and run.cancel_until is None:
                     yield Emit(run_id=event.run_id, event=scored)
-            case Embedding() as embedding:
-                if (violation := run.take_embedding(now)) is not None:
-                    yield from self._on_violation(run, now, violation)
-                elif run.cancel_until is None:
-                    yield Emit(run_id=event.run_id, event=embedding)
             case Finished() as finished:
                 yield from self._on_finished(run, now, finished)
             case Failed() as failed:
@@ -429,24 +369,7 @@ class BrokerState:
         ):
             yield from self._on_violation(run, now, "the end of a task that is not done")
             return
-        instance = run.instance or ""
-        self.fleet.succeeded(instance)
-        request = run.ticket.request
-        if request.mode == "query" and run.num_tokens:
-            self._lengths.observe(request.sampling.max_tokens, run.num_tokens / len(run.counts))
-        if run.attempt_first_at is not None and not run.held_back and not is_program:
-            self._races.waits.observe(run.attempt_first_at - run.sent_at, run.expected_s)
-            if (moved := run.transfer()) is not None:
-                self._links.observe(*moved)
-            self.fleet.observed(
-                now,
-                instance,
-                prompt_tokens=run.prompt_tokens,
-                first_token_s=run.first_token_s(),
-                decode_tokens_per_s=run.decode_tokens_per_s(),
-                ratio=run.observed_over_predicted(now),
-                cached_tokens=finished.usage.cached_prompt_tokens,
-            )
+        self.experience.observe(run, now, finished)
         if not is_program:
             run.finishes = list(finished.finish_reasons)
         if run.cancel_until is None:
@@ -458,11 +381,8 @@ class BrokerState:
         error = failed.failure.to_error()
         if run.cancel_until is not None:
             yield from self._end(run, now, RequestCancelled(), failed.usage)
-        elif isinstance(error, HUBS_OWN):
-            reason = f"the error {error.code}, which is the hub's own to tell"
-            yield from self._on_violation(run, now, reason)
-        elif len(failed.failure.model_dump_json()) > MAX_FAILURE_CHARS:
-            yield from self._on_violation(run, now, "an error that is too long")
+        elif (violation := not_its_to_say(failed)) is not None:
+            yield from self._on_violation(run, now, violation)
         elif error.retryable or isinstance(error, RequestCancelled):
             yield from self._on_lost(run, now, error)
         else:
@@ -540,9 +460,7 @@ class BrokerState:
     # ---- the end --------------------------------------------------------------------------------
 
     def _complete(self, run: Progress, now: float, reported: Usage | None) -> Instructions:
-        usage = run.usage(reported, now)
-        charge_usu = run.charge_usu(usage)
-        outcome = get_outcome(run, now, RunState.COMPLETED, usage, charge_usu, None)
+        outcome = get_outcome(run, now, RunState.COMPLETED, reported)
         yield from self._close(run, outcome)
         yield Emit(run_id=run.ticket.request.id, event=get_completed(run, outcome))
 
@@ -550,20 +468,11 @@ class BrokerState:
         self, run: Progress, now: float, error: FabricError | None, reported: Usage | None = None
     ) -> Instructions:
         assert error is not None
-        usage = run.usage(reported, now)
-        charge_usu = run.charge_usu(usage)
         cancelled = isinstance(error, RequestCancelled)
         state = RunState.CANCELLED if cancelled else RunState.FAILED
-        yield from self._close(run, get_outcome(run, now, state, usage, charge_usu, error.code))
-        yield Emit(
-            run_id=run.ticket.request.id,
-            event=RunFailed(
-                run=run.ticket.request.id,
-                failure=Failure.of(error),
-                usage=usage,
-                charge_usu=charge_usu,
-            ),
-        )
+        outcome = get_outcome(run, now, state, reported, error.code)
+        yield from self._close(run, outcome)
+        yield Emit(run_id=run.ticket.request.id, event=get_failed(run, outcome, error))
 
     def _close(self, run: Progress, outcome: Outcome) -> Instructions:
         """Forget the run and its attempts, and settle or return its hold."""

@@ -382,8 +382,11 @@ class Broker(RuleBasedStateMachine):
             if one.digest == DIGEST and one.state is InstanceState.READY and not one.ejected
         ]
         for run_id, run in self.state.runs.items():
-            allowed = self.requests[run_id].sites or SITES
-            assert not run.in_line or not any(one.site in allowed for one in ready)
+            request = self.requests[run_id]
+            assert not run.in_line or not any(
+                one.site in (request.sites or SITES) and request.sampling.n <= one.max_rows
+                for one in ready
+            )
 
     def teardown(self) -> None:
         self.now += 100.0
