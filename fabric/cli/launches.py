@@ -14,7 +14,7 @@ import click
 from pydantic import ValidationError
 
 from fabric.cli import launching
-from fabric.cli.output import Column
+from fabric.cli.output import Column, note
 from fabric.config import (
     ComputeExecutor,
     SiteSpec,
@@ -150,7 +150,8 @@ def _as_at_site(order: Order, site: SiteSpec) -> Order:
 
 
 def submit(folder: LaunchFolder) -> None:
-    """Have the launch watched by a process of its own; return once it has submitted.
+    """Have the launch watched by a process of its own; return once it has submitted, or says why
+    that waits.
 
     Raises:
         BlockFailed: It ended at once, or does not begin.
@@ -164,7 +165,10 @@ def submit(folder: LaunchFolder) -> None:
         record = folder.launch()
         if record is not None and record.ended_at is not None:
             raise _failed(folder, record.detail)
-        if any(job.job_id is not None for job in folder.jobs()):
+        jobs = folder.jobs()
+        for reason in {job.unseen for job in jobs if job.unseen}:
+            note(f"Warning: {reason}")
+        if any(job.job_id is not None or job.unseen for job in jobs):
             return
         time.sleep(0.1)
     raise _failed(folder, "the process that should watch it has not begun")
@@ -206,7 +210,7 @@ def rows(folder: LaunchFolder, jobs: list[JobRecord]) -> list[tuple[object, ...]
     if not jobs:
         return [(folder.name, machine, "", record.state, "", "", record.detail)]
     return [
-        (folder.name, machine, j.job_id or "", j.state, _left(j), _charge(j), j.detail)
+        (folder.name, machine, j.job_id or "", j.state, _left(j), _charge(j), j.remark)
         for j in jobs
     ]
 

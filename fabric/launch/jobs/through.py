@@ -6,6 +6,8 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import wait
+from contextlib import suppress
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -16,7 +18,13 @@ from pydantic import JsonValue
 
 from fabric.compute import ComputePool, ComputeTarget, ServiceLimits
 from fabric.config import ComputeExecutor, SiteSpec
-from fabric.errors import LaunchImpossible, ProtocolViolation
+from fabric.errors import (
+    EndpointOffline,
+    LaunchImpossible,
+    ProtocolViolation,
+    ServiceBusy,
+    ServiceUnreachable,
+)
 from fabric.launch.balances import Balance
 from fabric.launch.jobs.login import LocalLogin, LoginNode, Sight
 from fabric.launch.jobs.records import LaunchRecord, Via
@@ -31,6 +39,9 @@ REQUESTS = 8
 
 CALL_TIMEOUT_S = 180.0
 """A user endpoint that was asleep starts first."""
+
+LOOK_S = 5.0
+"""A call that takes longer has the service asked whether the endpoint is there."""
 
 
 class EndpointLogin:
@@ -56,6 +67,7 @@ class EndpointLogin:
         place: dict[str, JsonValue] = {} if site.endpoint is None else {"place": "login"}
         config = place | executor.config
         self._target = ComputeTarget(endpoint_id=executor.endpoint_id, config=config)
+        self._machine = site.name
         self._functions = dict(executor.functions)
         self._run_dir = executor.run_dir
         self._cache = root / "functions.json"
@@ -129,6 +141,10 @@ class EndpointLogin:
         future = self._pool.submit(
             self._target, self._functions[name], args, timeout_s=CALL_TIMEOUT_S
         )
+        while not future.done():
+            wait([future], LOOK_S)
+            if not future.done():
+                self._check_online()
         told = future.result()
         if not isinstance(told, dict):
             reason = f"{name} is answered with a dictionary, and it sent {type(told).__name__}"
@@ -136,6 +152,17 @@ class EndpointLogin:
         if "failure" in told:
             raise Failure.model_validate(told["failure"]).to_error()
         return told
+
+    def _check_online(self) -> None:
+        """Wait no longer for an endpoint that is not there; tasks are repeated without harm.
+
+        Raises:
+            EndpointOffline: It is not there.
+        """
+        endpoint = self._target.endpoint_id
+        with suppress(ServiceUnreachable, ServiceBusy):
+            if not self._pool.status(endpoint).online:
+                raise EndpointOffline(endpoint=str(endpoint), machine=self._machine)
 
     def _register(self) -> None:
         """Know the functions' ids: the site's own, from before, or by registering them."""
