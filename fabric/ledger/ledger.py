@@ -305,7 +305,7 @@ class Ledger:
             memo: Why.
 
         Raises:
-            HoldNotOpen: The run was not charged.
+            NotCharged: The run was not.
             RefundExceedsCharge: All refunds of the run would be more than its charge.
             Duplicate: The key is another entry's.
             RequestInvalid: The amount is not positive, or over 1e15.
