@@ -7,6 +7,7 @@ import io
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from click.testing import CliRunner
@@ -73,6 +74,9 @@ def test_a_share_is_for_a_key_of_the_project(admin: Books) -> None:
     }
     assert mine in admin.ok("alloc", "show").stdout
     assert admin.run("alloc", "share", "astro", theirs, "--su", "1").exit_code == 3
+    for nobody in ("globus:me", "globus:", f"globus:{str(UUID(int=0xA)).upper()}"):
+        refused = admin.run("alloc", "share", "astro", nobody, "--su", "1")
+        assert (refused.exit_code, nobody in refused.stderr) == (3, True)
     assert admin.run("alloc", "share", "astro", mine, "--su", "9").exit_code == 3
     admin.ok("alloc", "delete", "astro", "-y")
     assert set(available(admin).values()) == {0}
