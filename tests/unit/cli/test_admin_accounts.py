@@ -217,6 +217,11 @@ def test_jobs_are_reconciled_once(admin: Books, tmp_path: Path) -> None:
     assert "8.000000" in admin.ok(*gpus, stdin=SACCT.replace("11|", "12|")).stdout
     admin.ok("db", "verify")
     assert admin.run(*gpus, stdin="<html>").exit_code == 3
+    ended = (Path(__file__).parents[2] / "data/pbs/finished.json").read_text()
+    pbs = ["reconcile", "alpha", "-", "--unit", "node-hour", "--scheduler", "pbs"]
+    (job,) = admin.json(*pbs, stdin=f'{{"Jobs": {{"7.pbs": {ended}}}}}')["jobs"]
+    assert (job["job"], job["charge_usu"]) == ("7.pbs", 0)
+    assert admin.run(*pbs, "--tres", "ngpus", stdin=SACCT).exit_code == 3
     assert admin.run("reconcile", "nowhere", str(jobs), "--unit", "node-hour").exit_code == 3
 
 
