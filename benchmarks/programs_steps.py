@@ -167,7 +167,7 @@ def in_turns(
     rounds: int,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, list[list[float]]]:
-    """Return, by side and round, the seconds of a step in each turn; call ``between`` after rounds."""
+    """Return, by side and round, the seconds of a step in each turn; ``between`` ends a round."""
     seen: dict[str, list[list[float]]] = {name: [] for name in sides}
     for number in range(rounds):
         ring = Ring(len(sides))
