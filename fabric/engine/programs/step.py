@@ -9,7 +9,6 @@ V vocabulary, H query heads, K key-value heads, D head size, S keys of one run, 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -60,7 +59,6 @@ class RunStep:
         start: The position of the first.
         wanted: Where its logits begin among the wanted ones, and how many they are.
         row: Of the batch; ``None`` where it shares none.
-        until: When (``time.perf_counter``) its ``limit_s`` seconds are over.
         saving: Where it saves what stands there, if it does no more in this step; see
             ``Execution.steady``.
     """
@@ -72,8 +70,6 @@ class RunStep:
     start: int
     wanted: tuple[int, int]
     row: Row | None = None
-    until: float = math.inf
-    limit_s: float = math.inf
     saving: Collection[str] = ()
     plan: StepPlan = IDLE
     error: FabricError | None = None
@@ -99,9 +95,6 @@ class RunStep:
             return None
         started = time.perf_counter()
         try:
-            if started > self.until:
-                over = self.limit_s + started - self.until
-                raise ProgramTooLarge(cap="limits.device_s", value=over, limit=self.limit_s)
             return action(*args)
         except FabricError as error:
             self.error = error
