@@ -21,7 +21,7 @@ import yaml
 from fabric.compute.endpoint import get_endpoint_files
 from fabric.config import SiteSpec, load_site, shipped_sites
 from fabric.launch.jobs import JobRecord, LaunchFolder
-from fabric.launch.jobs.through import FUNCTIONS, EndpointLogin
+from fabric.launch.jobs.through import FUNCTIONS, LIMITS, EndpointLogin, get_budget_path
 from fabric.sdk import Fabric
 from fabric.testing.compute import get_rig_pool
 from fabric.testing.globus import Endpoint, Globus
@@ -113,7 +113,8 @@ def far_site(**executor: Any) -> SiteSpec:
 @contextmanager
 def login_node(globus: Globus, slurm: Slurm, user: User, home: Path) -> Iterator[Endpoint]:
     """Yield the user's endpoint where Slurm is: as our templates make it, for these functions."""
-    login = EndpointLogin(far_site(), user.launches, get_rig_pool(globus, OWNER)).start()
+    pool = get_rig_pool(globus, OWNER, LIMITS, shared=get_budget_path(user.launches))
+    login = EndpointLogin(far_site(), user.launches, pool).start()
     allowed = tuple(login._functions[name] for name in FUNCTIONS)
     login.close()
     files = home / "endpoint"
@@ -162,9 +163,8 @@ def test_a_launch_through_an_endpoint_lives_its_whole_life(
         assert not list((tmp_path / "run").rglob("*.spec.json"))
         [memo] = [line for line in user.fabric.usage().lines if line.kind == "memo"]
         assert memo.job == job["job_id"]
-    # Commands that follow each other have a budget each, and the service one for all of them: what
-    # is too much is asked again (docs/limits.md).
-    assert [found for found in globus.violations() if "requests in" not in found] == []
+    # All of the user's commands together kept within what the service allows.
+    assert globus.violations() == []
 
 
 @pytest.mark.timeout(600)
@@ -184,11 +184,12 @@ def test_jobs_are_found_again_when_their_endpoint_was_away(
         assert "`globus-compute-endpoint start`" in away.unseen
         assert "is offline" in user.run("instances", "--format", "json").stdout
 
-        # What is launched meanwhile is submitted later.
-        second = user.launch()
-        assert second.returncode == 0, second.stderr
-        assert "Warning: The endpoint" in second.stderr
-        second_name = json.loads(second.stdout)["name"]
+        # What would be launched meanwhile is refused before anything is made.
+        refused = user.launch()
+        assert refused.returncode != 0
+        error = json.loads(refused.stderr.splitlines()[-1])["error"]
+        assert (error["code"], error["detail"]["machine"]) == ("endpoint_offline", MACHINE)
+        assert len(LaunchFolder.all(user.launches)) == 1
         # The job starts, joins and serves, though nobody sees it.
         slurm.run("scancel", "-n", "wrap")
         instance = launch["jobs"][0]["instance"]
@@ -201,11 +202,7 @@ def test_jobs_are_found_again_when_their_endpoint_was_away(
         endpoint.start_core()
         found = user.wait(name, lambda job: job.state == "ready")
         assert (found.job_id, found.unseen) == (job_id, "")
-        late = user.wait(second_name, lambda job: job.job_id is not None)
-        assert late.unseen == ""
-        user.run("stop", second_name, "--timeout", "0")
         assert "its owner ended it" in user.run("stop", name).stderr
-        user.wait(second_name, lambda job: job.ended_at is not None)
         assert slurm.run("squeue", "-h") == ""
 
 
