@@ -188,6 +188,20 @@ def test_a_launch_of_which_nothing_is_submitted_is_over(
     assert not list(folder.path.rglob("*.spec.json"))
 
 
+def test_a_launch_that_nobody_answers_for_ends_with_the_reason(
+    tmp_path: Path, pbs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, hub, login = begin(tmp_path / "l"), Told(), Forgetful(tmp_path / "l")
+    (pbs / "full").touch()
+    login.num_lost = MAX_STEPS
+    monkeypatch.setattr(launcher_module, "BEGIN_S", 0.0)
+    with pytest.raises(JobsFailing, match="its endpoint was restarted"):
+        make(folder, hub, login).begin()
+    assert only(folder).state is InstanceState.FAILED
+    assert hub.ended == ["inst_1"]
+    assert not list(folder.path.rglob("*.spec.json"))
+
+
 def test_the_watch_is_handed_to_another_process_without_a_gap(tmp_path: Path) -> None:
     folder = begin(tmp_path / "l")
     with folder.watched() as lock:
