@@ -338,7 +338,7 @@ class Catalog:
 
     def record_runs(self, records: Sequence[RunRecord]) -> None:
         """Store several runs in one transaction."""
-        with self._database.transaction() as connection:
+        with self._database.joined() as connection:
             runs.record(connection, records)
 
     def run(self, run: str, *, project: str | None = None) -> RunRecord:

@@ -253,7 +253,7 @@ class Ledger:
             RequestInvalid: The amount is negative or over 1e15.
         """
         check_amount(amount_usu)
-        with self._database.transaction() as connection:
+        with self._database.joined() as connection:
             return holds.settle(
                 connection,
                 hold_id,
@@ -270,7 +270,7 @@ class Ledger:
         Raises:
             HoldNotOpen: The hold is unknown or was settled.
         """
-        with self._database.transaction() as connection:
+        with self._database.joined() as connection:
             holds.void(connection, hold_id, self._clock())
 
     def release_expired(self, now: datetime | None = None) -> list[str]:

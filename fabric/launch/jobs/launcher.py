@@ -51,6 +51,8 @@ SETTLE_S = 600.0
 """A launch that is over waits so long until the hub has what its jobs took."""
 FORECAST_S = 60.0
 """A scheduler is asked for a forecast at most so often."""
+BEGIN_S = 240.0
+"""Whoever launches waits so long for an answer; an endpoint may have to start first."""
 LEAVE_S = 120.0
 """A job that was asked to leave and has not ended after so long is cancelled."""
 EXPECT_S = 10.0
@@ -68,6 +70,7 @@ class Launcher:
         hub: Where its instances join.
         history: What later launches learn from.
         login: Where its jobs are submitted.
+        plan: As it was just made; without it one is made when it is needed.
         clock: The time in UTC.
     """
 
@@ -78,6 +81,7 @@ class Launcher:
         history: History,
         login: LoginNode,
         *,
+        plan: LaunchPlan | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         record = folder.launch()
@@ -90,8 +94,8 @@ class Launcher:
         self._clock = clock
         self._record: LaunchRecord = record
         self._jobs = {job.instance: job for job in folder.jobs()}
-        self._plan: LaunchPlan | None = None
-        self._planned_at = -FORECAST_S
+        self._plan = plan
+        self._planned_at = time.monotonic()
         self._accounts = JobAccounts(record.order, record.site, record.queue)
         self._unsent: dict[str, InstanceSpec] = {}
         self._vain: set[str] = set()
@@ -101,6 +105,18 @@ class Launcher:
         self._starts_at: dict[str, datetime | None] = {}
         self._told: dict[str, tuple[InstanceState, datetime]] = {}
         self._changed_at = time.monotonic()
+
+    def begin(self) -> None:
+        """Submit the first jobs; whoever runs the launch next finds them.
+
+        Raises:
+            FabricError: None is submitted, and none will be.
+        """
+        until = time.monotonic() + BEGIN_S
+        self._try_step(is_patient=False)
+        while self._unsent and time.monotonic() < until:
+            time.sleep(self._login.fastest_poll_s)
+            self._try_step()
 
     def run(self) -> None:
         """Watch until the launch is over, and the hub has what its jobs took.
@@ -138,13 +154,14 @@ class Launcher:
         jobs = [job for job in self._sorted() if job.instance not in self._vain]
         return [job for job in jobs if self._accounts.owes(job)]
 
-    def _try_step(self) -> bool:
+    def _try_step(self, *, is_patient: bool = True) -> bool:
         try:
             return self.step()
         except JobsFailing:
             raise
         except FabricError as error:
-            if is_hopeless(error) and not any(job.open for job in self._jobs.values()):
+            is_vain = is_hopeless(error) or not is_patient
+            if is_vain and not any(job.open for job in self._jobs.values()):
                 self._write_end(InstanceState.FAILED, error.message)
                 raise
             logger.warning("tried again later: %s", error.message)
@@ -292,7 +309,7 @@ class Launcher:
             logger.warning("%s is submitted again: %s", job.instance, error.message)
             self._unsent[job.instance] = spec
             return
-        except JobRefused as error:
+        except FabricError as error:
             ended = {"state": InstanceState.FAILED, "detail": error.message, "ended_at": self._now}
             self._put(job.model_copy(update=ended))
             self._forget(self._jobs[job.instance])

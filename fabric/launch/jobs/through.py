@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
@@ -19,15 +17,15 @@ from fabric.config import ComputeExecutor, SiteSpec
 from fabric.errors import LaunchImpossible, ProtocolViolation
 from fabric.launch.balances import Balance
 from fabric.launch.jobs.login import LocalLogin, LoginNode, Sight
-from fabric.launch.jobs.records import LaunchRecord, Via
+from fabric.launch.jobs.records import LaunchRecord, Via, write_whole
 from fabric.messages import Failure, InstanceSpec
 
 FUNCTIONS = (
     *("submit_job", "poll_jobs", "cancel_job", "read_job_logs"),
     *("read_balance", "estimate_wait"),
 )
-REQUESTS = 8
-"""A launcher's part of the service's requests in a window; its user's commands share the rest."""
+LIMITS = ServiceLimits(max_requests=14)
+"""What a user's launchers and commands may ask together; their endpoints share the rest."""
 
 CALL_TIMEOUT_S = 180.0
 """A user endpoint that was asleep starts first."""
@@ -38,7 +36,8 @@ class EndpointLogin:
 
     Args:
         site: The machine; its executor names the endpoint.
-        root: Where the ids of functions that were registered from here are kept.
+        root: Where the ids of functions that were registered from here are kept, and what was asked
+            of the service.
         pool: Where tasks are submitted; closed with this.
 
     Raises:
@@ -59,7 +58,7 @@ class EndpointLogin:
         self._functions = dict(executor.functions)
         self._run_dir = executor.run_dir
         self._cache = root / "functions.json"
-        self._pool = pool or ComputePool(ServiceLimits(max_requests=REQUESTS))
+        self._pool = pool or ComputePool(LIMITS, shared=get_budget_path(root))
 
     def start(self) -> Self:
         """Open the way; register the functions that nobody has registered.
@@ -152,14 +151,13 @@ class EndpointLogin:
             owned = f"{name}:{function.sha256}"
             if owned not in kept:
                 kept[owned] = str(register(self._pool.client, function))
-                self._keep(kept)
+                write_whole(self._cache, json.dumps(kept, indent=1))
             self._functions[name] = UUID(kept[owned])
 
-    def _keep(self, kept: Mapping[str, str]) -> None:
-        handle, temporary = tempfile.mkstemp(dir=self._cache.parent, prefix=".functions-")
-        with os.fdopen(handle, "w") as file:
-            json.dump(kept, file, indent=1)
-        Path(temporary).replace(self._cache)
+
+def get_budget_path(root: Path) -> Path:
+    """Return where all processes of a user count what they ask of the service."""
+    return root / "requests.json"
 
 
 def get_login(site: SiteSpec, via: Via, root: Path) -> LoginNode:

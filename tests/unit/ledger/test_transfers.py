@@ -21,13 +21,6 @@ ALICE, BOB = "0a1b2c3d4e5f", "globus:6ba7b810-9dad-11d1-80b4-00c04fd430c8"
 DAY_S = 86_400
 
 
-@pytest.fixture
-def allocation(ledger: Ledger) -> str:
-    name = ledger.open_allocation("astro", "*")
-    ledger.grant(name, 1000)
-    return name
-
-
 def has(ledger: Ledger, name: str) -> tuple[int, int]:
     balance = ledger.allocation(name)
     return balance.available_usu, balance.held_usu
