@@ -120,11 +120,12 @@ class BrokerState:
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
-        done = list(
-            self._on_attempt_event(event)
-            if isinstance(event, AttemptEvent)
-            else self._others(event)
-        )
+        if isinstance(event, AttemptEvent):
+            if (emitted := self._on_next_token(event)) is not None:
+                return emitted
+            done = list(self._on_attempt_event(event))
+        else:
+            done = list(self._others(event))
         if self.line.has_freed:
             done += self._take_turns(event.now)
         return done
@@ -335,6 +336,18 @@ class BrokerState:
         """Return the run if this attempt of it is live; what older ones say is late."""
         run = self.runs.get(run_id)
         return run if run and run.instance is not None and run.attempt == attempt else None
+
+    def _on_next_token(self, event: AttemptEvent) -> list[Instruction] | None:
+        """Take what nearly all events are, the next token of the only live attempt of a run, and
+        return it for the client; anything else is left alone, and the answer is ``None``."""
+        token, run = event.event, self.runs.get(event.run_id)
+        if run is None or run.hedge is not None or run.cancel_until is not None:
+            return None
+        if run.attempt != event.attempt or run.instance is None or not isinstance(token, Token):
+            return None
+        if run.hear(token, event.now) is not None:
+            return None
+        return [Emit(run_id=event.run_id, event=token)]
 
     def _on_attempt_event(self, event: AttemptEvent) -> Instructions:
         run, now = self.runs.get(event.run_id), event.now

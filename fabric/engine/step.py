@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fabric.engine.adjustments import Adjustment, adjust, changes_logits
 from fabric.engine.constraints import Matcher
-from fabric.engine.programs.step import ProgramStep, programs_of
+from fabric.engine.programs.gathering import programs_of
+from fabric.engine.programs.step import ProgramStep
 from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.runner import Chunk, Runner
 from fabric.engine.sampling import Draw, Score, choose, finite_rows, score

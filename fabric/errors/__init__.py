@@ -36,9 +36,9 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── VersionError         DigestMismatch, FunctionDrifted, ManifestInvalid, ReplicationFailed,
     │                        DiskTooSmall
     └── LedgerError          InsufficientBalance, UnknownAccount, AllocationClosed, HoldNotOpen,
-                             ChargeExceedsHold, RefundExceedsCharge, RateMissing, UnknownUnit,
-                             MeasurementInsufficient, LedgerInconsistent, StorageFull,
-                             StorageBusy
+                             ChargeExceedsHold, NotCharged, RefundExceedsCharge, RateMissing,
+                             UnknownUnit, MeasurementInsufficient, LedgerInconsistent,
+                             StorageFull, StorageBusy
 
 An error class carries ``code`` (stable, for programs), ``http_status`` and ``retryable`` (may the
 same request succeed elsewhere or later?). Instances carry ``message`` (a full sentence: what, which
@@ -143,6 +143,7 @@ from fabric.errors.ledger import (
     LedgerError,
     LedgerInconsistent,
     MeasurementInsufficient,
+    NotCharged,
     RateMissing,
     RefundExceedsCharge,
     StorageBusy,
@@ -287,6 +288,7 @@ __all__ = [
     "NoReplica",
     "NodeFailed",
     "NotAMember",
+    "NotCharged",
     "NotFound",
     "NotGranted",
     "NotRunning",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import datetime
+from uuid import UUID
 
 import click
 
@@ -51,7 +52,9 @@ def share(
     Example:
       fabric-admin alloc share astro 0a1b2c3d4e5f --su 20
     """
-    if not holder.startswith(GLOBUS) and books.keys.key(holder).project != project:
+    if holder.startswith(GLOBUS):
+        _check_uuid(holder)
+    elif books.keys.key(holder).project != project:
         raise NotFound(kind="key", name=holder)
     allocation = find(books, project, site, period)
     name = f"{allocation.name}/{holder}"
@@ -182,3 +185,15 @@ def statement(
         )
     if not found.complete:
         note("There are older lines; --limit shows more.")
+
+
+def _check_uuid(holder: str) -> None:
+    """Refuse a login that no caller can have: its share could never be spent."""
+    name = holder.removeprefix(GLOBUS)
+    try:
+        is_uuid = name == str(UUID(name))
+    except ValueError:
+        is_uuid = False
+    if not is_uuid:
+        reason = "a login is globus: and the UUID of its identity, in lower case"
+        raise RequestInvalid(param="holder", value=holder, reason=reason)

@@ -17,6 +17,14 @@ from torch import Tensor
 from fabric.engine.programs.cells import WHOLE, Cell, TensorCell
 from fabric.engine.programs.edits import changed
 from fabric.engine.programs.selection import Reach
+from fabric.engine.programs.steady import (
+    IDLE,
+    Steady,
+    StepPlan,
+    added_vector,
+    plain_add,
+    simplified,
+)
 from fabric.engine.programs.values import (
     DTYPES,
     MAX_VALUE_BYTES,
@@ -54,32 +62,6 @@ class Sources:
     model: ModelCalls
     entry: Tensor | None = None
     """With what it enters the stack where it starts in the middle, [positions, hidden]."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """The nodes of one step: those before any point, and by point those from there to the next."""
-
-    opening: tuple[int, ...]
-    at: dict[str, tuple[int, ...]]
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return not self.opening and not self.at
-
-
-IDLE = StepPlan((), {})
-
-
-@dataclass(frozen=True, slots=True)
-class Steady:
-    """What a run does in every step of decoding, by point, where it is this and nothing else."""
-
-    adds: dict[str, Tensor]
-    """Vectors that are added to its token."""
-    saves: dict[str, tuple[int, ...]]
-    """The nodes that save what stands there."""
 
 
 class Execution:
@@ -209,12 +191,11 @@ class Execution:
             return None
         k = nodes[0]
         if k not in self._adds:
-            if not self._is_plain_add(k):
+            x = plain_add(self._nodes[k])
+            if x is None or x in self._dynamic:
                 return None
-            node, x = self._nodes[k], self._values[self._args[k][0]].data
-            assert isinstance(node, ops.Write)
-            vector = (x.to(like) * node.alpha).expand(1, like.shape[-1])[0]
-            if not bool(vector.isfinite().all()):
+            vector = added_vector(self._nodes[k], self._values[x].data, like)
+            if vector is None:
                 return None
             self._adds[k] = vector
         return self._adds[k]
@@ -224,7 +205,7 @@ class Execution:
         """What every step of decoding does, where the next one needs no plan, no values and no
         nodes of its own."""
         if self._simple is None and self._steady is not None:
-            self._simple = self._simplified(self._steady)
+            self._simple = simplified(self._steady, self._nodes, self._adds)
         return self._simple
 
     def save(self, point: str, x: Tensor, position: int) -> None:
@@ -277,38 +258,6 @@ class Execution:
         """Whether the same nodes act in all steps of decoding."""
         sels = [node.sel for node in self._nodes if isinstance(node, _TOUCHING)]
         return all(sel.steps is None and sel.pos in ("all", "last") for sel in sels)
-
-    def _is_plain_add(self, k: int) -> bool:
-        """Whether a node adds the same vector to every token that it takes."""
-        match self._nodes[k]:
-            case ops.Write(mode="add", norm="none", gate=None, mask=None, x=x, sel=sel):
-                x_is_known = x is not None and x not in self._dynamic
-                whole = sel.heads is None and sel.dims is None
-                return x_is_known and whole and self._values[self._args[k][0]].data.dim() < 2
-        return False
-
-    def _simplified(self, plan: StepPlan) -> Steady | None:
-        adds, saves = {}, {}
-        for point, nodes in plan.at.items():
-            if len(nodes) == 1 and nodes[0] in self._adds:
-                adds[point] = self._adds[nodes[0]]
-            elif (kept := self._only_saves(nodes)) is not None:
-                saves[point] = kept
-            else:
-                return None
-        return None if plan.opening else Steady(adds, saves)
-
-    def _only_saves(self, nodes: Sequence[int]) -> tuple[int, ...] | None:
-        """Return the saves among nodes that read a token and save it, if there is no more."""
-        read, *saves = nodes
-        match self._nodes[read]:
-            case ops.Read(sel=sel) if sel.heads is None and sel.dims is None:
-                for k in saves:
-                    node = self._nodes[k]
-                    if not isinstance(node, ops.Save) or node.x != read or node.stream:
-                        return None
-                return tuple(saves)
-        return None
 
     @cached_property
     def _dynamic(self) -> frozenset[int]:
