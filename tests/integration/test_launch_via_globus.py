@@ -111,6 +111,45 @@ def test_a_launch_through_an_endpoint_lives_its_whole_life(
     assert globus.violations() == []
 
 
+@pytest.mark.timeout(600)
+def test_jobs_are_found_again_when_their_endpoint_was_away(
+    globus: Globus, slurm: Slurm, user: User, tmp_path: Path
+) -> None:
+    with login_node(globus, slurm, user, tmp_path) as endpoint:
+        slurm.run("sbatch", "-N2", "--exclusive", "-t9", "--wrap", "sleep 900", "-o", "/dev/null")
+        launched = user.launch()
+        assert launched.returncode == 0, launched.stderr
+        name, job_id = (launch := json.loads(launched.stdout))["name"], launch["jobs"][0]["job_id"]
+        endpoint.kill_core()
+        endpoint.wait_offline()
+        away = user.wait(name, lambda job: "is offline" in job.unseen)
+        assert (away.state, away.job_id) == ("pending", job_id)
+        assert f"The endpoint {endpoint.id} of far is offline" in away.unseen
+        assert "`globus-compute-endpoint start`" in away.unseen
+        assert "is offline" in user.run("instances", "--format", "json").stdout
+
+        # What would be launched meanwhile is refused before anything is made.
+        refused = user.launch()
+        assert refused.returncode != 0
+        error = json.loads(refused.stderr.splitlines()[-1])["error"]
+        assert (error["code"], error["detail"]["machine"]) == ("endpoint_offline", MACHINE)
+        assert len(LaunchFolder.all(user.launches)) == 1
+        # The job starts, joins and serves, though nobody sees it.
+        slurm.run("scancel", "-n", "wrap")
+        instance = launch["jobs"][0]["instance"]
+        until = time.monotonic() + PATIENCE_S
+        while instance not in {one.instance for one in user.fabric.instances() if one.connected}:
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        assert user.fabric.complete("hi", model="brought@1", max_tokens=1).text == "word0"
+
+        endpoint.start_core()
+        found = user.wait(name, lambda job: job.state == "ready")
+        assert (found.job_id, found.unseen) == (job_id, "")
+        assert "its owner ended it" in user.run("stop", name).stderr
+        assert slurm.run("squeue", "-h") == ""
+
+
 def test_an_endpoint_that_is_not_named_is_asked_for(user: User) -> None:
     site = load_site(shipped_sites()["local-slurm"]).model_dump(mode="json", exclude_defaults=True)
     user.know(site)
