@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 
 from fabric.compute.endpoint import get_endpoint_files
 from fabric.config import SiteSpec, load_site, shipped_sites
+from fabric.launch.jobs import LaunchFolder
 from fabric.launch.jobs.through import FUNCTIONS, LIMITS, EndpointLogin, get_budget_path
 from fabric.testing.compute import get_rig_pool
 from fabric.testing.globus import Endpoint, Globus
 from fabric.testing.hub import RunningHub, running_hub
-from fabric.testing.person import Person
+from fabric.testing.person import PATIENCE_S, Person
 from fabric.testing.slurm import Slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -117,19 +119,17 @@ def test_jobs_are_found_again_when_their_endpoint_was_away(
 ) -> None:
     with login_node(globus, slurm, user, tmp_path) as endpoint:
         slurm.run("sbatch", "-N2", "--exclusive", "-t9", "--wrap", "sleep 900", "-o", "/dev/null")
-        launched = user.launch()
-        assert launched.returncode == 0, launched.stderr
-        name, job_id = (launch := json.loads(launched.stdout))["name"], launch["jobs"][0]["job_id"]
+        name, job_id = (launch := user.launch())["name"], launch["jobs"][0]["job_id"]
         endpoint.kill_core()
         endpoint.wait_offline()
-        away = user.wait(name, lambda job: "is offline" in job.unseen)
+        away = user.wait_job(name, lambda job: "is offline" in job.unseen)
         assert (away.state, away.job_id) == ("pending", job_id)
         assert f"The endpoint {endpoint.id} of far is offline" in away.unseen
         assert "`globus-compute-endpoint start`" in away.unseen
         assert "is offline" in user.run("instances", "--format", "json").stdout
 
         # What would be launched meanwhile is refused before anything is made.
-        refused = user.launch()
+        refused = user.try_launch()
         assert refused.returncode != 0
         error = json.loads(refused.stderr.splitlines()[-1])["error"]
         assert (error["code"], error["detail"]["machine"]) == ("endpoint_offline", MACHINE)
@@ -144,7 +144,7 @@ def test_jobs_are_found_again_when_their_endpoint_was_away(
         assert user.fabric.complete("hi", model="brought@1", max_tokens=1).text == "word0"
 
         endpoint.start_core()
-        found = user.wait(name, lambda job: job.state == "ready")
+        found = user.wait_job(name, lambda job: job.state == "ready")
         assert (found.job_id, found.unseen) == (job_id, "")
         assert "its owner ended it" in user.run("stop", name).stderr
         assert slurm.run("squeue", "-h") == ""
