@@ -16,6 +16,8 @@ from fabric.launch.jobs.launcher import Launcher, history_path
 from fabric.launch.jobs.through import get_login
 from fabric.sdk import Fabric
 
+logger = logging.getLogger(__name__)
+
 
 def watch(folder: LaunchFolder, record: LaunchRecord, fabric: Fabric) -> None:
     """Watch a launch in this process until it is over.
@@ -69,14 +71,14 @@ def main(argv: Sequence[str]) -> int:
     folder = LaunchFolder(Path(path))
     record = folder.launch()
     if record is None:
-        print(f"There is no launch in {folder.path}.", file=sys.stderr)
+        logger.error("There is no launch in %s.", folder.path)
         return 1
     try:
         project = os.environ.get("FABRIC_PROJECT")
         with folder.watched(int(lock)), Fabric(record.hub_url, project=project) as fabric:
             watch(folder, record, fabric)
     except FabricError as error:
-        print(error.message, file=sys.stderr)
+        logger.error("%s", error.message)
         return 1
     return 0
 
