@@ -19,7 +19,7 @@ from fabric.broker.programs import MARGIN, ProgramBounds
 from fabric.broker.records import Facts, Records, get_permitted
 from fabric.broker.select import MAX_SCARCITY, Context, Offer, expected_tokens
 from fabric.broker.settings import BrokerSettings
-from fabric.broker.signals import Ticket
+from fabric.broker.signals import Ticket, adapter_s_bound
 from fabric.catalog import Catalog
 from fabric.errors import (
     ContextExceeded,
@@ -357,7 +357,10 @@ class Admission:
             if (rate := facts.rates.get(site)) is None:
                 continue
             needed_usu = max_charge_usu(
-                rate, tier, prompt_tokens, n * output_tokens, kv_block_s=kept_s, **most
+                *(rate, tier, prompt_tokens, n * output_tokens),
+                kv_block_s=kept_s,
+                adapter_s=adapter_s_bound(request),
+                **most,
             )
             payer = _payer(facts.allocations, site, needed_usu)
             available_usu = payer.available_usu if payer else 0

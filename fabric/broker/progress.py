@@ -222,6 +222,7 @@ class Progress:
             queue_s=min(reported.queue_s, age_s),
             device_s=min(reported.device_s, age_s),
             kv_block_s=min(self.ticket.kv_block_s_bound, reported.kv_block_s),
+            adapter_s=min(self.ticket.adapter_s_bound, age_s, reported.adapter_s),
         )
 
     @property

@@ -109,7 +109,7 @@ def prepared(
     order = _as_at_site(order, site)
     get_scheduler(site)
     way = via or ("endpoint" if isinstance(site.executor, ComputeExecutor) else "login")
-    login = get_login(site, way, where)
+    login = get_login(site, way, where, must_answer=True)
     try:
         plan = get_launch_plan(order, site, History(history_path(where)), ask=login.estimate_wait)
         record = LaunchRecord(
@@ -195,7 +195,7 @@ def rows(folder: LaunchFolder, jobs: list[JobRecord]) -> list[tuple[object, ...]
     if not jobs:
         return [(folder.name, machine, "", record.state, "", "", record.detail)]
     return [
-        (folder.name, machine, j.job_id or "", j.state, _left(j), _charge(j), j.detail)
+        (folder.name, machine, j.job_id or "", j.state, _left(j), _charge(j), j.remark)
         for j in jobs
     ]
 

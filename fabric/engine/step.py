@@ -155,7 +155,9 @@ def _choose_all(
     if not constrained:
         return
     due = [place for place, _ in constrained]
-    logits_RV = logits_WV[torch.tensor([place.index for place in due])]
+    indices = [place.index for place in due]
+    whole = indices == list(range(len(logits_WV)))
+    logits_RV = logits_WV if whole else logits_WV[torch.tensor(indices)]
     adjustments = {
         i: _adjustment(place, allowed)
         for i, (place, allowed) in enumerate(constrained)

@@ -22,7 +22,7 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
     │                        RequestCancelled, ProtocolViolation, HubOutOfReach,
     │                        HubUnreachable, HubNotConnected, ServiceUnreachable, ServiceBusy,
-    │                        ServiceRefused, TaskLost, TaskTimedOut, TaskFailed
+    │                        ServiceRefused, EndpointOffline, TaskLost, TaskTimedOut, TaskFailed
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
     │                        BalanceUnavailable, LaunchImpossible, AllocationTooSmall,
     │                        JobRefused, JobsFailing, NodeFailed, WeightsMissing
@@ -203,6 +203,7 @@ from fabric.errors.routing import (
 )
 from fabric.errors.service import (
     CredentialsRefused,
+    EndpointOffline,
     ServiceBusy,
     ServiceRefused,
     ServiceUnreachable,
@@ -257,6 +258,7 @@ __all__ = [
     "DispatchError",
     "Duplicate",
     "EndpointInvalid",
+    "EndpointOffline",
     "EngineError",
     "EngineStopped",
     "FabricError",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
+import math
 import secrets
 import subprocess
 import sys
@@ -21,13 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fabric.errors import AdapterInvalid, FabricError, NotFound
 from fabric.messages import EngineOptions, InstanceSpec, InstanceState, Launch
 from fabric.sdk import Fabric
+from fabric.testing.commands import get_environ, read_blocks, run_blocks
 from fabric.testing.hub import MODEL, RunningHub, running_hub, wait_until
 from fabric.testing.rig import InstanceProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 PAGE = Path(__file__).parents[2] / "docs/adapters.md"
-BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S).findall(PAGE.read_text())
 WORDS = [f"w{i}" for i in range(63)]
 END = len(WORDS)
 PROMPT = "w1 w2 w3 w4 w5"
@@ -150,6 +149,31 @@ def test_answers_are_pefts_and_records_name_the_adapter(world: World) -> None:
     assert {"critic", "poet"} <= {one.name for one in world.fabric.adapters()}
 
 
+def test_the_slot_of_an_adapter_is_charged_by_the_time_it_is_used(world: World) -> None:
+    """A price of 3.6 SU an hour is 3.6 micro-SU for a millionth of an hour, begun ones included."""
+    world.fabric.add_adapter(world.adapter("critic"))
+    free = {"prompt_usu": 0, "cached_prompt_usu": 0, "output_usu": 0}
+    world.hub.ledger.set_rate("*", "alpha", **free, adapter_usu=3_600_000)
+
+    def is_charged(adapter: str | None) -> bool:
+        answer = world.fabric.complete(PROMPT, max_tokens=NUM_NEW, adapter=adapter)
+        run = world.fabric.run(answer.run_id)
+        if run.state != "completed":
+            return False  # its record is being written
+        used_s = run.usage.adapter_s
+        assert (used_s > 0) == (adapter is not None)
+        charge_usu = math.ceil(math.ceil(used_s / 3600 * 1e6) * 3.6)
+        if answer.charge_usu != charge_usu:
+            return False  # by the former price: the hub has not read the new one yet
+        if not charge_usu:
+            return True
+        lines = {line.run: line for line in world.fabric.usage().lines}
+        return lines[answer.run_id].amount_usu == -charge_usu
+
+    wait_until(lambda: is_charged("critic"), timeout_s=60)
+    wait_until(lambda: is_charged(None), timeout_s=60)
+
+
 def test_openai_clients_name_an_adapter_in_the_fabric_object(world: World) -> None:
     digest = world.fabric.add_adapter(world.adapter("poet")).digest
     client = openai.OpenAI(base_url=world.hub.openai_url, api_key=world.hub.api_key, timeout=120)
@@ -190,28 +214,8 @@ def test_a_stream_goes_on_when_its_adapter_is_deleted(world: World) -> None:
 
 
 def test_the_page_runs_as_written(world: World, tmp_path: Path) -> None:
-    environ = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "FABRIC_BASE_URL": world.hub.base_url,
-        "FABRIC_API_KEY": world.hub.api_key,
-        "FABRIC_STATE_DIR": str(tmp_path / "state"),
-        "XDG_CONFIG_HOME": str(tmp_path / "config"),
-        "OPENAI_BASE_URL": world.hub.openai_url,
-        "OPENAI_API_KEY": world.hub.api_key,
-        "MODEL": MODEL,
-    }
-    outputs = []
-    for language, text in BLOCKS:
-        script = "\n".join(line.removeprefix("$ ") for line in text.splitlines())
-        argv = ["bash", "-euo", "pipefail", "-c", script]
-        if language == "python":
-            argv = [sys.executable, "-c", text]
-        done = subprocess.run(
-            argv, env=environ, cwd=world.folder, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-        outputs.append(done.stdout)
+    environ = get_environ(tmp_path, world.hub, MODEL=MODEL)
+    outputs = run_blocks(read_blocks(PAGE), environ, world.folder)
     added, *_, words = outputs[0].splitlines()
     assert added == "poet"
     assert words.split()[0].startswith("w")

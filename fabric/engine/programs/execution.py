@@ -107,6 +107,8 @@ class Execution:
         self._parts: dict[int, list[Value]] = {}
         self._num_bytes = 0
         self._marked: dict[str, tuple[Tensor, int]] = {}
+        self._slopes: dict[int, dict[str, Tensor]] = {}
+        """By a number's node and by point, what was found in this step."""
         self._prepared = False
         self._step, self._span = 0, (0, 0)
         self._plan = IDLE
@@ -229,6 +231,7 @@ class Execution:
             self._to_send.append((self._step, streamed))
         self._streamed = max(self._streamed, self._step)
         self._marked.clear()
+        self._slopes.clear()
 
     def take_streamed(self) -> list[tuple[int, dict[str, Value]]]:
         """Return, once, what is to be streamed: steps and their saves by name."""
@@ -428,14 +431,28 @@ class Execution:
         return Value(on.float(), value.at if on.dim() else None)
 
     def _gradient(self, node: ops.Grad, scalar: Tensor) -> Value:
-        marked, base = self._marked[node.wrt]
-        place, at = self._reach.place(node, self._span, marked.shape[0], base)
-        if not scalar.requires_grad:
-            gradient = torch.zeros_like(marked)
-        else:
-            (found,) = torch.autograd.grad(scalar, marked, retain_graph=True, allow_unused=True)
-            gradient = torch.zeros_like(marked) if found is None else found
+        slopes = self._slopes.setdefault(node.scalar, {})
+        if node.wrt not in slopes:
+            slopes |= self._slopes_of(node.scalar, scalar)
+        gradient, base = slopes[node.wrt], self._marked[node.wrt][1]
+        place, at = self._reach.place(node, self._span, gradient.shape[0], base)
         return Value(TensorCell(gradient).take(place), at)
+
+    def _slopes_of(self, k: int, scalar: Tensor) -> dict[str, Tensor]:
+        """Return a node's gradients at all points that are asked for: one pass gives them all."""
+        asked = {
+            node.wrt for node in self._nodes if isinstance(node, ops.Grad) and node.scalar == k
+        }
+        marked = {point: self._marked[point][0] for point in asked if point in self._marked}
+        found: Sequence[Tensor | None] = [None] * len(marked)
+        if scalar.requires_grad:
+            found = torch.autograd.grad(
+                scalar, list(marked.values()), retain_graph=True, allow_unused=True
+            )
+        return {
+            point: torch.zeros_like(x) if slope is None else slope
+            for (point, x), slope in zip(marked.items(), found, strict=True)
+        }
 
     # Where.
 

@@ -117,6 +117,10 @@ class Launcher:
         while self._unsent and time.monotonic() < until:
             time.sleep(self._login.fastest_poll_s)
             self._try_step()
+        if self._unsent:
+            for job in [self._jobs[instance] for instance in self._unsent]:
+                self._end_unsent(job, InstanceState.FAILED, job.unseen)
+            self._try_step(is_patient=False)
 
     def run(self) -> None:
         """Watch until the launch is over, and the hub has what its jobs took.
@@ -215,9 +219,12 @@ class Launcher:
             sights = self._login.look(self._record, looked_at)
         except FabricError as error:
             logger.warning("%s", error.message)
+            for instance in looked_at:
+                self._put_unseen(self._jobs[instance], error.message)
             return
         self._joined = self._ask_joined(sights)
         for instance, sight in sights.items():
+            self._put_unseen(self._jobs[instance], "")
             if self._jobs[instance].open:
                 self._note(self._jobs[instance], sight)
             if not (job := self._jobs[instance]).open:
@@ -308,6 +315,7 @@ class Launcher:
         except DispatchError as error:
             logger.warning("%s is submitted again: %s", job.instance, error.message)
             self._unsent[job.instance] = spec
+            self._put_unseen(job, error.message)
             return
         except FabricError as error:
             ended = {"state": InstanceState.FAILED, "detail": error.message, "ended_at": self._now}
@@ -317,7 +325,7 @@ class Launcher:
                 raise
             logger.warning("%s", error.message)
             return
-        self._put(job.model_copy(update={"job_id": job_id}))
+        self._put(job.model_copy(update={"job_id": job_id, "unseen": ""}))
 
     def _ask(self, instance: str, state: InstanceState, reason: str) -> None:
         """Let an instance leave: by the hub if it is connected, or else by its scheduler."""
@@ -453,6 +461,10 @@ class Launcher:
             self._changed_at = time.monotonic()
             logger.info("%s (job %s) is %s: %s", job.instance, job.job_id, job.state, job.detail)
 
+    def _put_unseen(self, job: JobRecord, reason: str) -> None:
+        if job.open and job.unseen != reason:
+            self._put(job.model_copy(update={"unseen": reason}))
+
     def _summarize(self) -> None:
         """Keep in the launch's record how far its newest job is."""
         jobs = [job for job in self._sorted() if job.open]
@@ -460,7 +472,7 @@ class Launcher:
             return
         ready = [job for job in jobs if job.state is InstanceState.READY]
         shown = (ready or jobs)[-1]
-        record = self._record.model_copy(update={"state": shown.state, "detail": shown.detail})
+        record = self._record.model_copy(update={"state": shown.state, "detail": shown.remark})
         on_disk = self._folder.launch()
         if on_disk is not None and not on_disk.stop and record != self._record:
             self._record = record

@@ -61,7 +61,8 @@ class JobRecord(Wire):
     """A job: one generation of one replica.
 
     ``job_id`` is ``None`` from the moment before it is submitted until the scheduler has answered.
-    ``deadline_at`` is when its walltime ends, known once it runs. ``usage`` is what it took and
+    ``unseen`` says why nobody can see how it is, while that is so. ``deadline_at`` is when its
+    walltime ends, known once it runs. ``usage`` is what it took and
     ``charge`` what the machine asks for that in its own ``unit``, once it has ended; ``is_told``
     says that the hub has that in its books.
     """
@@ -72,6 +73,7 @@ class JobRecord(Wire):
     job_id: str | None = None
     state: InstanceState = InstanceState.PENDING
     detail: str = ""
+    unseen: str = ""
     submitted_at: datetime
     started_at: datetime | None = None
     deadline_at: datetime | None = None
@@ -86,6 +88,11 @@ class JobRecord(Wire):
     def open(self) -> bool:
         """Whether it has not ended."""
         return self.ended_at is None
+
+    @property
+    def remark(self) -> str:
+        """What is to be said of it."""
+        return (self.open and self.unseen) or self.detail
 
 
 def is_launch_name(text: str) -> bool:

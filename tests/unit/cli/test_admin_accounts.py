@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import insert, select, update
 
+import fabric.batches  # noqa: F401 - whose table of files is filled here
 from fabric.catalog import Catalog, RunRecord
 from fabric.cli.main import fabric_admin
 from fabric.ledger import Ledger

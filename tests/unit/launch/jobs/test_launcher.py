@@ -33,6 +33,7 @@ from fabric.launch.jobs.login import LocalLogin
 from fabric.messages import InstanceSpec, InstanceState, Launch
 
 MAX_STEPS = 300
+FULL = "Not Running: Insufficient amount of resource: ncpus"
 
 
 @dataclass
@@ -143,9 +144,11 @@ def test_a_job_whose_submission_was_not_answered_is_submitted_once(
     launcher = make(folder, hub, login)
     launcher.step()
     assert only(folder).job_id is None
+    assert "its endpoint was restarted" in only(folder).remark
     for _ in range(2):
         launcher.step()
     assert only(folder).job_id == "1.pbs"
+    assert only(folder).remark == FULL
     assert len(list(pbs.glob("[0-9]*"))) == 1
     assert hub.expected["inst_1"] > 0
 
