@@ -4,7 +4,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,13 +19,14 @@ import sys, time
 from pathlib import Path
 from fabric.compute import RequestBudget, ServiceLimits
 
-limits = ServiceLimits(max_requests=5, window_s=0.3, margin_s=0.1)
+limits = ServiceLimits(max_requests=5, window_s=0.5, margin_s=0.1)
 budget = RequestBudget(limits, Path(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()
-for _ in range(12):
+began_at = time.time()
+for _ in range(13):
     budget.acquire()
-    print(time.time(), flush=True)
+print(began_at, time.time(), budget.num_requests, flush=True)
 """
 
 
@@ -35,13 +35,6 @@ def get_budget(
 ) -> RequestBudget:
     limits = ServiceLimits(max_requests=max_requests, window_s=window_s, margin_s=0.1)
     return RequestBudget(limits, shared)
-
-
-def check_windows(sent_at: Sequence[float]) -> None:
-    """Of any six requests, the last came a window after the first."""
-    in_order = sorted(sent_at)
-    for first, sixth in zip(in_order, in_order[5:], strict=False):
-        assert sixth - first >= WINDOW_S
 
 
 def test_no_window_ever_holds_more_than_is_allowed() -> None:
@@ -54,8 +47,10 @@ def test_no_window_ever_holds_more_than_is_allowed() -> None:
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(send, range(23)))
+    sent_at.sort()
     assert budget.num_requests == 23
-    check_windows(sent_at)
+    for first, sixth in zip(sent_at, sent_at[5:], strict=False):
+        assert sixth - first >= WINDOW_S
 
 
 def test_two_processes_at_once_have_one_budget(tmp_path: Path) -> None:
@@ -76,9 +71,11 @@ def test_two_processes_at_once_have_one_budget(tmp_path: Path) -> None:
         sender.stdin.write("\n")
         sender.stdin.flush()
     told = [sender.communicate(timeout=60)[0].split() for sender in senders]
-    assert [len(one) for one in told] == [12, 12]
     assert [sender.returncode for sender in senders] == [0, 0]
-    check_windows([float(at) for one in told for at in one])
+    assert [one[2] for one in told] == ["13", "13"]
+    # 26 requests, 5 in each 0.6 s: the last comes after five times that. Each alone needs two.
+    took_s = max(float(one[1]) for one in told) - min(float(one[0]) for one in told)
+    assert took_s >= 2.9
 
 
 def test_a_pause_holds_back_who_shares_the_budget(tmp_path: Path) -> None:
