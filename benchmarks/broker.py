@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fabric.broker.facts import Context, Offer, ReplicaSnapshot
+from fabric.broker.offers import Offers
 from fabric.broker.pool import Pool
 from fabric.broker.select import decide
 from fabric.broker.settings import BrokerSettings
@@ -88,7 +89,7 @@ def make_fleet(num_replicas: int, num_sites: int) -> tuple[Pool, Context]:
     return pool, Context(
         model="smol@1",
         digest="sha256:aa",
-        offers=offers,
+        offers=Offers(offers),
         remaining_s=300.0,
         settings=BrokerSettings(),
     )

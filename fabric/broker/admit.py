@@ -14,11 +14,12 @@ from typing import Protocol, TypedDict
 from fabric.auth import Identity, Permits, Rulebook, require
 from fabric.broker.lengths import Lengths
 from fabric.broker.limits import Limiter, Standing, Turn
+from fabric.broker.offers import Offers
 from fabric.broker.programs import MARGIN, ProgramBounds
 from fabric.broker.records import Facts, Records, get_permitted
 from fabric.broker.select import MAX_SCARCITY, Context, Offer, expected_tokens
 from fabric.broker.settings import BrokerSettings
-from fabric.broker.signals import Ticket
+from fabric.broker.signals import Ticket, adapter_s_bound
 from fabric.catalog import Catalog
 from fabric.errors import (
     ContextExceeded,
@@ -264,15 +265,19 @@ class Admission:
             raise
 
     def _open_hold(self, ticket: Ticket, also: Also | None) -> None:
+        hold = partial(
+            self._ledger.hold,
+            ticket.request.id,
+            allocation=ticket.held_allocation,
+            amount_usu=ticket.held_usu,
+            lease_s=self._settings.lease_s,
+        )
+        if also is None:
+            hold()
+            return
         with self._offload.database.transaction():
-            self._ledger.hold(
-                ticket.request.id,
-                allocation=ticket.held_allocation,
-                amount_usu=ticket.held_usu,
-                lease_s=self._settings.lease_s,
-            )
-            if also is not None:
-                also(ticket)
+            hold()
+            also(ticket)
 
     def void(self, hold_id: str) -> None:
         """Return a hold if there is one. Blocks; for the database's thread."""
@@ -320,7 +325,7 @@ class Admission:
         prompt_tokens: int,
         output_tokens: int,
         bounds: ProgramBounds | None,
-    ) -> dict[str, Offer]:
+    ) -> Offers:
         """Return what the request would cost at each site where it may run.
 
         Raises:
@@ -352,7 +357,10 @@ class Admission:
             if (rate := facts.rates.get(site)) is None:
                 continue
             needed_usu = max_charge_usu(
-                rate, tier, prompt_tokens, n * output_tokens, kv_block_s=kept_s, **most
+                *(rate, tier, prompt_tokens, n * output_tokens),
+                kv_block_s=kept_s,
+                adapter_s=adapter_s_bound(request),
+                **most,
             )
             payer = _payer(facts.allocations, site, needed_usu)
             available_usu = payer.available_usu if payer else 0
@@ -370,7 +378,7 @@ class Admission:
             )
         if not offers:
             raise RateMissing(model=facts.version.ref, site=allowed[0])
-        return offers
+        return Offers(offers)
 
 
 class _Hooks(TypedDict, total=False):

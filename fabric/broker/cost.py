@@ -7,6 +7,7 @@ This is the formula in words and for one replica, as the table of a placement te
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -34,6 +35,7 @@ BYTES_PER_TOKEN = 4
 FAILURE_S = 2.0
 TRIED_S = 30.0
 
+_NOTHING: Mapping[str, float] = {}
 _WITHOUT = {"embed": "it does not embed", "program": "it runs no programs"}
 
 
@@ -161,11 +163,18 @@ def data_s(request: Request, site: str, context: Context) -> float:
     home = request.data_site
     if home is None or home == site:
         return 0.0
-    pair, settings = (home, site), context.settings
-    rate = context.bandwidths_bytes_per_s.get(pair)
-    if rate is None:
-        rate = settings.bandwidths_bytes_per_s.get(pair, settings.bandwidth_bytes_per_s)
-    return settings.locality_penalty_s + request.data_bytes / rate
+    (rate,) = rates_from(home, (site,), context)
+    return context.settings.locality_penalty_s + request.data_bytes / rate
+
+
+def rates_from(home: str, sites: Sequence[str], context: Context) -> list[float]:
+    """Return the bytes per second from one site to others, as observed of each pair, else as the
+    settings say."""
+    settings, usual = context.settings, context.settings.bandwidth_bytes_per_s
+    known = settings.bandwidths_bytes_per_s.get(home, _NOTHING)
+    if (seen := context.bandwidths_bytes_per_s.get(home)) is not None:
+        known = {**known, **seen}
+    return [known.get(site, usual) for site in sites]
 
 
 def price_s(site: str, context: Context) -> float:

@@ -131,8 +131,8 @@ class Context:
 
     ``held_usu`` is what the request already holds of ``held_allocation``; ``tried`` are instances
     that failed it before. ``hidden`` are sites and digests of which the caller is told nothing.
-    ``now`` is by the state's clock; ``bandwidths_bytes_per_s``, by (from, to), and the ``lengths``
-    of answers are those that were observed.
+    ``now`` is by the state's clock; ``bandwidths_bytes_per_s``, from a site to others, and the
+    ``lengths`` of answers are those that were observed.
     """
 
     model: str
@@ -144,7 +144,7 @@ class Context:
     held_usu: int = 0
     tried: frozenset[str] = frozenset()
     now: float = 0.0
-    bandwidths_bytes_per_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    bandwidths_bytes_per_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     lengths: Lengths | None = None
     hidden: frozenset[str] = frozenset()
 

@@ -16,17 +16,17 @@ class Links:
     """A running mean of bytes per second for each pair of sites (from, to)."""
 
     def __init__(self) -> None:
-        self._rates: dict[tuple[str, str], float] = {}
+        self._rates: dict[str, dict[str, float]] = {}
 
     @property
-    def bytes_per_s(self) -> Mapping[tuple[str, str], float]:
-        """The means, by pair; a pair that moved nothing yet has none."""
+    def bytes_per_s(self) -> Mapping[str, Mapping[str, float]]:
+        """The means, from a site to others; a pair that moved nothing yet has none."""
         return self._rates
 
     def observe(self, source: str, target: str, num_bytes: int, seconds: float) -> None:
         """Note a transfer; one too small or too fast to be one is left out."""
         if num_bytes < MIN_BYTES or seconds * MAX_BYTES_PER_S < num_bytes:
             return
-        rate, pair = num_bytes / seconds, (source, target)
-        mean = self._rates.get(pair, rate)
-        self._rates[pair] = mean + SMOOTHING * (rate - mean)
+        rate, rates = num_bytes / seconds, self._rates.setdefault(source, {})
+        mean = rates.get(target, rate)
+        rates[target] = mean + SMOOTHING * (rate - mean)

@@ -283,6 +283,7 @@ def _bounded(usage: Usage, redeemed: RedemptionRecord) -> Usage:
             "hook_bytes_in": min(usage.hook_bytes_in, redeemed.max_hook_bytes_in),
             "hook_bytes_out": min(usage.hook_bytes_out, redeemed.max_hook_bytes_out),
             "kv_block_s": min(usage.kv_block_s, kv_block_s_bound(1, row_tokens, life_s)),
+            "adapter_s": 0.0,  # raw calls have none
             "queue_s": min(usage.queue_s, age_s),
             "device_s": min(usage.device_s, age_s),
         }

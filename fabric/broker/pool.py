@@ -1,6 +1,7 @@
 """The replicas in columns, so that a choice among thousands is a dozen vector operations.
 
-Shapes: N rows (replicas), G groups (a model version at a site), K rows of a few chosen ones.
+Shapes: N rows (replicas), G groups (a model version at a site), K rows of a few chosen ones,
+S sites.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ PRIOR_PREFILL_TOKENS_PER_S = 2_000.0
 PRIOR_DECODE_TOKENS_PER_S = 30.0
 MIN_TOKENS_PER_S = 0.01
 MAX_PREFIXES = 4_096
+MAX_SITE_LISTS = 256
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.intp]
@@ -52,6 +54,7 @@ class Pool:
         self._row_of: dict[str, int] = {}
         self._affine: dict[tuple[bytes, int], list[int]] = {}
         self._rows_of: dict[int, Rows] = {}
+        self._groups_at: dict[tuple[str, tuple[str, ...]], Rows] = {}
         self._odd = {name: set[str]() for name in ("failures", "cold_s", "blocked_s", "prefix")}
         self._table: Floats = np.zeros((len(_COLUMNS), 16))
         self._groups: Rows = np.zeros(16, np.intp)
@@ -100,6 +103,18 @@ class Pool:
         if rows is None:
             rows = self._rows_of[group] = np.flatnonzero(self.group_N == group)
         return rows
+
+    def groups_at(self, digest: str, sites: tuple[str, ...]) -> Rows:
+        """Return the groups of a version at these sites, and ``num_groups`` where there is none;
+        shape (S,)."""
+        groups = self._groups_at.get((digest, sites))
+        if groups is None:
+            known = self.groups.get(digest, {})
+            groups = np.array([known.get(site, self.num_groups) for site in sites], np.intp)
+            if len(self._groups_at) >= MAX_SITE_LISTS:
+                self._groups_at.clear()
+            self._groups_at[digest, sites] = groups
+        return groups
 
     def put(self, snapshot: ReplicaSnapshot) -> None:
         """Add a replica, or note how it is now."""
@@ -217,6 +232,7 @@ class Pool:
         )
         self._affine.clear()
         self._rows_of.clear()
+        self._groups_at.clear()
 
     def column(self, name: str) -> Floats:
         """Return one column; shape (N,)."""

@@ -69,24 +69,21 @@ class Progress:
     num_before: int = 0
     counts: list[int] = field(init=False)
     finishes: list[FinishReason | None] = field(init=False)
+    resumable: bool = field(init=False)
+    """Whether another replica would go on with the very same tokens."""
 
     def __post_init__(self) -> None:
         bounds = self.ticket.bounds
         num_choices = self.ticket.request.sampling.n if bounds is None else len(bounds.run_ids)
         self.counts = [0] * num_choices
         self.finishes = [None] * num_choices
+        is_query = self.ticket.bounds is None and num_choices == 1
+        self.resumable = is_query and self.ticket.request.sampling.reproducible
 
     @property
     def num_tokens(self) -> int:
         """Tokens received, over all choices and attempts."""
         return sum(self.counts)
-
-    @property
-    def resumable(self) -> bool:
-        """Whether another replica would go on with the very same tokens."""
-        if self.ticket.bounds is not None:
-            return False
-        return self.ticket.request.sampling.reproducible and len(self.counts) == 1
 
     @property
     def delivered(self) -> bool:
@@ -225,6 +222,7 @@ class Progress:
             queue_s=min(reported.queue_s, age_s),
             device_s=min(reported.device_s, age_s),
             kv_block_s=min(self.ticket.kv_block_s_bound, reported.kv_block_s),
+            adapter_s=min(self.ticket.adapter_s_bound, age_s, reported.adapter_s),
         )
 
     @property

@@ -6,6 +6,7 @@ Shapes: N rows (replicas), G groups (a model version at a site), K rows that tie
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from hashlib import blake2b
 
 import numpy as np
@@ -21,11 +22,12 @@ from fabric.broker.cost import (
     lasting,
     passing,
     prefix_key,
-    price_s,
+    rates_from,
     saved_s,
     times_s,
 )
 from fabric.broker.facts import Context
+from fabric.broker.offers import as_offers
 from fabric.broker.policies import get_weights
 from fabric.broker.pool import Floats, Pool
 from fabric.messages import Request
@@ -92,24 +94,13 @@ class Ranking:
         pool, request, context = self._pool, self._request, self._context
         weights = get_weights(request)
         prompt_tokens, output_tokens = expected_tokens(request, context.lengths)
-        data_weight, price_weight = weights["data"], weights["price"]
-        home = request.data_site
-        site_G = [math.inf] * pool.num_groups
-        for site, group in pool.groups.get(context.digest, {}).items():
-            if barred_site(request, site, context) is not None:
-                continue
-            if full_site(site, pool.in_flight_of[site], context) is not None:
-                continue
-            site_G[group] = price_weight * price_s(site, context)
-            if home is not None and home != site:
-                site_G[group] += data_weight * data_s(request, site, context)
         own_N = pool.column("prefill_s") * prompt_tokens
         own_N += pool.column("overhead_s")
         own_N += pool.column("decode_s") * output_tokens
         cost_N = self._load() * weights["queue"]
         cost_N += weights["service"]
         cost_N *= own_N
-        cost_N += np.array(site_G).take(pool.group_N)
+        cost_N += self._site_costs(weights).take(pool.group_N)
         if pool.has_failures:
             cost_N += pool.column("failures") * (weights["risk"] * FAILURE_S)
         if pool.has_cold:
@@ -122,6 +113,29 @@ class Ranking:
         for row in self.affine:
             cost_N[row] -= weights["service"] * saved_s(pool.snapshots[row], context.settings)
         return cost_N
+
+    def _site_costs(self, weights: Mapping[str, float]) -> Floats:
+        """Return what data and price cost at the site of each group, infinite where it does not
+        offer to serve; shape (G,)."""
+        pool, request, context = self._pool, self._request, self._context
+        columns = as_offers(context.offers).columns
+        cost_S = columns.price_su_S * (weights["price"] * context.settings.seconds_per_su)
+        if request.data_site is not None:
+            rates_S = np.array(rates_from(request.data_site, columns.sites, context))
+            moving_S = request.data_bytes / rates_S + context.settings.locality_penalty_s
+            if request.data_site in context.offers:
+                moving_S[columns.sites.index(request.data_site)] = 0.0
+            cost_S += weights["data"] * moving_S
+        chooses = request.sites is not None or request.policy == "local-only"
+        for number in range(len(cost_S)) if chooses else columns.odd:
+            site = columns.sites[number]
+            is_full = full_site(site, pool.in_flight_of[site], context) is not None
+            if is_full or barred_site(request, site, context) is not None:
+                cost_S[number] = math.inf
+        # What is offered where no replica is goes to a last group that none is in.
+        site_G = np.full(pool.num_groups + 1, math.inf)
+        site_G[pool.groups_at(context.digest, columns.sites)] = cost_S
+        return site_G
 
     def _load(self) -> Floats:
         """Return the share of its own seconds that the request loses to others; shape (N,)."""

@@ -170,6 +170,8 @@ class Fleet:
         self._replicas: dict[str, Replica] = {}
         self._pool = Pool()
         self._awaited: set[str] = set()
+        self._away: set[str] = set()
+        """Those that are lost or out, and some that are back."""
         self._usual = Usual()
         self._due: list[tuple[float, str]] = []
 
@@ -271,6 +273,7 @@ class Fleet:
             return
         if lost:
             replica.state, replica.lost_at = InstanceState.LOST, now
+            self._away.add(instance)
             self._put(replica)
         else:
             self._forget(instance)
@@ -279,8 +282,11 @@ class Fleet:
     def tick(self, now: float) -> None:
         """Forget instances lost long ago, and let those back whose time out is over."""
         forget_s = self._settings.lost_memory_s
-        for instance, one in list(self._replicas.items()):
-            if one.state is InstanceState.LOST and now - one.lost_at > forget_s:
+        for instance in list(self._away):
+            one = self._replicas[instance]
+            if one.state is not InstanceState.LOST and one.out_until is None:
+                self._away.discard(instance)
+            elif one.state is InstanceState.LOST and now - one.lost_at > forget_s:
                 self._forget(instance)
                 self.version += 1
             elif one.out_until is not None and now >= one.out_until and one.trial is None:
@@ -334,6 +340,7 @@ class Fleet:
             replica.failures_in_row >= self._settings.eject_after and self._may_eject(replica)
         ):
             replica.out_until = now + self._settings.eject_s
+            self._away.add(instance)
         self._advance(now)
         self._put(replica)
 
@@ -385,6 +392,7 @@ class Fleet:
 
     def _forget(self, instance: str) -> None:
         del self._replicas[instance]
+        self._away.discard(instance)
         self._pool.drop(instance)
 
     def _may_eject(self, replica: Replica) -> bool:

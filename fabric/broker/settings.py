@@ -36,7 +36,7 @@ class BrokerSettings:
         backlog_events: Events that may wait for a slow client before its replica is held back.
         window_events: Token events a replica may send before it gets credit.
         bandwidth_bytes_per_s: Rate at which data moves between sites.
-        bandwidths_bytes_per_s: The same where it is known better, by (from, to).
+        bandwidths_bytes_per_s: The same where it is known better: from a site, to others.
         locality_penalty_s: Fixed price of running away from the data.
         seconds_per_su: What a service unit is worth in seconds of waiting: at a site file's usual
             price an output token's charge is then 12 ms, about the time that it takes.
@@ -80,7 +80,7 @@ class BrokerSettings:
     backlog_events: int = 256
     window_events: int = 256
     bandwidth_bytes_per_s: float = 100e6
-    bandwidths_bytes_per_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    bandwidths_bytes_per_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     locality_penalty_s: float = 1.0
     seconds_per_su: float = 300.0
     tie_s: float = 0.05

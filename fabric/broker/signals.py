@@ -78,12 +78,22 @@ class Ticket:
         return kv_block_s_bound(request.sampling.n, row_tokens, request.deadline_s)
 
     @property
+    def adapter_s_bound(self) -> float:
+        """The most seconds that it can use an adapter's slot."""
+        return adapter_s_bound(self.request)
+
+    @property
     def name(self) -> str:
         """The model's name without its revision."""
         return self.model.partition("@")[0]
 
 
 # ---- events -------------------------------------------------------------------------------------
+
+
+def adapter_s_bound(request: Request) -> float:
+    """Return the most seconds that a request can use an adapter's slot."""
+    return 0.0 if request.adapter is None else request.deadline_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,6 +79,7 @@ runs = Table(
     Column("queue_s", Float, nullable=False),
     Column("device_s", Float, nullable=False),
     Column("kv_block_s", Float, nullable=False, server_default="0"),
+    Column("adapter_s", Float, nullable=False, server_default="0"),
     Column("charge_usu", BigInteger, nullable=False),
     Column("first_token_s", Float),
     Column("total_s", Float),

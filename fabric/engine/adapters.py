@@ -59,10 +59,24 @@ class _Waiting:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Loaded:
-    """An adapter in memory, and how many tasks use it."""
+    """An adapter in memory, and how many tasks use it.
+
+    ``shared_s`` is what one task would have used of its slot, had it always been among the users:
+    the seconds, each divided by how many they were.
+    """
 
     delta: Delta
     num_users: int = 0
+    shared_s: float = 0.0
+    counted_at: float = 0.0
+
+    def change_users(self, by: int) -> float:
+        """Count users in or out; return ``shared_s`` until now."""
+        now = time.monotonic()
+        if self.num_users:
+            self.shared_s += (now - self.counted_at) / self.num_users
+        self.num_users, self.counted_at = self.num_users + by, now
+        return self.shared_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,16 +287,20 @@ class Adapters:
         return sum(held.delta.num_bytes for held in self._loaded.values())
 
     def _hold(self, task: Task, sink: EventSink) -> EventSink:
-        """Count a task as a user of its adapter; return a sink that lets go at its last event."""
+        """Count a task as a user of its adapter; return a sink that lets go at its last event,
+        which then tells what the task used of the slot."""
         digest = str(task.adapter)
         self._loaded.move_to_end(digest)
-        self._loaded[digest].num_users += 1
+        loaded = self._loaded[digest]
+        began_s = loaded.change_users(+1)
 
         def hear(event: Event) -> None:
             if isinstance(event, Finished | Failed):
                 with self._changed:
-                    self._loaded[digest].num_users -= 1
+                    used_s = loaded.change_users(-1) - began_s
                     self._changed.notify_all()
+                usage = event.usage.model_copy(update={"adapter_s": used_s})
+                event = event.model_copy(update={"usage": usage})
             sink(event)
 
         return hear

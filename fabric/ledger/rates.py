@@ -2,8 +2,9 @@
 
 A charge is ``tier x sum(price x quantity)``, computed exactly and rounded up to a whole micro-SU
 once, at the end. A request pays for its uncached and cached prompt tokens, output tokens and the
-seconds it keeps blocks of the KV cache; an intervention program also for bytes in and out and for
-seconds of computing. Adapters' slots, fine-tuning and what is stored are charged by the day.
+seconds it keeps blocks of the KV cache; with an adapter also for the seconds it has that one's
+slot; an intervention program also for bytes in and out and for seconds of computing. What is stored
+is charged by the day.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from math import ceil, isfinite
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NotRequired, TypedDict
 
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select
 
@@ -29,8 +30,8 @@ TIERS: Final[Mapping[str, Decimal]] = MappingProxyType(
 """What each tier multiplies a charge by."""
 
 MILLION = 1_000_000
+HOUR_S = 3_600
 _MAX_PER_MILLION = 10**15
-
 
 KV_BLOCK_TOKENS = 16
 """The tokens of a block of the KV cache, as it is priced."""
@@ -67,7 +68,7 @@ class Rate:
         hook_out_usu: For a byte that a program saved.
         device_usu: For a second that a program computed.
         kv_block_usu: For a second that a block of the KV cache (16 tokens) is kept.
-        adapter_usu: For an hour that an adapter is kept in an instance's slot.
+        adapter_usu: For an hour that an adapter's slot is used in an instance.
         fine_tune_usu: For a second of a device that trains.
         stored_usu: For a day that a GiB is stored.
     """
@@ -85,6 +86,21 @@ class Rate:
     adapter_usu: Decimal = Decimal(0)
     fine_tune_usu: Decimal = Decimal(0)
     stored_usu: Decimal = Decimal(0)
+
+
+class Prices(TypedDict):
+    """The prices of a rate; see ``Rate``."""
+
+    prompt_usu: int | Decimal
+    cached_prompt_usu: int | Decimal
+    output_usu: int | Decimal
+    hook_in_usu: NotRequired[int | Decimal]
+    hook_out_usu: NotRequired[int | Decimal]
+    device_usu: NotRequired[int | Decimal]
+    kv_block_usu: NotRequired[int | Decimal]
+    adapter_usu: NotRequired[int | Decimal]
+    fine_tune_usu: NotRequired[int | Decimal]
+    stored_usu: NotRequired[int | Decimal]
 
 
 def price_usu(rate: Rate, tier: str, quantities: Mapping[str, float | Decimal]) -> int:
@@ -132,6 +148,7 @@ def charge_usu(rate: Rate, tier: str, usage: Usage, *, device_s: float = 0.0) ->
         "hook_out_usu": usage.hook_bytes_out,
         "device_usu": device_s,
         "kv_block_usu": usage.kv_block_s,
+        "adapter_usu": usage.adapter_s / HOUR_S,
     }
     return price_usu(rate, tier, quantities)
 
@@ -146,6 +163,7 @@ def max_charge_usu(
     hook_bytes_out: int = 0,
     device_s: float = 0.0,
     kv_block_s: float = 0.0,
+    adapter_s: float = 0.0,
 ) -> int:
     """Return the most a request may cost, in micro-SU: what is held for it.
 
@@ -158,6 +176,7 @@ def max_charge_usu(
         hook_bytes_out: The most bytes it may return.
         device_s: The most seconds of computing it is charged for.
         kv_block_s: The most block-seconds it can keep; see ``kv_block_s_bound``.
+        adapter_s: The most seconds it can use an adapter's slot.
     """
     dearer = max(rate.prompt_usu, rate.cached_prompt_usu)
     quantities = {
@@ -167,6 +186,7 @@ def max_charge_usu(
         "hook_out_usu": hook_bytes_out,
         "device_usu": device_s,
         "kv_block_usu": kv_block_s,
+        "adapter_usu": adapter_s / HOUR_S,
     }
     return price_usu(replace(rate, prompt_usu=dearer), tier, quantities)
 

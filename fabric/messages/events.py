@@ -31,7 +31,8 @@ class Usage(Wire):
     ``hook_bytes_in`` are a program's constants and artifacts, ``hook_bytes_out`` what it
     saved. ``device_s`` is the attempt's share of the engine's steps: each step's seconds divided
     among its rows by their tokens; ``kv_block_s`` sums the steps' seconds times the blocks of 16
-    tokens that its rows kept in the cache.
+    tokens that its rows kept in the cache; ``adapter_s`` are its share of the seconds that the slot
+    of its adapter was in use, divided among the attempts that used it.
     """
 
     prompt_tokens: int = Field(default=0, ge=0)
@@ -44,6 +45,7 @@ class Usage(Wire):
     queue_s: float = Field(default=0.0, ge=0.0)
     device_s: float = Field(default=0.0, ge=0.0)
     kv_block_s: float = Field(default=0.0, ge=0.0)
+    adapter_s: float = Field(default=0.0, ge=0.0)
 
 
 class Failure(Wire):

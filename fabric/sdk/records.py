@@ -181,6 +181,7 @@ class RunUsage(Record):
     device_s: float
     hook_bytes_in: int = 0
     hook_bytes_out: int = 0
+    adapter_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

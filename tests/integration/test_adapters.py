@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import subprocess
 import sys
@@ -146,6 +147,31 @@ def test_answers_are_pefts_and_records_name_the_adapter(world: World) -> None:
         assert run.state == "completed"
     assert world.ask(None) == plain
     assert {"critic", "poet"} <= {one.name for one in world.fabric.adapters()}
+
+
+def test_the_slot_of_an_adapter_is_charged_by_the_time_it_is_used(world: World) -> None:
+    """A price of 3.6 SU an hour is 3.6 micro-SU for a millionth of an hour, begun ones included."""
+    world.fabric.add_adapter(world.adapter("critic"))
+    free = {"prompt_usu": 0, "cached_prompt_usu": 0, "output_usu": 0}
+    world.hub.ledger.set_rate("*", "alpha", **free, adapter_usu=3_600_000)
+
+    def is_charged(adapter: str | None) -> bool:
+        answer = world.fabric.complete(PROMPT, max_tokens=NUM_NEW, adapter=adapter)
+        run = world.fabric.run(answer.run_id)
+        if run.state != "completed":
+            return False  # its record is being written
+        used_s = run.usage.adapter_s
+        assert (used_s > 0) == (adapter is not None)
+        charge_usu = math.ceil(math.ceil(used_s / 3600 * 1e6) * 3.6)
+        if answer.charge_usu != charge_usu:
+            return False  # by the former price: the hub has not read the new one yet
+        if not charge_usu:
+            return True
+        lines = {line.run: line for line in world.fabric.usage().lines}
+        return lines[answer.run_id].amount_usu == -charge_usu
+
+    wait_until(lambda: is_charged("critic"), timeout_s=60)
+    wait_until(lambda: is_charged(None), timeout_s=60)
 
 
 def test_openai_clients_name_an_adapter_in_the_fabric_object(world: World) -> None:

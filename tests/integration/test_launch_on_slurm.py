@@ -53,6 +53,8 @@ def test_dry_run_prints_the_plan_and_the_very_script(user: User) -> None:
         (("--walltime", "00:10:00", "--nodes", "3"), "debug takes jobs of at most 2 nodes"),
         (("--walltime", "00:10:00", "--queue", "none"), "has the queues debug, small"),
         (("--walltime", "10"), "write hours, minutes and seconds"),
+        (("--walltime", "00:00:00"), "ask for one at least"),
+        (("--walltime", "00:10:00", "--keep-alive-until", "2020-01-01"), "'2020-01-01' is over"),
     ],
 )
 def test_what_the_machine_would_refuse_is_refused_here(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 
 from fabric.compute.endpoint import get_endpoint_files
 from fabric.config import SiteSpec, load_site, shipped_sites
-from fabric.launch.jobs.through import FUNCTIONS, EndpointLogin
+from fabric.launch.jobs import LaunchFolder
+from fabric.launch.jobs.through import FUNCTIONS, LIMITS, EndpointLogin, get_budget_path
 from fabric.testing.compute import get_rig_pool
 from fabric.testing.globus import Endpoint, Globus
 from fabric.testing.hub import RunningHub, running_hub
-from fabric.testing.person import Person
+from fabric.testing.person import PATIENCE_S, Person
 from fabric.testing.slurm import Slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -58,7 +60,8 @@ def far_site(**executor: Any) -> SiteSpec:
 @contextmanager
 def login_node(globus: Globus, slurm: Slurm, user: User, home: Path) -> Iterator[Endpoint]:
     """Yield the user's endpoint where Slurm is: as our templates make it, for these functions."""
-    login = EndpointLogin(far_site(), user.launches, get_rig_pool(globus, OWNER)).start()
+    pool = get_rig_pool(globus, OWNER, LIMITS, shared=get_budget_path(user.launches))
+    login = EndpointLogin(far_site(), user.launches, pool).start()
     allowed = tuple(login._functions[name] for name in FUNCTIONS)
     login.close()
     files = home / "endpoint"
@@ -106,9 +109,45 @@ def test_a_launch_through_an_endpoint_lives_its_whole_life(
         assert not list((tmp_path / "run").rglob("*.spec.json"))
         [memo] = [line for line in user.fabric.usage().lines if line.kind == "memo"]
         assert memo.job == job["job_id"]
-    # Commands that follow each other have a budget each, and the service one for all of them: what
-    # is too much is asked again (docs/limits.md).
-    assert [found for found in globus.violations() if "requests in" not in found] == []
+    # All of the user's commands together kept within what the service allows.
+    assert globus.violations() == []
+
+
+@pytest.mark.timeout(600)
+def test_jobs_are_found_again_when_their_endpoint_was_away(
+    globus: Globus, slurm: Slurm, user: User, tmp_path: Path
+) -> None:
+    with login_node(globus, slurm, user, tmp_path) as endpoint:
+        slurm.run("sbatch", "-N2", "--exclusive", "-t9", "--wrap", "sleep 900", "-o", "/dev/null")
+        name, job_id = (launch := user.launch())["name"], launch["jobs"][0]["job_id"]
+        endpoint.kill_core()
+        endpoint.wait_offline()
+        away = user.wait_job(name, lambda job: "is offline" in job.unseen)
+        assert (away.state, away.job_id) == ("pending", job_id)
+        assert f"The endpoint {endpoint.id} of far is offline" in away.unseen
+        assert "`globus-compute-endpoint start`" in away.unseen
+        assert "is offline" in user.run("instances", "--format", "json").stdout
+
+        # What would be launched meanwhile is refused before anything is made.
+        refused = user.try_launch()
+        assert refused.returncode != 0
+        error = json.loads(refused.stderr.splitlines()[-1])["error"]
+        assert (error["code"], error["detail"]["machine"]) == ("endpoint_offline", MACHINE)
+        assert len(LaunchFolder.all(user.launches)) == 1
+        # The job starts, joins and serves, though nobody sees it.
+        slurm.run("scancel", "-n", "wrap")
+        instance = launch["jobs"][0]["instance"]
+        until = time.monotonic() + PATIENCE_S
+        while instance not in {one.instance for one in user.fabric.instances() if one.connected}:
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        assert user.fabric.complete("hi", model="brought@1", max_tokens=1).text == "word0"
+
+        endpoint.start_core()
+        found = user.wait_job(name, lambda job: job.state == "ready")
+        assert (found.job_id, found.unseen) == (job_id, "")
+        assert "its owner ended it" in user.run("stop", name).stderr
+        assert slurm.run("squeue", "-h") == ""
 
 
 def test_an_endpoint_that_is_not_named_is_asked_for(user: User) -> None:

@@ -14,20 +14,30 @@ from fabric.cli.output import Column, Output, note
 
 @click.command()
 @click.argument("site")
-@click.argument("sacct", type=click.File())
+@click.argument("jobs", type=click.File())
+@click.option(
+    "--scheduler", type=click.Choice(["slurm", "pbs"]), default="slurm", show_default=True
+)
 @click.option("--unit", required=True, help="What an hour of one is charged in.")
-@click.option("--tres", default="node", show_default=True, help="One what: see AllocTRES.")
+@click.option("--tres", help="One what, by AllocTRES or Resource_List.  [default: a node]")
 @undoable_options
 def reconcile(
-    site: str, sacct: IO[str], unit: str, tres: str, books: Books, output: Output
+    site: str,
+    jobs: IO[str],
+    scheduler: str,
+    unit: str,
+    tres: str | None,
+    books: Books,
+    output: Output,
 ) -> None:
     """Post what the centre of SITE charged for jobs beyond what was billed in them.
 
-    SACCT is a file (- for standard input) with the jobs that ended, as this prints them; those
-    that were told before count once:
+    JOBS is a file (- for standard input) with the jobs that ended, as one of these prints them;
+    those that were told before count once:
 
     \b
       SLURM_TIME_FORMAT=%s sacct -X -P -n -o JobIDRaw,State,Start,End,AllocTRES
+      qstat -x -f -F json
 
     The difference goes to the account overhead:SITE.
 
@@ -35,11 +45,14 @@ def reconcile(
     Example:
       fabric-admin reconcile alpha jobs.txt --unit node-hour
     """
+    from fabric.ledger.qstat import read_qstat
     from fabric.ledger.sacct import read_sacct
 
     books.catalog.get_site(site)
-    jobs = list(read_sacct(sacct.read(), site, books.ledger.unit(unit), tres=tres))
-    found = books.ledger.reconcile(site, jobs)
+    read = read_qstat if scheduler == "pbs" else read_sacct
+    only = {} if tres is None else {"tres": tres}
+    ended = list(read(jobs.read(), site, books.ledger.unit(unit), **only))
+    found = books.ledger.reconcile(site, ended)
     if output.is_json:
         output.json(
             {

@@ -61,6 +61,7 @@ def _facts(run: Run) -> list[tuple[str, object]]:
         ("attempts", run.attempts),
         ("because", run.reason or ""),
         ("tokens", f"{run.usage.prompt_tokens} in, {run.usage.output_tokens} out"),
+        *([("adapter for", seconds(run.usage.adapter_s))] if run.adapter else []),
         *_program_facts(run),
         ("first token", seconds(run.first_token_s)),
         ("total", seconds(run.total_s)),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from statistics import fmean
 
 from fabric.config import SiteSpec, System, load_site, shipped_sites
@@ -90,9 +89,10 @@ def make_federation(
     return World(
         sites=tuple(site.priced(scale) for site in sites),
         bandwidths_bytes_per_s={
-            (source.site, target.site): _link(source, target, drawn)
-            for source, target in product(MACHINES, repeat=2)
-            if source != target
+            source.site: {
+                target.site: _link(source, target, drawn) for target in MACHINES if source != target
+            }
+            for source in MACHINES
         },
     )
 

@@ -20,6 +20,7 @@ from fabric.broker.signals import (
     AttemptEvent,
     AttemptLost,
     CancelAttempt,
+    Emit,
     HoldMoved,
     Instruction,
     MoveHold,
@@ -136,7 +137,8 @@ class Simulator:
         self._handling = True
         while self._events:
             for instruction in self._state.handle(self._events.popleft()):
-                self._carry_out(instruction)
+                if not isinstance(instruction, Emit):  # nobody reads the answers
+                    self._carry_out(instruction)
         self._handling = False
 
     def _carry_out(self, instruction: Instruction) -> None:
@@ -211,7 +213,7 @@ class Simulator:
             offers=offers,
             rates=self._rates,
             held_allocation=arrival.project,
-            held_usu=max(offer.max_charge_usu for offer in offers.values()),
+            held_usu=max(offers.most_usu),
             prompt_tokens_bound=bound,
             max_output_tokens=most,
         )

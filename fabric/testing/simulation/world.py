@@ -79,7 +79,7 @@ class World:
 
     sites: tuple[SiteSketch, ...]
     bandwidth_bytes_per_s: float = 200e6
-    bandwidths_bytes_per_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    bandwidths_bytes_per_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     cached_prefixes: int = 8
     """Beginnings of prompts that a replica keeps."""
 
@@ -90,7 +90,7 @@ class World:
 
     def bandwidth(self, source: str, target: str) -> float:
         """Return the bytes per second from one site to another."""
-        return self.bandwidths_bytes_per_s.get((source, target), self.bandwidth_bytes_per_s)
+        return self.bandwidths_bytes_per_s.get(source, {}).get(target, self.bandwidth_bytes_per_s)
 
 
 def make_world(
@@ -124,9 +124,9 @@ def make_world(
         )
     names = [site.name for site in sites]
     links = {
-        (source, target): drawn.choice([50e6, 200e6, 500e6, 1e9])
+        source: {
+            target: drawn.choice([50e6, 200e6, 500e6, 1e9]) for target in names if source != target
+        }
         for source in names
-        for target in names
-        if source != target
     }
     return World(sites=tuple(sites), bandwidths_bytes_per_s=links)

@@ -178,7 +178,7 @@ def test_a_replica_that_must_be_started_costs_its_start() -> None:
 
 
 def test_the_link_between_two_sites_decides_where_data_goes() -> None:
-    settings = BrokerSettings(explore=0.0, bandwidths_bytes_per_s={("s9", "s1"): 10e9})
+    settings = BrokerSettings(explore=0.0, bandwidths_bytes_per_s={"s9": {"s1": 10e9}})
     found = (replica("a", "s0"), replica("b", "s1"))
     asked = request(data_site="s9", data_bytes=10**10)
     assert select(asked, found, context(settings=settings)).instance == "b"

@@ -116,9 +116,9 @@ def test_what_a_full_site_leaves_waiting_goes_when_a_place_is_free() -> None:
 def test_a_link_is_a_running_mean_of_what_was_moved() -> None:
     links = Links()
     links.observe("alpha", "beta", 100_000_000, 1.0)
-    assert links.bytes_per_s == {("alpha", "beta"): 100e6}
+    assert links.bytes_per_s == {"alpha": {"beta": 100e6}}
     links.observe("alpha", "beta", 100_000_000, 0.5)
-    assert links.bytes_per_s["alpha", "beta"] == pytest.approx(120e6)
+    assert links.bytes_per_s["alpha"]["beta"] == pytest.approx(120e6)
 
 
 @pytest.mark.parametrize(

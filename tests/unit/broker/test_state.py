@@ -356,17 +356,19 @@ def test_an_instance_does_not_speak_for_the_hub(error: FabricError) -> None:
     assert len(rig.all(SendTask)) == 2
 
 
-def test_a_cache_is_charged_for_no_longer_than_the_request_could_keep_it() -> None:
+def test_cache_and_slot_are_charged_for_no_longer_than_the_request_could_keep_them() -> None:
     rig = Rig("alpha")
     ticket = make_ticket(offers=[offer("alpha", max_charge_usu=10**9)])
-    prices = {site: replace(rate, kv_block_usu=Decimal(1)) for site, rate in ticket.rates.items()}
+    dear = {"kv_block_usu": Decimal(1), "adapter_usu": Decimal(1)}
+    prices = {site: replace(rate, **dear) for site, rate in ticket.rates.items()}
     held = replace(ticket, rates=prices, held_usu=10**9)
     rig.feed(Admitted(now=rig.now, started_at=rig.now, ticket=held))
     [sent] = rig.all(SendTask)
     rig.accept(sent)
     rig.token(sent, 0, "stop")
-    outcome = only(rig.finish(sent, 1, kv_block_s=1e12), Settle).outcome
+    outcome = only(rig.finish(sent, 1, kv_block_s=1e12, adapter_s=1e12), Settle).outcome
     assert outcome.usage.kv_block_s == held.kv_block_s_bound < 1e6
+    assert outcome.usage.adapter_s == 0  # it asked for no adapter
     assert outcome.charge_usu < 10**6
 
 

@@ -7,11 +7,13 @@ import io
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from click.testing import CliRunner
 from sqlalchemy import insert, select, update
 
+import fabric.batches  # noqa: F401 - whose table of files is filled here
 from fabric.catalog import Catalog, RunRecord
 from fabric.cli.main import fabric_admin
 from fabric.ledger import Ledger
@@ -73,6 +75,9 @@ def test_a_share_is_for_a_key_of_the_project(admin: Books) -> None:
     }
     assert mine in admin.ok("alloc", "show").stdout
     assert admin.run("alloc", "share", "astro", theirs, "--su", "1").exit_code == 3
+    for nobody in ("globus:me", "globus:", f"globus:{str(UUID(int=0xA)).upper()}"):
+        refused = admin.run("alloc", "share", "astro", nobody, "--su", "1")
+        assert (refused.exit_code, nobody in refused.stderr) == (3, True)
     assert admin.run("alloc", "share", "astro", mine, "--su", "9").exit_code == 3
     admin.ok("alloc", "delete", "astro", "-y")
     assert set(available(admin).values()) == {0}
@@ -213,6 +218,11 @@ def test_jobs_are_reconciled_once(admin: Books, tmp_path: Path) -> None:
     assert "8.000000" in admin.ok(*gpus, stdin=SACCT.replace("11|", "12|")).stdout
     admin.ok("db", "verify")
     assert admin.run(*gpus, stdin="<html>").exit_code == 3
+    ended = (Path(__file__).parents[2] / "data/pbs/finished.json").read_text()
+    pbs = ["reconcile", "alpha", "-", "--unit", "node-hour", "--scheduler", "pbs"]
+    (job,) = admin.json(*pbs, stdin=f'{{"Jobs": {{"7.pbs": {ended}}}}}')["jobs"]
+    assert (job["job"], job["charge_usu"]) == ("7.pbs", 0)
+    assert admin.run(*pbs, "--tres", "ngpus", stdin=SACCT).exit_code == 3
     assert admin.run("reconcile", "nowhere", str(jobs), "--unit", "node-hour").exit_code == 3
 
 

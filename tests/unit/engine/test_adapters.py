@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from pathlib import Path
 
 import peft
@@ -261,3 +262,24 @@ def test_whatever_ends_a_task_lets_go_of_its_adapter(drive, shelf, made):
     # Each needs room that only an adapter without users can give.
     for digest in shelf.digests:
         assert driver.greedy(PROMPT, 6, adapter=digest).wait().ids() == alone[digest]
+
+
+def test_a_slot_is_paid_for_while_it_is_used_and_divided_among_those_who_use_it(drive, shelf):
+    driver = drive(fetch_adapter=shelf)
+    began_at = time.monotonic()
+    one, two = shelf.digests[:2]
+    together = [driver.greedy(PROMPT, 40, adapter=one, ignore_eos=True) for _ in range(4)]
+    beside = driver.greedy(PROMPT, 40, adapter=two, ignore_eos=True)
+    plain = driver.greedy(PROMPT, 4)
+    used_s = [heard.wait().events[-1].usage.adapter_s for heard in together]
+    alone_s = beside.wait().events[-1].usage.adapter_s
+    elapsed_s = time.monotonic() - began_at
+    assert min(*used_s, alone_s) > 0
+    assert sum(used_s) <= elapsed_s
+    assert alone_s <= elapsed_s
+    assert plain.wait().events[-1].usage.adapter_s == 0
+    # The time in which nobody used it is nobody's.
+    threading.Event().wait(2 * elapsed_s)
+    asked_at = time.monotonic()
+    late = driver.greedy(PROMPT, 4, adapter=one).wait()
+    assert late.events[-1].usage.adapter_s <= time.monotonic() - asked_at

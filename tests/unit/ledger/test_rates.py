@@ -162,6 +162,13 @@ def test_cache_that_is_kept_is_charged_within_its_bound() -> None:
     assert max_charge_usu(priced, "standard", 1, 32, kv_block_s=bound_s) == 30
 
 
+def test_adapters_slot_is_charged_by_the_hour_within_its_bound() -> None:
+    priced = replace(rate("0", "0", "0"), adapter_usu=Decimal(7200))
+    assert charge_usu(priced, "standard", Usage(adapter_s=1.5)) == 4  # 417 millionths of an hour
+    assert max_charge_usu(priced, "standard", 1, 32, adapter_s=60.0) == 121
+    assert max_charge_usu(priced, "standard", 1, 32) == 0
+
+
 def test_rate_can_be_taken_back_until_it_is_in_effect(ledger: Ledger, clock) -> None:
     set_rate(ledger, "*", "*", 1)
     later = clock.now.replace(year=2027)

@@ -1,6 +1,8 @@
+import json
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,11 +11,13 @@ from sqlalchemy import select
 
 from fabric.errors import RequestInvalid
 from fabric.ledger import Billed, EndedJob, Ledger, Unit, reconcile
+from fabric.ledger.qstat import read_qstat
 from fabric.ledger.sacct import read_sacct
 from fabric.ledger.tables import accounts
 from fabric.sql import Database
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
+PBS = Path(__file__).parents[2] / "data/pbs"
 RECORDED = Path(__file__).parents[2] / "data/sacct/local-slurm.txt"
 GPU_HOUR = Unit(name="gpu-hour", effective_from=START, usu=Decimal(3_600_000))
 
@@ -147,3 +151,56 @@ def test_output_of_another_form_is_refused_with_the_command(line: str) -> None:
 def test_jobs_that_have_not_ended_are_left_for_later() -> None:
     text = "7|RUNNING|1795297947|Unknown|node=1\n8|CANCELLED by 0|None|1795297947|\n\n"
     assert list(read_sacct(text, "alpha", GPU_HOUR)) == []
+
+
+# What qstat prints
+
+
+def qstat(**changes: Any) -> str:
+    """The recorded job that ended, changed, beside the one that ran and the one that waited."""
+    ended, running, queued = (
+        json.loads((PBS / f"{name}.json").read_text()) for name in ("finished", "running", "queued")
+    )
+    jobs = {"1.pbs": ended | changes, "2.pbs": running, "3.pbs": queued}
+    return json.dumps({"timestamp": 1665476030, "pbs_version": "22.05.11", "Jobs": jobs})
+
+
+def test_recorded_output_of_pbs_is_read() -> None:
+    (job,) = read_qstat(qstat(), "alpha", GPU_HOUR)
+    assert (job.job, job.charge_usu, job.started_at) == ("1.pbs", 0, job.ended_at)
+    assert job.ended_at == datetime(2022, 10, 11, 8, 13, 47, tzinfo=UTC)
+
+
+def test_a_job_of_pbs_costs_what_it_used_of_what_was_asked_for() -> None:
+    asked = {"ncpus": 64, "ngpus": "8", "nodect": 2}
+    text = qstat(resources_used={"walltime": "100:00:01"}, Resource_List=asked)
+    (job,) = read_qstat(text, "alpha", GPU_HOUR)
+    assert job.charge_usu == 2 * 360_001 * 1_000
+    assert (job.ended_at - job.started_at).total_seconds() == 360_001
+    (gpus,) = read_qstat(text, "alpha", GPU_HOUR, tres="ngpus")
+    assert gpus.charge_usu == 4 * job.charge_usu
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<html>",
+        "[]",
+        '{"Jobs": 3}',
+        qstat(history_timestamp=None),
+        qstat(history_timestamp=10**30),
+        qstat(Resource_List={"ncpus": 1}),
+        qstat(Resource_List={"nodect": "many"}),
+        qstat(resources_used={"walltime": "an hour"}),
+        qstat(resources_used={"walltime": "-1:00:00"}),
+    ],
+)
+def test_output_of_another_form_is_refused_with_the_command_of_pbs(text: str) -> None:
+    with pytest.raises(RequestInvalid, match="qstat -x -f -F json"):
+        list(read_qstat(text, "alpha", GPU_HOUR))
+
+
+def test_a_job_of_pbs_that_never_started_costs_nothing() -> None:
+    text = qstat(resources_used=None)
+    assert list(read_qstat(text, "alpha", GPU_HOUR)) == []
+    assert list(read_qstat("", "alpha", GPU_HOUR)) == []
