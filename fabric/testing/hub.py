@@ -32,6 +32,7 @@ from fabric.ledger import Ledger
 from fabric.messages import Hello
 from fabric.sql import Database, Offload, migrate
 from fabric.testing.engine import FixedDelayEngine
+from fabric.testing.patience import PATIENCE_S
 
 MODEL = "fixed"
 PROJECT = "physics"
@@ -264,7 +265,7 @@ def running_hub(directory: Path, **options: Unpack[HubOptions]) -> Iterator[Runn
         loop.close()
 
 
-def wait_until(condition: Callable[[], bool], *, timeout_s: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], *, timeout_s: float = PATIENCE_S) -> None:
     """Return once ``condition`` holds.
 
     Raises:
@@ -273,7 +274,7 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float = 5.0) -> None
     asyncio.run(eventually(condition, timeout_s=timeout_s))
 
 
-async def eventually(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
+async def eventually(condition: Callable[[], bool], *, timeout_s: float = PATIENCE_S) -> None:
     """Return once ``condition`` holds; see ``wait_until``."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110

@@ -19,6 +19,7 @@ from fabric.testing.channel import FakeChannel
 from fabric.testing.compute import TASK_ENVIRON, ComputeSite, get_rig_pool
 from fabric.testing.globus import PublishedLimits, running_globus
 from fabric.testing.instance import get_fixed_delay_engine
+from fabric.testing.patience import within
 from fabric.testing.rig import get_spec, serve_hub_end, start_instance
 
 HEARTBEAT_S = 0.1
@@ -142,7 +143,7 @@ async def open_compute(engine: str, site: ComputeSite) -> AsyncIterator[Rig]:
             yield Rig(channel, instance.kill, COMPUTE_LAG_S)
         finally:
             await channel.close()
-    await asyncio.wait_for(asyncio.wrap_future(instance.ended), 30)
+    await within(asyncio.wrap_future(instance.ended), 30)
 
 
 OPENERS = {"fake": open_fake, "session": open_session, "direct": open_direct_route}

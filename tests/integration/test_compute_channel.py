@@ -23,6 +23,7 @@ from fabric.messages import (
 )
 from fabric.testing.compute import TASK_ENVIRON, ComputeSite, get_rig_pool
 from fabric.testing.globus import Endpoint, Globus, PublishedLimits, running_globus
+from fabric.testing.patience import within
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -111,7 +112,7 @@ async def test_killed_user_endpoint_loses_its_tasks_and_a_new_attempt_succeeds(
         ]
         await wait_busy(channel)
         endpoint.kill_user_endpoints()
-        outcomes = await asyncio.wait_for(
+        outcomes = await within(
             asyncio.gather(*runs, return_exceptions=True), HEARTBEAT_DEADLINE_S + SLACK_S
         )
         assert [type(outcome) for outcome in outcomes] == [SessionLost, SessionLost]
@@ -132,8 +133,8 @@ async def test_service_away_for_a_while_costs_no_task(globus, site) -> None:
             assert not done
         finally:
             await asyncio.to_thread(globus.start_service)
-        assert len(words(await asyncio.wait_for(long, 60))) == 80
-        assert len(words(await asyncio.wait_for(short, 60))) == 5
+        assert len(words(await within(long, 60))) == 80
+        assert len(words(await within(short, 60))) == 5
 
 
 async def test_broker_restarted_with_tasks_under_way_costs_no_task(globus, site) -> None:
@@ -143,14 +144,14 @@ async def test_broker_restarted_with_tasks_under_way_costs_no_task(globus, site)
         run = asyncio.create_task(collect(channel, make_task(channel, 1, max_tokens=60)))
         await wait_busy(channel)
         await asyncio.to_thread(globus.restart_broker)
-        assert len(words(await asyncio.wait_for(run, 120))) == 60
+        assert len(words(await within(run, 120))) == 60
 
 
 async def test_answers_too_large_together_come_one_by_one(site) -> None:
     async with open_channel(site, "context_tokens=40000") as channel:
         tasks = [make_task(channel, number, max_tokens=13_000) for number in range(3)]
         runs = [asyncio.create_task(collect(channel, task)) for task in tasks]
-        for events in await asyncio.wait_for(asyncio.gather(*runs), 120):
+        for events in await within(asyncio.gather(*runs), 120):
             assert isinstance(events[-1], Finished)
             assert len(words(events)) == 13_000
 
@@ -158,7 +159,7 @@ async def test_answers_too_large_together_come_one_by_one(site) -> None:
 async def test_answer_too_large_for_the_service_says_so(site) -> None:
     async with open_channel(site, "context_tokens=200000") as channel:
         task = make_task(channel, 1, max_tokens=100_000)
-        events = await asyncio.wait_for(collect(channel, task), 120)
+        events = await within(collect(channel, task), 120)
         assert isinstance(events[-1], Failed)
         assert events[-1].failure.code == "payload_too_large"
         assert "5000000" in events[-1].failure.message
@@ -168,6 +169,6 @@ async def test_many_requests_need_few_submits(globus, site) -> None:
     async with open_channel(site, "") as channel:
         before = site.pool.budget.num_requests
         runs = [collect(channel, make_task(channel, number)) for number in range(300)]
-        for events in await asyncio.wait_for(asyncio.gather(*runs), 120):
+        for events in await within(asyncio.gather(*runs), 120):
             assert len(words(events)) == 5
         assert site.pool.budget.num_requests - before < 30

@@ -52,7 +52,7 @@ def up(plan: local.Plan) -> Iterator[Federation]:
     yield federation
     with suppress(NotRunning):
         local.stop(plan.state_dir)
-    _, alive = psutil.wait_procs(members, timeout=15)
+    _, alive = psutil.wait_procs(members, timeout=20)
     assert not alive, f"left behind: {alive}"
 
 

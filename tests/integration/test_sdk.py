@@ -185,7 +185,7 @@ def test_closing_a_stream_frees_its_row_and_charges_what_came(
     with fabric.stream("a", max_tokens=2000) as stream:
         for _, _chunk in zip(range(5), stream, strict=False):
             pass
-    wait_until(lambda: running(hub) == 0, timeout_s=1.0)
+    wait_until(lambda: running(hub) == 0)
     wait_until(lambda: fabric.runs(limit=1)[0].state == "cancelled")
     assert 0 < fabric.runs(limit=1)[0].charge_usu < 1 + 2000 * 2
 
@@ -194,7 +194,8 @@ def test_cancelling_a_future_frees_its_row(hub: RunningHub, fabric: Fabric) -> N
     future = fabric.submit("a", max_tokens=2000)
     wait_until(lambda: running(hub) == 1)
     assert future.cancel()
-    wait_until(lambda: running(hub) == 0, timeout_s=1.0)
+    wait_until(lambda: running(hub) == 0)
+    wait_until(lambda: fabric.runs(limit=1)[0].state == "cancelled")
 
 
 async def test_the_same_client_runs_in_an_event_loop(hub: RunningHub) -> None:

@@ -121,7 +121,7 @@ def read() -> Callable[[Run], Any]:
 def until() -> Callable[..., Any]:
     """Wait until a condition holds; fail after ``limit_s``."""
 
-    async def wait(condition: Callable[[], object], limit_s: float = 5.0) -> float:
+    async def wait(condition: Callable[[], object], limit_s: float = 20.0) -> float:
         began = time.monotonic()
         while not condition():
             assert time.monotonic() - began < limit_s, "it did not happen in time"

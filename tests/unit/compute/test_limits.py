@@ -149,7 +149,7 @@ def test_close_ends_every_wait() -> None:
         thread.start()
     budget.close()
     for thread in threads:
-        thread.join(10)
+        thread.join(30)
     assert len(errors) == 3
     with pytest.raises(ServiceUnreachable):
         budget.acquire()

@@ -28,6 +28,7 @@ from fabric.messages import (
     TextInput,
     Usage,
 )
+from fabric.testing.patience import within
 
 HELLO = Hello(
     instance="instance-1",
@@ -121,7 +122,7 @@ def start(channel: RelayChannel, *tasks: Task) -> list[asyncio.Task]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.005)
 
@@ -359,9 +360,9 @@ async def test_silence_ends_the_channel_and_its_tasks(
     (run,) = start(channel, make_task(1))
     await until(lambda: relay.batches)
     relay.heartbeat = heartbeat
-    assert "did not answer 3 times" in await asyncio.wait_for(channel.wait_closed(), 10)
+    assert "did not answer 3 times" in await within(channel.wait_closed())
     with pytest.raises(SessionLost):
-        await asyncio.wait_for(run, 10)
+        await within(run)
     with pytest.raises(SessionLost):
         await collect(channel, make_task(2))
 
@@ -377,7 +378,7 @@ async def test_answers_still_count_after_the_last_missed_poll(relay, channel) ->
 
 async def test_another_instance_in_its_place_ends_the_channel(relay, channel) -> None:
     relay.hello = HELLO.model_copy(update={"instance": "instance-2"})
-    assert "another instance" in await asyncio.wait_for(channel.wait_closed(), 10)
+    assert "another instance" in await within(channel.wait_closed())
 
 
 async def test_idle_instance_has_lost_what_was_sent_before(relay) -> None:
@@ -389,7 +390,7 @@ async def test_idle_instance_has_lost_what_was_sent_before(relay) -> None:
     assert not run.done(), "the instance says that it has a task"
     relay.heartbeat = IDLE
     with pytest.raises(SessionLost, match="idle"):
-        await asyncio.wait_for(run, 10)
+        await within(run)
     again = start(channel, make_task(1, attempt=2))
     await until(lambda: len(relay.batches) == 2)
     relay.answer(1)
@@ -402,9 +403,9 @@ async def test_quiet_instance_is_asked_seldom(relay) -> None:
     channel = await RelayChannel.open(relay)
     relay.heartbeat = ConnectionError("gone")
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(channel.wait_closed(), 0.3)
+        await within(channel.wait_closed(), 0.3)
     start(channel, make_task(1))
-    await asyncio.wait_for(channel.wait_closed(), 10)
+    await within(channel.wait_closed())
     await channel.close()
 
 

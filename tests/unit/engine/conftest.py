@@ -300,7 +300,7 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
 def wait_until() -> Callable[..., None]:
     """Poll a condition; fail when it stays false."""
 
-    def wait(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
+    def wait(condition: Callable[[], bool], deadline_s: float = 20.0) -> None:
         pause = threading.Event()
         for _ in range(int(deadline_s / 0.005)):
             if condition():

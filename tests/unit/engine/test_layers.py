@@ -40,7 +40,10 @@ FAMILIES = {
 }
 TOKENS = [(7 * i * i + 3) % 128 for i in range(64)]
 
-pytestmark = pytest.mark.skipif(load_native() is None, reason="there is no C compiler")
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    assert load_native() is not None, "install a C compiler: the kernels are what is tested"
 
 
 def get_runner(
@@ -105,10 +108,6 @@ def test_whole_layers_have_the_bits_of_their_modules(family: str, dtype: torch.d
     assert len(called) == 3 * len(runner.model.model.layers)
 
 
-@pytest.mark.skipif(
-    not getattr(load_native(), "multiplies", lambda _: False)(torch.bfloat16),
-    reason="the kernels need AVX512-BF16 for weights of 8 bits",
-)
 def test_whole_layers_of_8_bits_have_the_bits_of_their_modules() -> None:
     runner = get_runner(FAMILIES["llama, biases"], torch.bfloat16, int8=True)
     whole = run_steps(runner)

@@ -17,5 +17,5 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
 @pytest.fixture
 def client(hub: RunningHub) -> Iterator[httpx.Client]:
     headers = {"authorization": f"Bearer {hub.api_key}"}
-    with httpx.Client(base_url=hub.base_url, headers=headers, timeout=10) as client:
+    with httpx.Client(base_url=hub.base_url, headers=headers, timeout=20) as client:
         yield client

@@ -390,8 +390,8 @@ def test_a_client_that_leaves_frees_the_rows_and_the_hold(
         pieces = reply.iter_bytes()
         assert b"program.token" in next(pieces)
         assert engine.load().num_running == 1
-    wait_until(lambda: engine.load().num_running == 0, timeout_s=10)
-    wait_until(lambda: is_settled(hub), timeout_s=10)
+    wait_until(lambda: engine.load().num_running == 0)
+    wait_until(lambda: is_settled(hub))
     record = hub.catalog.run(run, project=PROJECT)
     assert record.state is RunState.CANCELLED
     assert 0 < record.usage.output_tokens < 1000

@@ -278,7 +278,7 @@ async def test_a_task_is_cancelled_while_the_hub_is_slow(
         num_asked = len(shelf.asked)
         shelf.open.clear()
         await client.send(task)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             while len(shelf.asked) == num_asked:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         await client.send(Cancel(task_id=task.id, attempt=1))

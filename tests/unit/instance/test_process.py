@@ -94,7 +94,7 @@ def test_instance_is_ready_only_after_a_canary_of_the_right_model(
         else:
             assert status.state == InstanceState.FAILED
             assert reason in status.detail
-            assert instance.process.wait(10) == 1
+            assert instance.process.wait(30) == 1
 
 
 async def test_hello_carries_what_was_loaded(tmp_path) -> None:
@@ -202,7 +202,7 @@ async def test_instance_comes_back_after_the_connection_drops(tmp_path) -> None:
             with pytest.raises(SessionLost):
                 async for _ in events:
                     pass
-            second = await hub.accept(timeout_s=2.0)
+            second = await hub.accept()
             assert second.hello.instance == first.hello.instance
             assert second.hello.load.num_running == 0, "the lost session's rows are free"
             assert [type(event) async for event in second.run(make_task(1))][-1] is Finished

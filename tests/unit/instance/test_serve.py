@@ -30,6 +30,7 @@ from fabric.messages import (
 )
 from fabric.messages.wire import Wire
 from fabric.testing.engine import FixedDelayEngine
+from fabric.testing.patience import within
 
 WELCOME = Welcome(session="s", heartbeat_s=60.0)
 
@@ -45,11 +46,11 @@ class Client:
         texts = [frame if isinstance(frame, str) else frame.model_dump_json() for frame in frames]
         await self.websocket.send("\n".join(texts))
 
-    async def receive(self, timeout_s: float = 5.0) -> FromInstance:
+    async def receive(self, timeout_s: float = 20.0) -> FromInstance:
         """Return the next frame that is not a heartbeat."""
         while True:
             if not self._lines:
-                message = await asyncio.wait_for(self.websocket.recv(), timeout_s)
+                message = await within(self.websocket.recv(), timeout_s)
                 self._lines = message.split("\n")
             frame = parse_from_instance(self._lines.pop(0))
             if not isinstance(frame, Heartbeat):

@@ -16,5 +16,5 @@ def hub() -> Iterator[ScriptedHub]:
 
 @pytest.fixture
 def fabric(hub: ScriptedHub) -> Iterator[Fabric]:
-    with Fabric(hub.url, "sk-test", timeout_s=10) as fabric:
+    with Fabric(hub.url, "sk-test", timeout_s=20) as fabric:
         yield fabric

@@ -32,7 +32,7 @@ def test_interrupt_while_handing_over_cancels_on_the_loop(monkeypatch: pytest.Mo
 
     def interrupted(*args: Any) -> None:
         hand_over(*args)
-        assert suspended.wait(5)
+        assert suspended.wait(20)
         raise KeyboardInterrupt
 
     background = BackgroundLoop(on_close=_do_nothing)

@@ -42,7 +42,7 @@ def test_no_more_than_the_bound_are_on_their_way(hub: ScriptedHub) -> None:
             most = max(most, now)
             if now == 3:
                 release.set()
-        release.wait(10)
+        release.wait(20)
         with lock:
             now -= 1
         completion()(handler)
@@ -65,9 +65,9 @@ def test_cancelling_a_running_request_closes_its_connection(
 
     hub.play(hold)
     future = fabric.submit("x", model="toy")
-    assert started.wait(5)
+    assert started.wait(20)
     assert future.cancel()
-    assert hub.client_left.wait(5)
+    assert hub.client_left.wait(20)
     with pytest.raises(CancelledError):
         future.result()
 
@@ -76,7 +76,7 @@ def test_a_request_cancelled_in_the_queue_is_never_sent(hub: ScriptedHub) -> Non
     release = threading.Event()
 
     def hold(handler: BaseHTTPRequestHandler) -> None:
-        release.wait(10)
+        release.wait(20)
         completion()(handler)
 
     hub.play(hold)
@@ -85,8 +85,8 @@ def test_a_request_cancelled_in_the_queue_is_never_sent(hub: ScriptedHub) -> Non
         second = fabric.submit("second", model="toy")
         assert second.cancel()
         release.set()
-        first.result(10)
-        fabric.submit("third", model="toy").result(10)
+        first.result(20)
+        fabric.submit("third", model="toy").result(20)
     assert [body["prompt"] for body in hub.bodies] == ["first", "third"]
 
 

@@ -29,7 +29,7 @@ def submit(engine: Engine, max_tokens: int, n: int = 1) -> queue.Queue[Event]:
 
 
 def last(events: queue.Queue[Event]) -> Event:
-    while not isinstance(event := events.get(timeout=5), Finished | Failed):
+    while not isinstance(event := events.get(timeout=20), Finished | Failed):
         pass
     return event
 
@@ -47,7 +47,7 @@ def test_rows_beyond_the_limit_wait_for_their_turn() -> None:
     limits = Limits(context_tokens=100, max_rows=2, cache_tokens=200)
     with started(token_s=0.02, limits=limits) as engine:
         first, second = submit(engine, 10, n=2), submit(engine, 1)
-        first.get(timeout=5)
+        first.get(timeout=20)
         assert (engine.load().num_running, engine.load().num_waiting) == (2, 1)
         last(first)
         assert last(second).usage.queue_s > 0.15
