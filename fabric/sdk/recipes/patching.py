@@ -30,7 +30,7 @@ from fabric.sdk.tracing.values import Value
 RUNS_A_PROGRAM = 256
 """A larger sweep goes in several programs, one after the other: each has a time limit, and shares
 its machine. Each has a clean and a corrupt run of its own, which costs less than to send their
-states to and fro."""
+states back and forth."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
