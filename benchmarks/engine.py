@@ -44,7 +44,8 @@ MODEL = "smollm2-135m-instruct"
 NUM_IN, NUM_OUT, NUM_PREFIX = 64, 64, 512
 PEERS = Path(__file__).parent / "engine_peers.py"
 RESULTS = Path(__file__).parent / "results" / "engine.json"
-START_S, ANSWER_S = 600.0, 240.0
+START_S, ANSWER_S = 240.0, 90.0
+PAUSES_S = 120.0
 PREFIX_SHARING = ("ours", "vllm")
 
 
@@ -87,7 +88,11 @@ class Side:
         self.versions = str(self._read(START_S)["ready"])
 
     def ask(
-        self, prompts: Sequence[list[int]], num_out: int, arriving: Sequence[list[int]] = ()
+        self,
+        prompts: Sequence[list[int]],
+        num_out: int,
+        arriving: Sequence[list[int]] = (),
+        timeout_s: float = ANSWER_S,
     ) -> Sample:
         """Run a batch of prompts and return its times.
 
@@ -101,7 +106,7 @@ class Side:
             self._process.stdin.flush()
         except OSError as error:
             raise SideFailed("its process ended") from error
-        return Sample(**self._read(ANSWER_S))  # type: ignore[arg-type]
+        return Sample(**self._read(timeout_s))  # type: ignore[arg-type]
 
     def close(self) -> None:
         """End the process."""
@@ -110,7 +115,7 @@ class Side:
         self._process.stdout.close()
         try:
             self._process.stdin.close()
-            self._process.wait(20)
+            self._process.wait(5)
         except (OSError, subprocess.TimeoutExpired):
             self._process.kill()
             self._process.wait()
@@ -187,34 +192,45 @@ def machine_limits() -> dict[str, float]:
 
 
 def throughput(
-    sides: dict[str, Side], sizes: Sequence[int], rounds: int, absent: dict[str, str]
-) -> list[dict[str, object]]:
-    """Run all sides in turns at each size; one that fails is absent from there on."""
-    table = []
+    sides: dict[str, Side],
+    sizes: Sequence[int],
+    rounds: int,
+    absent: dict[str, str],
+    store: Callable[[list[dict[str, object]]], None],
+) -> None:
+    """Run all sides in turns at each size, and store the table after every round.
+
+    A side that fails is absent from there on; what it did at that size is kept.
+    """
+    table: list[dict[str, object]] = []
     for size in sizes:
         samples: dict[str, list[Sample]] = {name: [] for name in sides}
+        row: dict[str, object] = {}
+        table.append(row)
         for number in range(rounds + 1):
             for name, side in list(sides.items()):
                 prompts = make_prompts(size, NUM_IN)
                 try:
                     sample = side.ask(prompts, NUM_OUT)
                 except SideFailed as error:
-                    absent[name] = f"from {size} at once: {error}"
+                    absent[name] = f"from {size} at once, round {number}: {error}"
+                    print(f"{name} is absent {absent[name]}", flush=True)
                     side.close()
-                    del sides[name], samples[name]
+                    del sides[name]
                     continue
                 if number:  # the first round warms up
                     samples[name].append(sample)
-        row = get_row(size, samples)
+            row.update(get_row(size, samples))
+            store(table)
         print(json.dumps(row), flush=True)
-        table.append(row)
-    return table
 
 
 def get_row(size: int, samples: dict[str, list[Sample]]) -> dict[str, object]:
     """Return what one size gave."""
     row: dict[str, object] = {"concurrent": size, "load_average": round(os.getloadavg()[0], 1)}
     for name, taken in samples.items():
+        if not taken:
+            continue
         all_times = [times for sample in taken for times in sample.token_s]
         gaps = [b - a for times in all_times for a, b in itertools.pairwise(times)]
         row[name] = {
@@ -222,8 +238,9 @@ def get_row(size: int, samples: dict[str, list[Sample]]) -> dict[str, object]:
             "first_token_ms": percentiles([times[0] for times in all_times]),
             "between_tokens_ms": percentiles(gaps),
         }
-        if name != "ours":
-            pairs = zip(samples["ours"], taken, strict=True)
+        # One that failed has the first rounds only.
+        pairs = list(zip(samples.get("ours", ()), taken, strict=False))
+        if name != "ours" and pairs:
             row[f"ours / {name}"] = spread([a.tokens_per_s / b.tokens_per_s for a, b in pairs])
     return row
 
@@ -276,7 +293,7 @@ def shared_prefix(sides: dict[str, Side], rounds: int) -> dict[str, object]:
 
 def pauses(side: Side) -> dict[str, float]:
     """Measure the pauses of 8 decoding rows while long prompts arrive one after the other."""
-    sample = side.ask(make_prompts(8, NUM_IN), 192, make_prompts(24, 1024))
+    sample = side.ask(make_prompts(8, NUM_IN), 192, make_prompts(24, 1024), PAUSES_S)
     gaps = [b - a for times in sample.token_s for a, b in itertools.pairwise(times)]
     of_both = percentile(gaps, 0.95) / percentile(gaps, 0.5)
     return percentiles(gaps) | {"p95 / p50": round(of_both, 2)}
@@ -349,32 +366,49 @@ def main() -> None:
         for name, reason in absent.items():
             print(f"{name} is absent: {reason}", flush=True)
         versions = {name: side.versions for name, side in sides.items()}
+        report: dict[str, object] = {
+            "model": MODEL,
+            "dtype": "bfloat16",
+            "tokens": {"in": NUM_IN, "out": NUM_OUT, "prefix": NUM_PREFIX},
+            "machine": {
+                "processor": _processor(),
+                "threads": options.threads,
+                "python": platform.python_version(),
+                **{name: round(value, 1) for name, value in limits.items()},
+            },
+            "sides": versions,
+            "absent": absent,
+        }
+
+        def store(**parts: object) -> None:
+            """Write what is known so far: a run that is cut loses nothing."""
+            report.update(parts)
+            options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+        def store_table(table: list[dict[str, object]]) -> None:
+            add_fractions(table, list(versions), limits, num_parameters)
+            store(throughput=table)
+
+        num_parameters = _count_parameters()
         sizes = [int(size) for size in options.sizes.split(",")]
-        table = throughput(sides, sizes, options.rounds, absent)
+        throughput(sides, sizes, options.rounds, absent, store_table)
         sharing = {name: side for name, side in sides.items() if name in PREFIX_SHARING}
-        prefix = shared_prefix(sharing, options.rounds)
-        paused = {name: pauses(side) for name, side in sharing.items()}
-    add_fractions(table, list(versions), limits, _count_parameters())
-    report = {
-        "model": MODEL,
-        "dtype": "bfloat16",
-        "tokens": {"in": NUM_IN, "out": NUM_OUT, "prefix": NUM_PREFIX},
-        "machine": {
-            "processor": _processor(),
-            "threads": options.threads,
-            "python": platform.python_version(),
-            "load_average": {"before": load_before, "after": os.getloadavg()},
-            **{name: round(value, 1) for name, value in limits.items()},
-        },
-        "sides": versions,
-        "absent": absent,
-        "throughput": table,
-        "shared_prefix": prefix,
-        "pauses": paused,
-    }
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
+        paused: dict[str, object] = {}
+        for name, side in sharing.items():
+            try:
+                paused[name] = pauses(side)
+            except SideFailed as error:
+                paused[name] = {"failed": str(error)}
+            store(pauses=paused)
+        print(json.dumps({"pauses": paused}), flush=True)
+        fit = {name: side for name, side in sharing.items() if "failed" not in paused[name]}
+        try:
+            store(shared_prefix=shared_prefix(fit, options.rounds))
+        except SideFailed as error:
+            store(shared_prefix={"failed": str(error)})
+        store(load_average={"before": load_before, "after": os.getloadavg()})
     options.json.with_suffix(".log").unlink()
-    print(f"pauses {json.dumps(paused)}; written to {options.json.name}")
+    print(f"written to {options.json.name}")
 
 
 def _count_parameters() -> int:
