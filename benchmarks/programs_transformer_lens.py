@@ -2,9 +2,10 @@
 
     python programs_transformer_lens.py MODEL_DIRECTORY
 
-Runs in an environment of its own that has TransformerLens. Reads one line of JSON, the layers and
-the clean and the corrupt prompt's ids, and prints the CPU seconds of the grid and the token that
-comes first in every cell: all positions of a layer in one batch, as its documentation does it.
+Runs in an environment of its own that has TransformerLens. Reads one line of JSON, the layers,
+the clean and the corrupt prompt's ids and two tokens, and prints the CPU seconds of the grid and
+the logit of one token over the other's in every cell: all positions of a layer in one batch, as
+its documentation does it.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ bridge = TransformerBridge.boot_transformers(
 )
 
 
-def grid(layers, clean, corrupt):
+def grid(layers, clean, corrupt, answers):
     names = {layer: f"blocks.{layer}.hook_resid_post" for layer in layers}
     _, kept = bridge.run_with_cache(
         torch.tensor([clean]), names_filter=lambda name: name in names.values()
     )
     rows = torch.arange(len(corrupt))
     prompts = torch.tensor([corrupt]).expand(len(corrupt), -1)
-    first = []
+    effect = []
     for name in names.values():
 
         def patch(x, hook, name=name):  # noqa: ARG001 - it is called by keyword
@@ -47,14 +48,15 @@ def grid(layers, clean, corrupt):
             return x
 
         logits = bridge.run_with_hooks(prompts, fwd_hooks=[(name, patch)])
-        first.append(logits[:, -1].argmax(-1).tolist())
-    return first
+        one, other = logits[:, -1, answers].float().unbind(-1)
+        effect.append((one - other).tolist())
+    return effect
 
 
 given = json.loads(sys.stdin.readline())
 with torch.inference_mode():
-    grid(given["layers"][:1], given["clean"], given["corrupt"])
+    grid(**given | {"layers": given["layers"][:1]})
     started = time.process_time()
     found = grid(**given)
-print(json.dumps({"cpu_s": time.process_time() - started, "first": found}), flush=True)
+print(json.dumps({"cpu_s": time.process_time() - started, "effect": found}), flush=True)
 os._exit(0)

@@ -17,6 +17,7 @@ from fabric.auth.decide import ANY, EVERY_TIER, EVERYTHING, MODES, TIERS, Grant
 from fabric.auth.rules import Limit, raise_version, to_grant
 from fabric.auth.tables import api_keys, grants, limits, private_objects, projects
 from fabric.errors import Duplicate, NotFound, RequestInvalid
+from fabric.messages import MODEL_NAME, SITE_NAME
 from fabric.sql import Database, utc_now
 
 Kind = Literal["model", "site"]
@@ -24,8 +25,8 @@ Kind = Literal["model", "site"]
 MAX_LIMIT = 10**12
 
 _OBJECTS = {
-    "model": re.compile(r"[A-Za-z0-9_./-]{1,128}|\*"),
-    "site": re.compile(r"[a-z0-9][a-z0-9-]{0,62}|\*"),
+    "model": re.compile(rf"{MODEL_NAME}|\*"),
+    "site": re.compile(rf"{SITE_NAME}|\*"),
 }
 _USER = re.compile(r"[^\s@:]{1,64}@[^\s@:]{1,190}")
 _LIMIT_FIELDS = ("requests_per_min", "tokens_per_min", "max_concurrent")

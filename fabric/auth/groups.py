@@ -11,7 +11,7 @@ from sqlalchemy import Connection, RowMapping, delete, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from fabric.auth.identity import PROGRAM_SCOPES
-from fabric.auth.records import GroupRecord
+from fabric.auth.records import GroupRecord, check_concurrent
 from fabric.auth.rules import raise_version
 from fabric.auth.tables import project_groups, projects
 from fabric.errors import Duplicate, NotFound, RequestInvalid
@@ -58,7 +58,7 @@ class Groups:
             Duplicate: The group belongs to the project already.
             NotFound: There is no such project.
             RequestInvalid: The id is not a UUID, a scope is not a group's, or
-                ``max_concurrent`` is not positive.
+                ``max_concurrent`` is not positive, or over a million.
         """
         record = GroupRecord(
             group_id=_parse(group_id),
@@ -73,10 +73,7 @@ class Groups:
                 value=sorted(unknown),
                 reason=f"a group may have {', '.join(sorted(GROUP_SCOPES))}",
             )
-        if max_concurrent < 1:
-            raise RequestInvalid(
-                param="max_concurrent", value=max_concurrent, reason="it is at least 1"
-            )
+        check_concurrent(max_concurrent)
         try:
             with self._database.transaction() as connection:
                 _check_project(connection, project)

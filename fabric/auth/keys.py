@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from fabric.auth.grants import forget_project
 from fabric.auth.identity import SCOPES, Identity
-from fabric.auth.records import KeyRecord, ProjectRecord
+from fabric.auth.records import KeyRecord, ProjectRecord, check_concurrent
 from fabric.auth.rules import raise_version
 from fabric.auth.tables import api_keys, projects
 from fabric.auth.tickets import Tickets, revoke_issued
@@ -169,7 +169,7 @@ class Keys:
         Raises:
             NotFound: There is no such project.
             RequestInvalid: A scope is unknown, site and scope do not go together, or
-                ``max_concurrent`` is not positive.
+                ``max_concurrent`` is not positive, or over a million.
         """
         key_id = secrets.token_hex(6)
         key = f"fab_{key_id}_{''.join(secrets.choice(_ALPHABET) for _ in range(43))}"
@@ -349,10 +349,7 @@ def _check(key: KeyRecord) -> None:
         raise RequestInvalid(
             param="site", value=key.site, reason="a key has a site if it has the scope 'site'"
         )
-    if key.max_concurrent < 1:
-        raise RequestInvalid(
-            param="max_concurrent", value=key.max_concurrent, reason="it is at least 1"
-        )
+    check_concurrent(key.max_concurrent)
 
 
 def _to_row(key: KeyRecord) -> dict[str, object]:

@@ -6,6 +6,20 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from fabric.auth.identity import Identity
+from fabric.errors import RequestInvalid
+
+MAX_CONCURRENT = 10**6
+
+
+def check_concurrent(number: int) -> None:
+    """Check how many requests a key or a group may have in flight.
+
+    Raises:
+        RequestInvalid: The number is not positive, or over ``MAX_CONCURRENT``.
+    """
+    if not 1 <= number <= MAX_CONCURRENT:
+        reason = f"it is from 1 to {MAX_CONCURRENT}"
+        raise RequestInvalid(param="max_concurrent", value=number, reason=reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

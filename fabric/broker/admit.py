@@ -265,15 +265,19 @@ class Admission:
             raise
 
     def _open_hold(self, ticket: Ticket, also: Also | None) -> None:
+        hold = partial(
+            self._ledger.hold,
+            ticket.request.id,
+            allocation=ticket.held_allocation,
+            amount_usu=ticket.held_usu,
+            lease_s=self._settings.lease_s,
+        )
+        if also is None:
+            hold()
+            return
         with self._offload.database.transaction():
-            self._ledger.hold(
-                ticket.request.id,
-                allocation=ticket.held_allocation,
-                amount_usu=ticket.held_usu,
-                lease_s=self._settings.lease_s,
-            )
-            if also is not None:
-                also(ticket)
+            hold()
+            also(ticket)
 
     def void(self, hold_id: str) -> None:
         """Return a hold if there is one. Blocks; for the database's thread."""

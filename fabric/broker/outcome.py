@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import blake2b
 
 from fabric.broker.progress import Progress
-from fabric.broker.signals import Outcome
+from fabric.broker.signals import Outcome, Settle, Void
 from fabric.errors import (
     AuthError,
     ConfigError,
@@ -47,6 +47,14 @@ def get_outcome(
         first_s=_first_s(run),
         token_s=_token_s(run),
     )
+
+
+def get_closing(run: Progress, outcome: Outcome) -> Settle | Void:
+    """Return what becomes of a run's hold: charged where something was used, else returned."""
+    run_id = run.ticket.request.id
+    if (site := run.paid_site) is None or outcome.usage == Usage():
+        return Void(run_id=run_id, outcome=outcome)
+    return Settle(run_id=run_id, site=site, outcome=outcome)
 
 
 def get_completed(run: Progress, outcome: Outcome) -> RunCompleted:

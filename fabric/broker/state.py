@@ -19,6 +19,7 @@ from fabric.broker.line import Line, keeping_promises
 from fabric.broker.outcome import (
     backoff_s,
     broken,
+    get_closing,
     get_completed,
     get_failed,
     get_outcome,
@@ -51,10 +52,8 @@ from fabric.broker.signals import (
     ReplicaLeft,
     ReplicaReported,
     SendTask,
-    Settle,
     StateEvent,
     Tick,
-    Void,
 )
 from fabric.broker.tasks import Tasks
 from fabric.errors import (
@@ -120,12 +119,8 @@ class BrokerState:
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
-        if isinstance(event, AttemptEvent):
-            if (emitted := self._on_next_token(event)) is not None:
-                return emitted
-            done = list(self._on_attempt_event(event))
-        else:
-            done = list(self._others(event))
+        quick = self._on_next_token(event) if isinstance(event, AttemptEvent) else None
+        done = list(self._on_event(event)) if quick is None else quick
         if self.line.has_freed:
             done += self._take_turns(event.now)
         return done
@@ -152,9 +147,11 @@ class BrokerState:
         self.line.foresee(now, request, project, context, decision)
         return decision.bare()
 
-    def _others(self, event: StateEvent) -> Instructions:
+    def _on_event(self, event: StateEvent) -> Instructions:
         now = event.now
         match event:
+            case AttemptEvent():
+                yield from self._on_attempt_event(event)
             case Admitted():
                 yield from self._on_admitted(event)
             case Tick():
@@ -338,16 +335,13 @@ class BrokerState:
         return run if run and run.instance is not None and run.attempt == attempt else None
 
     def _on_next_token(self, event: AttemptEvent) -> list[Instruction] | None:
-        """Take what nearly all events are, the next token of the only live attempt of a run, and
-        return it for the client; anything else is left alone, and the answer is ``None``."""
-        token, run = event.event, self.runs.get(event.run_id)
-        if run is None or run.hedge is not None or run.cancel_until is not None:
+        """Take what nearly all events are, a token of a run's only attempt; ``None`` of others."""
+        token, run = event.event, self._live(event.run_id, event.attempt)
+        if run is None or run.hedge is not None or not isinstance(token, Token):
             return None
-        if run.attempt != event.attempt or run.instance is None or not isinstance(token, Token):
-            return None
-        if run.hear(token, event.now) is not None:
-            return None
-        return [Emit(run_id=event.run_id, event=token)]
+        if (violation := run.hear(token, event.now)) is not None:
+            return list(self._on_violation(run, event.now, violation))
+        return [Emit(run_id=event.run_id, event=token)] if run.cancel_until is None else []
 
     def _on_attempt_event(self, event: AttemptEvent) -> Instructions:
         run, now = self.runs.get(event.run_id), event.now
@@ -377,9 +371,8 @@ class BrokerState:
 
     def _on_finished(self, run: Progress, now: float, finished: Finished) -> Instructions:
         is_program = run.ticket.bounds is not None
-        if not run.complete or not (
-            is_program or len(finished.finish_reasons) == len(run.finishes)
-        ):
+        has_all = is_program or len(finished.finish_reasons) == len(run.finishes)
+        if not (run.complete and has_all):
             yield from self._on_violation(run, now, "the end of a task that is not done")
             return
         self.experience.observe(run, now, finished)
@@ -492,13 +485,9 @@ class BrokerState:
         yield from self._races.drop(run)
         self._detach(run)
         self.line.ended(run, outcome.usage, outcome.total_s)
-        run_id = run.ticket.request.id
         run.state = outcome.state
-        del self.runs[run_id]
-        if (site := run.paid_site) is None or outcome.usage == Usage():
-            yield Void(run_id=run_id, outcome=outcome)
-        else:
-            yield Settle(run_id=run_id, site=site, outcome=outcome)
+        del self.runs[run.ticket.request.id]
+        yield get_closing(run, outcome)
 
     def _detach(self, run: Progress) -> None:
         if run.instance is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Literal
 
-from fabric.catalog import functions, launches, models, redemptions, rules, runs, sites
+from fabric.catalog import functions, launches, models, names, redemptions, rules, runs, sites
 from fabric.catalog.records import (
     FunctionRecord,
     LaunchRecord,
@@ -62,7 +62,9 @@ class Catalog:
 
         Raises:
             Duplicate: There is a site of this name.
+            RequestInvalid: It is not a name.
         """
+        names.check_site(name)
         site = SiteRecord(
             name=name,
             display=display or name,
@@ -179,7 +181,10 @@ class Catalog:
 
         Raises:
             Duplicate: The model has this revision.
+            RequestInvalid: A name is not one, or the context is not positive or over 2^31.
         """
+        names.check_version(name, revision, digest)
+        names.check_context(context_tokens)
         model = ModelVersion(
             name=name,
             revision=revision,
@@ -221,7 +226,9 @@ class Catalog:
 
         Raises:
             UnknownModel: There is no such version.
+            RequestInvalid: The context is not positive, or over 2^31.
         """
+        names.check_context(context_tokens)
         changes = _given(context_tokens=context_tokens, source=source, dtype=dtype)
         with self._database.transaction() as connection:
             return models.modify(connection, ref, changes)
@@ -331,7 +338,7 @@ class Catalog:
 
     def record_runs(self, records: Sequence[RunRecord]) -> None:
         """Store several runs in one transaction."""
-        with self._database.transaction() as connection:
+        with self._database.joined() as connection:
             runs.record(connection, records)
 
     def run(self, run: str, *, project: str | None = None) -> RunRecord:

@@ -92,23 +92,25 @@ async def open_hub(settings: Settings) -> AsyncIterator[FastAPI]:
         await broker.start()
         await batches.start()
         await artifacts.start()
+        app = create_app(
+            broker=broker,
+            catalog=catalog,
+            keys=keys,
+            ledger=ledger,
+            offload=offload,
+            metrics=metrics,
+            authenticator=authenticator,
+            outreach=outreach,
+            batches=batches,
+            adapters=adapters,
+            artifacts=artifacts,
+            settings=GatewaySettings(
+                body_limit_bytes=hub.body_limit_bytes, heartbeat_s=hub.heartbeat_s
+            ),
+        )
         try:
-            yield create_app(
-                broker=broker,
-                catalog=catalog,
-                keys=keys,
-                ledger=ledger,
-                offload=offload,
-                metrics=metrics,
-                authenticator=authenticator,
-                outreach=outreach,
-                batches=batches,
-                adapters=adapters,
-                artifacts=artifacts,
-                settings=GatewaySettings(
-                    body_limit_bytes=hub.body_limit_bytes, heartbeat_s=hub.heartbeat_s
-                ),
-            )
+            async with offload.checkpointing():
+                yield app
         finally:
             await batches.close()
             await artifacts.close()

@@ -34,7 +34,7 @@ from fabric.launch.jobs import (
 )
 from fabric.launch.jobs.charges import JobAccounts
 from fabric.launch.jobs.history import History
-from fabric.launch.jobs.launcher import history_path
+from fabric.launch.jobs.launcher import Launcher, history_path
 from fabric.launch.jobs.login import LoginNode
 from fabric.launch.jobs.means import Means, get_means
 from fabric.launch.jobs.plan import get_scheduler
@@ -46,11 +46,6 @@ if TYPE_CHECKING:
     from fabric.sdk import Fabric
 
 POLL_S = 0.2
-START_TIMEOUT_S = 60.0
-"""How long the process that watches a launch may take to begin."""
-
-FAR_START_TIMEOUT_S = 240.0
-"""The same through an endpoint, which may have to start first."""
 
 T = TypeVar("T", bound=Wire)
 
@@ -98,12 +93,6 @@ class Prepared:
     record: LaunchRecord
     login: LoginNode
 
-    def keep(self) -> LaunchFolder:
-        """Make the launch's folder."""
-        folder = LaunchFolder.create(root())
-        folder.write_launch(self.record.model_copy(update={"name": folder.name}))
-        return folder
-
 
 @contextmanager
 def prepared(
@@ -120,7 +109,7 @@ def prepared(
     order = _as_at_site(order, site)
     get_scheduler(site)
     way = via or ("endpoint" if isinstance(site.executor, ComputeExecutor) else "login")
-    login = get_login(site, way, where)
+    login = get_login(site, way, where, must_answer=True)
     try:
         plan = get_launch_plan(order, site, History(history_path(where)), ask=login.estimate_wait)
         record = LaunchRecord(
@@ -149,38 +138,35 @@ def _as_at_site(order: Order, site: SiteSpec) -> Order:
     return order
 
 
-def submit(folder: LaunchFolder) -> None:
-    """Have the launch watched by a process of its own; return once it has submitted.
+def submit(prepared: Prepared, fabric: Fabric) -> LaunchFolder:
+    """Submit the first jobs of a launch, and have it watched by a process of its own.
 
     Raises:
-        BlockFailed: It ended at once, or does not begin.
+        FabricError: None was submitted.
     """
     given = click.get_current_context().params
-    launching.start(folder, api_key=given.get("api_key"), project=given.get("project"))
-    record = folder.launch()
-    far = record is not None and record.via == "endpoint"
-    until = time.monotonic() + (FAR_START_TIMEOUT_S if far else START_TIMEOUT_S)
-    while time.monotonic() < until:
-        record = folder.launch()
-        if record is not None and record.ended_at is not None:
-            raise _failed(folder, record.detail)
-        if any(job.job_id is not None for job in folder.jobs()):
-            return
-        time.sleep(0.1)
-    raise _failed(folder, "the process that should watch it has not begun")
+    folder = LaunchFolder.create(root())
+    folder.write_launch(prepared.record.model_copy(update={"name": folder.name}))
+    history = History(history_path(folder.path.parent))
+    with folder.watched() as lock:
+        assert lock is not None, "nobody else knows of it yet"
+        Launcher(folder, fabric, history, prepared.login, plan=prepared.plan).begin()
+        launching.start(folder, lock, api_key=given.get("api_key"), project=given.get("project"))
+    return folder
 
 
 def wait_ready(folder: LaunchFolder) -> None:
     """Show how far a launch is until its first instance is ready.
 
     Raises:
-        BlockFailed: It ended before.
+        BlockFailed: It ended before, or nobody watches it any more.
     """
     from fabric.cli.progress import following
 
     heads = ["LAUNCH", "MACHINE", "JOB", "STATE", "DETAIL"]
     with following(heads, heads.index("STATE")) as show:
         while True:
+            is_watched = folder.is_watched()
             record, jobs = folder.launch(), folder.jobs()
             shown = [row[:4] + row[6:] for row in rows(folder, jobs)]
             show(shown)
@@ -188,6 +174,9 @@ def wait_ready(folder: LaunchFolder) -> None:
                 return
             if record is not None and record.ended_at is not None:
                 raise _failed(folder, record.detail)
+            if not is_watched:
+                again = "`fabric instances --watch` starts another, which finds its jobs"
+                raise _failed(folder, f"the process that watched it was killed; {again}")
             time.sleep(POLL_S)
 
 
@@ -206,7 +195,7 @@ def rows(folder: LaunchFolder, jobs: list[JobRecord]) -> list[tuple[object, ...]
     if not jobs:
         return [(folder.name, machine, "", record.state, "", "", record.detail)]
     return [
-        (folder.name, machine, j.job_id or "", j.state, _left(j), _charge(j), j.detail)
+        (folder.name, machine, j.job_id or "", j.state, _left(j), _charge(j), j.remark)
         for j in jobs
     ]
 

@@ -144,3 +144,6 @@ def _configure_logging(ctx: click.Context, param: click.Parameter, value: int) -
     )
     for name in _TELLTALES:
         logging.getLogger(name).setLevel(logging.INFO)
+    if not value:
+        # What Parsl says of a submission is in our errors.
+        logging.getLogger("parsl").setLevel(logging.CRITICAL)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -39,15 +40,17 @@ class ComputePool:
         limits: The service's figures, or this process's part of them.
         client_factory: Returns a client that asks the given budget before every request
             (``get_client``).
+        shared: The file in which all processes of the identity count requests (``RequestBudget``).
     """
 
     def __init__(
         self,
         limits: ServiceLimits | None = None,
         client_factory: Callable[[RequestBudget], ServiceClient] | None = None,
+        shared: Path | None = None,
     ) -> None:
         self.limits = limits or ServiceLimits()
-        self.budget = RequestBudget(self.limits)
+        self.budget = RequestBudget(self.limits, shared)
         self._client_factory = client_factory or _get_default_client
         self._changed = threading.Condition()
         self._lanes: dict[ComputeTarget, Lane] = {}

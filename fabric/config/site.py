@@ -18,7 +18,7 @@ from fabric.config.settings import user_config_path
 from fabric.config.stores import StoreConfig
 from fabric.config.system import System, check_endpoint_fits
 from fabric.errors import SettingInvalid
-from fabric.messages import EngineOptions
+from fabric.messages import MODEL_NAME, MODEL_VERSION, SITE_NAME, EngineOptions
 
 
 class _Frozen(BaseModel):
@@ -28,8 +28,8 @@ class _Frozen(BaseModel):
 class SiteModel(_Frozen):
     """One model version a site runs: its name, where its weights are, and how it is sized there."""
 
-    name: str
-    revision: str = "1"
+    name: str = Field(pattern=f"^{MODEL_NAME}$")
+    revision: str = Field(default="1", pattern=f"^{MODEL_VERSION}$")
     source: str
     context_tokens: int = Field(ge=1)
     options: EngineOptions = EngineOptions()
@@ -82,7 +82,7 @@ class SiteSpec(_Frozen):
     nothing else reads them. ``system`` is what is known of the machine.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    name: str = Field(pattern=f"^{SITE_NAME}$")
     title: str = ""
     system: System | None = None
     executor: Executor = LocalExecutor()

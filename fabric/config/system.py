@@ -116,7 +116,7 @@ class BalanceConfig(_Frozen):
     ``url`` is where the facility's API is, its version included.
     """
 
-    kind: Literal["slurm", "sbank", "accounts", "showusage", "taccinfo", "iri"]
+    kind: Literal["slurm", "sbank", "accounts", "showusage", "taccinfo", "mybalance", "iri"]
     resource: Name | None = None
     url: _Url | None = None
 

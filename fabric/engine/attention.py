@@ -94,14 +94,14 @@ class StepAttention:
         short = list(
             itertools.takewhile(lambda chunk: invariant or len(chunk.tokens) <= longest, chunks)
         )
-        self._num_singles = sum(len(chunk.tokens) for chunk in short)
-        self._spans: list[_Span] = []
-        end = self._num_singles
+        self.num_singles = sum(len(chunk.tokens) for chunk in short)
+        self.spans: list[_Span] = []
+        end = self.num_singles
         for chunk in chunks[len(short) :]:
             begin, end = end, end + len(chunk.tokens)
-            self._spans.append(_Span(chunk, begin, end, device))
+            self.spans.append(_Span(chunk, begin, end, device))
         slots = [slot for chunk in chunks for slot in _slots(chunk)]
-        self._slots_N = torch.tensor(slots, device=device)
+        self.slots_N = torch.tensor(slots, device=device)
         if short:
             counts = [len(chunk.tokens) for chunk in short]
             lengths = [
@@ -111,21 +111,21 @@ class StepAttention:
             ]
             most = _num_blocks(max(lengths))
             tables = torch.tensor([_table(chunk, most) for chunk in short], device=device)
-            if self._num_singles > len(short):
+            if self.num_singles > len(short):
                 tables = tables.repeat_interleave(torch.tensor(counts, device=device), 0)
-            self._tables = tables
-            self._lengths_B = torch.tensor(lengths, device=device)
+            self.tables = tables
+            self.lengths_B = torch.tensor(lengths, device=device)
             self._visible: dict[int, Tensor] = {}
 
     def __call__(
         self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scoring: Scoring
     ) -> Tensor:
         """Store the step's keys and values and return its attention, [N, H, value size]."""
-        self._cache.write(layer, self._slots_N, k_NKD, v_NKD)
+        self._cache.write(layer, self.slots_N, k_NKD, v_NKD)
         outputs = []
-        if self._num_singles:
-            outputs.append(self._attend_singles(layer, q_NHD[: self._num_singles], scoring))
-        for span in self._spans:
+        if self.num_singles:
+            outputs.append(self._attend_singles(layer, q_NHD[: self.num_singles], scoring))
+        for span in self.spans:
             rows = slice(span.begin, span.end)
             outputs.append(
                 self._attend_span(layer, span, q_NHD[rows], k_NKD[rows], v_NKD[rows], scoring)
@@ -139,15 +139,15 @@ class StepAttention:
                 q_BHD,
                 keys,
                 values,
-                self._tables,
-                self._lengths_B,
+                self.tables,
+                self.lengths_B,
                 scale=scoring.scale,
                 window=scoring.window,
                 cap=scoring.cap,
             )
         if self._alone:
             return self._attend_alone(layer, q_BHD, scoring)
-        k_BMKD, v_BMKD = self._cache.read(layer, self._tables)
+        k_BMKD, v_BMKD = self._cache.read(layer, self.tables)
         # The query heads of one key-value head stand as G queries: no key is repeated.
         q_BKGD = q_BHD.reshape(q_BHD.shape[0], k_BMKD.shape[2], -1, q_BHD.shape[2])
         out_BKGD = _scores_and_values(
@@ -162,7 +162,7 @@ class StepAttention:
     def _attend_alone(self, layer: int, q_BHD: Tensor, scoring: Scoring) -> Tensor:
         """Attend token by token, each over its own past and no padding."""
         outputs = []
-        for q_HD, table, length in zip(q_BHD, self._tables, self._lengths_B.tolist(), strict=True):
+        for q_HD, table, length in zip(q_BHD, self.tables, self.lengths_B.tolist(), strict=True):
             k_1MKD, v_1MKD = self._cache.read(layer, table[None, : _num_blocks(length)])
             begin = max(0, length - scoring.window) if scoring.window else 0
             k_MKD, v_MKD = k_1MKD[0, begin:length], v_1MKD[0, begin:length]
@@ -172,7 +172,7 @@ class StepAttention:
 
     def _visible_B11M(self, window: int) -> Tensor:
         if window not in self._visible:
-            visible_BM = _visible(self._lengths_B - 1, self._tables.shape[1] * BLOCK_TOKENS, window)
+            visible_BM = _visible(self.lengths_B - 1, self.tables.shape[1] * BLOCK_TOKENS, window)
             self._visible[window] = visible_BM[:, None, None]
         return self._visible[window]
 

@@ -36,6 +36,9 @@ _logger = getLogger(__name__)
 _RATE_MEMORY = 0.9
 """How much of the past a rate keeps at each step."""
 
+_UNSHARED_S = 0.05
+"""How long a run without a batch goes on where no row waits; then new tasks are looked at."""
+
 
 class Batch:
     """All tasks of an engine. Not thread-safe: everything happens on the engine's thread.
@@ -72,6 +75,7 @@ class Batch:
             slowdown=config.slowdown,
         )
         self._speculator = drafter and Speculator(drafter, self._scheduler, self._costs)
+        self._slowdown = config.slowdown
         self._programs = programs
         if programs is not None:
             programs.attach(self._scheduler, tell)
@@ -156,7 +160,7 @@ class Batch:
         """Run the rows that are due once. Errors end their own task, or those of the step."""
         self._drop_overdue()
         if self._programs is not None:
-            self._busy_s += self._programs.run_alone()
+            self._busy_s += self._programs.run_alone(self._spare_s)
         runs = self._scheduler.plan(time.monotonic())
         self._wipe_suspect()
         if not runs:
@@ -191,6 +195,13 @@ class Batch:
                 self._fail(active, _row_error(error))
         if self._speculator:
             self._review(self._speculator, runs, outcome)
+
+    @property
+    def _spare_s(self) -> float:
+        """How long running rows may wait between two steps: as long as they do for prefill."""
+        if not (num_running := self._scheduler.num_running):
+            return _UNSHARED_S
+        return (self._slowdown - 1.0) * self._costs.predict(num_running)
 
     def _review(self, speculator: Speculator, runs: Sequence[Run], outcome: Outcome) -> None:
         """Learn from guesses; what a guess has spoilt is computed again."""

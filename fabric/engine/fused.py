@@ -58,12 +58,12 @@ class Gate(nn.Module):  # type: ignore[misc]
 
     def __init__(self, native: Native, a: float, b: float) -> None:
         super().__init__()
-        self._native, self._a, self._b = native, a, b
+        self._native, self.a, self.b = native, a, b
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation of ``x`` [..., K], in its shape and dtype."""
         rows = x.reshape(-1, x.shape[-1])
-        return self._native.gate(rows, self._a, self._b).view(x.shape)
+        return self._native.gate(rows, self.a, self.b).view(x.shape)
 
 
 class RotaryTable(nn.Module):  # type: ignore[misc]
@@ -118,6 +118,11 @@ def fuse(model: PreTrainedModel) -> None:
             setattr(sys.modules[type(module).__module__], _ROTATE, _rotate)
         elif (gate := _GATES.get(type(module).__name__)) and model.dtype in _DTYPES:
             model.set_submodule(name, Gate(native, *gate))
+
+
+def rotates_natively(module: nn.Module) -> bool:
+    """Say whether a module turns its queries and keys by what ``fuse`` has put there."""
+    return _rotation_of(module) is _rotate
 
 
 def _rotation_of(module: nn.Module) -> object:

@@ -6,6 +6,7 @@ Shapes: M rows, K inputs, N outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,6 +29,25 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that are given the same input."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeWeight:
+    """A weight as the kernels read it; calling it multiplies.
+
+    ``packed`` and ``scales`` are as ``Native.linear`` takes them, ``bias`` [N] or ``None``.
+    """
+
+    native: Native
+    packed: Tensor
+    bias: Tensor | None
+    num_inputs: int
+    num_outputs: int
+    scales: Tensor | None = None
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        """Return ``x`` times the weight, [M, N]."""
+        return self.native.linear(x_MK, self.packed, self.bias, self.num_outputs, self.scales)
+
+
 class PackedLinear(nn.Module):  # type: ignore[misc]
     """A linear layer over a packed weight; the plain weight is given up.
 
@@ -43,6 +63,11 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` [..., in] times the weight, [..., out] in the same dtype."""
         return self._weight.part(self._part, x)
+
+    def native_weight(self, *siblings: PackedLinear) -> NativeWeight | None:
+        """Return the weight of this layer and these siblings together, as the kernels read it;
+        ``None`` where it is of others too, or read otherwise."""
+        return self._weight.native((self, *siblings))
 
 
 class _Packed:
@@ -64,6 +89,11 @@ class _Packed:
         self._members = [PackedLinear(linear, self, i) for i, linear in enumerate(linears)]
         return self._members
 
+    def native(self, layers: Sequence[PackedLinear]) -> NativeWeight | None:
+        """Return it as the kernels read it, if it is the weight of just these layers."""
+        found = self._multiplier if list(layers) == self._members else None
+        return found if isinstance(found, NativeWeight) else None
+
     def part(self, index: int, x: Tensor) -> Tensor:
         """Return one layer's output; the siblings' wait for the same input."""
         if len(self._members) == 1:
@@ -83,6 +113,12 @@ class _Packed:
     def _multiply(self, x: Tensor) -> Tensor:
         out = self._multiplier(x.reshape(-1, x.shape[-1]))
         return out.view(*x.shape[:-1], self._num_outputs)
+
+
+def get_native_weight(layers: Sequence[nn.Module]) -> NativeWeight | None:
+    """Return the one weight of these layers as the kernels read it, if there is such a one."""
+    packed = [layer for layer in layers if type(layer) is PackedLinear]
+    return packed[0].native_weight(*packed[1:]) if len(packed) == len(layers) else None
 
 
 def get_multiplier(
@@ -106,13 +142,22 @@ def get_multiplier(
         levels_NK, scales_N = quantize(weight_NK)
         if native is not None and weight_NK.dtype == torch.bfloat16:
             scales = F.pad(scales_N, (0, -num_outputs % PANEL))
-            return partial(
-                _multiply_natively, native, native.pack(levels_NK), bias_N, num_outputs, scales
+            return NativeWeight(
+                native=native,
+                packed=native.pack(levels_NK),
+                bias=bias_N,
+                num_inputs=num_inputs,
+                num_outputs=num_outputs,
+                scales=scales,
             )
         multiply: Multiplier = partial(_multiply_levels, levels_NK, scales_N, bias_N)
     elif native is not None:
-        return partial(
-            _multiply_natively, native, native.pack(weight_NK), bias_N, num_outputs, None
+        return NativeWeight(
+            native=native,
+            packed=native.pack(weight_NK),
+            bias=bias_N,
+            num_inputs=num_inputs,
+            num_outputs=num_outputs,
         )
     elif weight_NK.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK, _TYPICAL_ROWS)
@@ -127,17 +172,6 @@ def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     weight_NK = weight_NK.float()
     scales_N = weight_NK.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
     return (weight_NK / scales_N[:, None]).round().to(torch.int8), scales_N
-
-
-def _multiply_natively(
-    native: Native,
-    packed: Tensor,
-    bias_N: Tensor | None,
-    num_outputs: int,
-    scales: Tensor | None,
-    x_MK: Tensor,
-) -> Tensor:
-    return native.linear(x_MK, packed, bias_N, num_outputs, scales)
 
 
 def _multiply_levels(

@@ -1,4 +1,4 @@
-"""The CPU kernels of ``native.c``, compiled once for a user, a processor and a compiler.
+"""The CPU kernels, compiled once for a user, a processor and a compiler.
 
 Shapes: M rows, K inputs, N outputs, B decoding rows, H query heads, D head size; of low-rank
 changes N tokens, O outputs, R rank.
@@ -50,7 +50,7 @@ class Native:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._packs, self._linears, self._norms = {}, {}, {}
         self._gates, self._rotations, self._attends = {}, {}, {}
-        self._adds = {}
+        self._adds, self._layers = {}, {}
         self._multiplied: set[torch.dtype] = set()
         self._attend_chunk = _declare(
             library.attend_chunk,
@@ -90,6 +90,9 @@ class Native:
                 getattr(library, f"add_lowrank_{name}"),
                 [_POINTER, _LONG, _POINTER, *[_LONG] * 3, *[_POINTER] * 2, _LONG],
                 ctypes.c_int,
+            )
+            self._layers[dtype] = _declare(
+                getattr(library, f"layer_{name}"), [_POINTER] * 6, ctypes.c_int
             )
 
     def multiplies(self, dtype: torch.dtype) -> bool:
@@ -277,6 +280,35 @@ class Native:
         if failed:
             raise MemoryError("no memory for the sums of a changed token")
 
+    def run_layer(
+        self,
+        layer: ctypes.Structure,
+        step: ctypes.Structure,
+        x_1NE: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+    ) -> Tensor:
+        """Return a whole decoder layer's output, in the shape and dtype of ``x``.
+
+        Args:
+            layer: ``Layer`` of ``layer.c``.
+            step: ``Step`` of ``layer.c``.
+            x_1NE: The hidden states, dense.
+            cosine: Of the tokens' positions, dense, [N, D] in the dtype of ``x``.
+            sine: The same.
+
+        Raises:
+            MemoryError: The scores of a row find no memory.
+        """
+        y_1NE = torch.empty_like(x_1NE)
+        failed = self._layers[x_1NE.dtype](
+            ctypes.addressof(layer), ctypes.addressof(step), x_1NE.data_ptr(), cosine.data_ptr(),
+            sine.data_ptr(), y_1NE.data_ptr(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the scores of a step")
+        return y_1NE
+
 
 _loading = threading.Lock()
 
@@ -293,7 +325,7 @@ def _load() -> Native | None:
     if compiler is None:
         _logger.warning("no C compiler: decoding runs on torch's kernels, which are slower")
         return None
-    source = (importlib.resources.files("fabric.engine") / "native.c").read_bytes()
+    source = read_source()
     kept = _kept(source, Path(compiler))
     if kept.is_file():
         try:
@@ -306,6 +338,12 @@ def _load() -> Native | None:
         reason = getattr(error, "stderr", None) or str(error).encode()
         _logger.warning("the CPU kernels do not compile", extra={"reason": reason[-2000:].decode()})
         return None
+
+
+def read_source() -> bytes:
+    """Return what is compiled: the parts, then the layers made of them."""
+    folder = importlib.resources.files("fabric.engine")
+    return b"".join((folder / name).read_bytes() for name in ("native.c", "layer.c"))
 
 
 def _compile(compiler: str, source: bytes, kept: Path) -> ctypes.CDLL:

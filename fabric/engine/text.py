@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from fabric.errors import ContextExceeded, RequestInvalid
 from fabric.messages import ChatInput, ChatMessage, TextInput, TokensInput, Tool, ToolCallPart
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+_KEPT_TEXTS = 2**15
+"""Single tokens whose texts are kept: each is asked for twice whenever it is chosen."""
 
 
 class Texts:
@@ -31,6 +35,7 @@ class Texts:
         self._vocabulary = vocabulary
         self._context_tokens = context_tokens
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self._decode_one = functools.lru_cache(_KEPT_TEXTS)(self._decode)
 
     def prompt_ids(self, prompt: TextInput | ChatInput | TokensInput) -> list[int]:
         """Return the prompt's token ids.
@@ -88,9 +93,8 @@ class Texts:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``; bytes that are no character become U+FFFD."""
-        return self._tokenizer.backend_tokenizer.decode(  # type: ignore[no-any-return]
-            list(ids), skip_special_tokens=skip_special_tokens
-        )
+        decode = self._decode_one if len(ids) == 1 else self._decode
+        return decode(tuple(ids), skip_special_tokens)
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Return where in a prompt's text each of its tokens begins and ends, in characters."""
@@ -98,7 +102,12 @@ class Texts:
 
     def token_text(self, token_id: int) -> str:
         """Return the text of one token alone, special ones by their name."""
-        return self.decode([token_id], skip_special_tokens=False)
+        return self._decode_one((token_id,), False)
+
+    def _decode(self, ids: tuple[int, ...], skip_special_tokens: bool) -> str:
+        return self._tokenizer.backend_tokenizer.decode(  # type: ignore[no-any-return]
+            list(ids), skip_special_tokens=skip_special_tokens
+        )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         at_least = -(-len(text) // self._longest_token)

@@ -22,7 +22,7 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── DispatchError        SessionLost, SessionRefused, FirstTokenTimeout, StreamBroken,
     │                        RequestCancelled, ProtocolViolation, HubOutOfReach,
     │                        HubUnreachable, HubNotConnected, ServiceUnreachable, ServiceBusy,
-    │                        ServiceRefused, TaskLost, TaskTimedOut, TaskFailed
+    │                        ServiceRefused, EndpointOffline, TaskLost, TaskTimedOut, TaskFailed
     ├── LaunchError          BlockFailed, CanaryFailed, AlreadyStarted, SchedulerFailed,
     │                        BalanceUnavailable, LaunchImpossible, AllocationTooSmall,
     │                        JobRefused, JobsFailing, NodeFailed, WeightsMissing
@@ -36,9 +36,9 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── VersionError         DigestMismatch, FunctionDrifted, ManifestInvalid, ReplicationFailed,
     │                        DiskTooSmall
     └── LedgerError          InsufficientBalance, UnknownAccount, AllocationClosed, HoldNotOpen,
-                             ChargeExceedsHold, RefundExceedsCharge, RateMissing, UnknownUnit,
-                             MeasurementInsufficient, LedgerInconsistent, StorageFull,
-                             StorageBusy
+                             ChargeExceedsHold, NotCharged, RefundExceedsCharge, RateMissing,
+                             UnknownUnit, MeasurementInsufficient, LedgerInconsistent,
+                             StorageFull, StorageBusy
 
 An error class carries ``code`` (stable, for programs), ``http_status`` and ``retryable`` (may the
 same request succeed elsewhere or later?). Instances carry ``message`` (a full sentence: what, which
@@ -143,6 +143,7 @@ from fabric.errors.ledger import (
     LedgerError,
     LedgerInconsistent,
     MeasurementInsufficient,
+    NotCharged,
     RateMissing,
     RefundExceedsCharge,
     StorageBusy,
@@ -202,6 +203,7 @@ from fabric.errors.routing import (
 )
 from fabric.errors.service import (
     CredentialsRefused,
+    EndpointOffline,
     ServiceBusy,
     ServiceRefused,
     ServiceUnreachable,
@@ -256,6 +258,7 @@ __all__ = [
     "DispatchError",
     "Duplicate",
     "EndpointInvalid",
+    "EndpointOffline",
     "EngineError",
     "EngineStopped",
     "FabricError",
@@ -287,6 +290,7 @@ __all__ = [
     "NoReplica",
     "NodeFailed",
     "NotAMember",
+    "NotCharged",
     "NotFound",
     "NotGranted",
     "NotRunning",

@@ -164,8 +164,9 @@ class Duplicate(AdmissionError):
     http_status = 409
 
     def __init__(self, *, kind: str, name: str) -> None:
+        article = "an" if kind.startswith(tuple("aeiou")) else "a"
         super().__init__(
-            f"There is already a {kind} {name!r}; choose another name, or modify that one.",
+            f"There is already {article} {kind} {name!r}; choose another name, or modify that one.",
             kind=kind,
             name=name,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 from fabric.errors.base import FabricError
 
 
@@ -19,8 +21,9 @@ class SettingInvalid(ConfigError):
 
     def __init__(self, *, setting: str, value: object, reason: str, source: str = "") -> None:
         where = f" (from {source})" if source else ""
+        shown = repr(str(value) if isinstance(value, PurePath) else value)
         super().__init__(
-            f"The setting {setting!r} has the value {value!r}{where}, which cannot be used:"
+            f"The setting {setting!r} has the value {shown}{where}, which cannot be used:"
             f" {reason}.",
             setting=setting,
             value=str(value),

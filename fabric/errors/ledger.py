@@ -89,6 +89,19 @@ class ChargeExceedsHold(LedgerError):
         )
 
 
+class NotCharged(LedgerError):
+    """A refund was asked for a run that was not charged."""
+
+    code = "not_charged"
+
+    def __init__(self, *, run: str) -> None:
+        super().__init__(
+            f"The run {run!r} was not charged, so nothing of it can be given back;"
+            " `fabric-admin alloc statement PROJECT` lists what was charged.",
+            run=run,
+        )
+
+
 class RefundExceedsCharge(LedgerError):
     """More was to be given back than was charged; nothing was."""
 

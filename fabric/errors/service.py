@@ -64,6 +64,22 @@ class ServiceRefused(DispatchError):
         )
 
 
+class EndpointOffline(DispatchError):
+    """The endpoint's agent has not been heard of lately; what it was sent waits for it."""
+
+    code = "endpoint_offline"
+    http_status = 503
+
+    def __init__(self, *, endpoint: str, machine: str) -> None:
+        super().__init__(
+            f"The endpoint {endpoint} of {machine} is offline. Jobs there go on without it; start"
+            " it again at the login node with `globus-compute-endpoint start`, and it is asked"
+            " again.",
+            endpoint=endpoint,
+            machine=machine,
+        )
+
+
 class TaskLost(DispatchError):
     """A task was sent and its result will not come; it may or may not have run."""
 

@@ -33,6 +33,7 @@ from fabric.gateway import (
     session_route,
     ticket_routes,
     tier_routes,
+    weights_routes,
 )
 from fabric.gateway.access import undeclared
 from fabric.gateway.bodies import BodyLimit
@@ -59,6 +60,7 @@ ROUTERS = (
     program_routes.anyone,
     artifact_routes.router,
     artifact_routes.instances,
+    weights_routes.router,
     ticket_routes.router,
     tier_routes.router,
     launch_routes.router,

@@ -16,6 +16,7 @@ from fabric.dispatch.protocol import Channel
 from fabric.gateway.metrics import Metrics
 from fabric.ledger import Ledger
 from fabric.messages import InstanceState
+from fabric.messages.weights import WeightsOffer
 from fabric.sql import Offload
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Hub:
     checks: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     """One program is checked at a time: that takes a core, and the loop needs its share."""
     channels: dict[str, Channel] = field(default_factory=dict)
+    weights: dict[str, tuple[WeightsOffer, float]] = field(default_factory=dict)
+    """What jobs offer each other, by instance, and when it was last said (monotonic)."""
 
     async def permits(self, caller: Identity) -> Permits:
         """Return what a caller may do now."""

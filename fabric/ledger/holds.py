@@ -12,7 +12,7 @@ from fabric.errors import ChargeExceedsHold, Duplicate, HoldNotOpen
 from fabric.ledger.allocations import find_allocation
 from fabric.ledger.posting import account_id, post
 from fabric.ledger.records import Hold, HoldState, Settlement
-from fabric.ledger.tables import allocations, holds
+from fabric.ledger.tables import accounts, allocations, holds
 
 _HOLD = (
     select(
@@ -20,6 +20,10 @@ _HOLD = (
         allocations.c.name.label("allocation"),
         allocations.c.account_id,
         allocations.c.held_account_id,
+        select(accounts.c.id)
+        .where(accounts.c.name == bindparam("income", None))
+        .scalar_subquery()
+        .label("income_id"),
     )
     .join(allocations, holds.c.allocation_id == allocations.c.id)
     .where(holds.c.id == bindparam("hold"))
@@ -142,7 +146,8 @@ def settle(
     now: datetime,
 ) -> Settlement:
     """Charge a hold. See ``Ledger.settle``."""
-    row = connection.execute(_HOLD, {"hold": hold_id}).first()
+    income = f"income:{site}"
+    row = connection.execute(_HOLD, {"hold": hold_id, "income": income}).first()
     if row is not None and row.state == HoldState.SETTLED and row.charged_usu == amount_usu:
         return Settlement(
             hold_id=hold_id,
@@ -158,7 +163,7 @@ def settle(
     deltas_usu = {
         row.held_account_id: -row.amount_usu,
         row.account_id: row.amount_usu - amount_usu,
-        account_id(connection, f"income:{site}"): amount_usu,
+        row.income_id or account_id(connection, income): amount_usu,
     }
     _close(connection, row, HoldState.SETTLED, now, charged_usu=amount_usu, site=site)
     post(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Concatenate, NotRequired, ParamSpec, TypedDict, TypeVar, Unpack
+from typing import Concatenate, ParamSpec, TypeVar, Unpack
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
@@ -24,7 +24,7 @@ from fabric.ledger import (
 )
 from fabric.ledger import jobs as job_memos
 from fabric.ledger.posting import check_amount
-from fabric.ledger.rates import Rate
+from fabric.ledger.rates import Prices, Rate
 from fabric.ledger.reconcile import EndedJob, Reconciliation
 from fabric.ledger.records import (
     AllocationBalance,
@@ -39,21 +39,6 @@ from fabric.sql import Database, utc_now
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class Prices(TypedDict):
-    """The prices of a rate; see ``Rate``."""
-
-    prompt_usu: int | Decimal
-    cached_prompt_usu: int | Decimal
-    output_usu: int | Decimal
-    hook_in_usu: NotRequired[int | Decimal]
-    hook_out_usu: NotRequired[int | Decimal]
-    device_usu: NotRequired[int | Decimal]
-    kv_block_usu: NotRequired[int | Decimal]
-    adapter_usu: NotRequired[int | Decimal]
-    fine_tune_usu: NotRequired[int | Decimal]
-    stored_usu: NotRequired[int | Decimal]
 
 
 class Ledger:
@@ -268,7 +253,7 @@ class Ledger:
             RequestInvalid: The amount is negative or over 1e15.
         """
         check_amount(amount_usu)
-        with self._database.transaction() as connection:
+        with self._database.joined() as connection:
             return holds.settle(
                 connection,
                 hold_id,
@@ -285,7 +270,7 @@ class Ledger:
         Raises:
             HoldNotOpen: The hold is unknown or was settled.
         """
-        with self._database.transaction() as connection:
+        with self._database.joined() as connection:
             holds.void(connection, hold_id, self._clock())
 
     def release_expired(self, now: datetime | None = None) -> list[str]:
@@ -320,7 +305,7 @@ class Ledger:
             memo: Why.
 
         Raises:
-            HoldNotOpen: The run was not charged.
+            NotCharged: The run was not.
             RefundExceedsCharge: All refunds of the run would be more than its charge.
             Duplicate: The key is another entry's.
             RequestInvalid: The amount is not positive, or over 1e15.

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import NoReturn
 
-from sqlalchemy import Connection, bindparam, insert, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    BindParameter,
+    Connection,
+    bindparam,
+    case,
+    cast,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from fabric.errors import Duplicate, InsufficientBalance, RequestInvalid
 from fabric.ledger.tables import accounts, entries, journal
@@ -15,17 +28,6 @@ from fabric.ledger.tables import accounts, entries, journal
 MAX_AMOUNT_USU = 10**15
 """The largest single amount, a thousand million SU: sums stay far inside 64 bits."""
 
-_MOVE = (
-    update(accounts)
-    .where(
-        accounts.c.id == bindparam("account"),
-        or_(
-            accounts.c.balance_usu + bindparam("delta") >= 0,
-            accounts.c.may_go_negative,
-        ),
-    )
-    .values(balance_usu=accounts.c.balance_usu + bindparam("delta"))
-)
 _JOURNAL = insert(journal).returning(journal.c.id)
 _ENTRIES = insert(entries)
 _OPEN = {
@@ -79,9 +81,9 @@ def post(
     ordered = sorted(deltas_usu.items())
     if key is not None and is_posted(connection, key, kind, deltas_usu):
         return
-    for account, delta in ordered:
-        if delta and not connection.execute(_MOVE, {"account": account, "delta": delta}).rowcount:
-            _refuse(connection, account, delta)
+    changes = [(account, delta) for account, delta in ordered if delta]
+    if changes:
+        _move(connection, changes)
     row = {
         "kind": kind,
         "at": at,
@@ -97,8 +99,7 @@ def post(
     journal_id = connection.execute(_JOURNAL, row).scalar_one()
     lines = [
         {"journal_id": journal_id, "account_id": account, "amount_usu": delta}
-        for account, delta in ordered
-        if delta
+        for account, delta in changes
     ]
     if lines:
         connection.execute(_ENTRIES, lines)
@@ -146,6 +147,41 @@ def is_posted(connection: Connection, key: str, kind: str, deltas_usu: Mapping[i
     if (row.kind, written) != (kind, asked):
         raise Duplicate(kind="posting", name=key)
     return True
+
+
+def _move(connection: Connection, changes: Sequence[tuple[int, int]]) -> None:
+    """Move balances, in order of account; the transaction is undone if one would be overdrawn."""
+    values: dict[str, int] = {}
+    for number, (account, delta) in enumerate(changes):
+        values |= {f"account_{number}": account, f"delta_{number}": delta}
+    moved = set(connection.scalars(_moves(len(changes)), values))
+    for account, delta in changes:
+        if account not in moved:
+            _refuse(connection, account, delta)
+
+
+@cache
+def _moves(num: int) -> ReturningUpdate[int]:
+    """Return the statement that moves so many balances, and returns which it moved."""
+    named: list[tuple[BindParameter[int], BindParameter[int]]] = [
+        (bindparam(f"account_{number}", type_=BigInteger), bindparam(f"delta_{number}"))
+        for number in range(num)
+    ]
+    delta = case(*((accounts.c.id == account, delta) for account, delta in named))
+    moved = accounts.c.balance_usu + cast(delta, BigInteger)
+    # PostgreSQL locks rows in the order in which it meets them.
+    locked = (
+        select(accounts.c.id)
+        .where(accounts.c.id.in_([account for account, _ in named]))
+        .order_by(accounts.c.id)
+        .with_for_update()
+    )
+    return (
+        update(accounts)
+        .where(accounts.c.id.in_(locked), or_(moved >= 0, accounts.c.may_go_negative))
+        .values(balance_usu=moved)
+        .returning(accounts.c.id)
+    )
 
 
 def _refuse(connection: Connection, account: int, delta: int) -> NoReturn:

@@ -16,7 +16,7 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from math import ceil, isfinite
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NotRequired, TypedDict
 
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select
 
@@ -86,6 +86,21 @@ class Rate:
     adapter_usu: Decimal = Decimal(0)
     fine_tune_usu: Decimal = Decimal(0)
     stored_usu: Decimal = Decimal(0)
+
+
+class Prices(TypedDict):
+    """The prices of a rate; see ``Rate``."""
+
+    prompt_usu: int | Decimal
+    cached_prompt_usu: int | Decimal
+    output_usu: int | Decimal
+    hook_in_usu: NotRequired[int | Decimal]
+    hook_out_usu: NotRequired[int | Decimal]
+    device_usu: NotRequired[int | Decimal]
+    kv_block_usu: NotRequired[int | Decimal]
+    adapter_usu: NotRequired[int | Decimal]
+    fine_tune_usu: NotRequired[int | Decimal]
+    stored_usu: NotRequired[int | Decimal]
 
 
 def price_usu(rate: Rate, tier: str, quantities: Mapping[str, float | Decimal]) -> int:

@@ -6,12 +6,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, bindparam, func, select
 
-from fabric.errors import (
-    HoldNotOpen,
-    InsufficientBalance,
-    RefundExceedsCharge,
-    RequestInvalid,
-)
+from fabric.errors import InsufficientBalance, NotCharged, RefundExceedsCharge, RequestInvalid
 from fabric.ledger.allocations import AllocationRow, find_allocation
 from fabric.ledger.posting import account_id, is_posted, post
 from fabric.ledger.records import Refund
@@ -163,7 +158,7 @@ def refund(
     """Give back of what a run was charged. See ``Ledger.refund``."""
     charge = connection.execute(_CHARGE, {"run": run}).first()
     if charge is None:
-        raise HoldNotOpen(hold=run, state="not charged")
+        raise NotCharged(run=run)
     refunded_usu = int(connection.execute(_REFUNDED, {"charge": charge.id}).scalar_one())
     if amount_usu is None:  # all that was left, when this was first said
         first_usu = connection.execute(_UNDER_KEY, {"charge": charge.id, "key": key}).scalar()

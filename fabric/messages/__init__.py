@@ -36,6 +36,9 @@ from fabric.messages.points import PointManifest, PointSpec
 from fabric.messages.program import Program
 from fabric.messages.request import (
     EMBED_SAMPLING,
+    MODEL_NAME,
+    MODEL_VERSION,
+    SITE_NAME,
     AdapterDigest,
     AdapterName,
     ChatInput,
@@ -76,6 +79,9 @@ from fabric.messages.tools import Tool, ToolCall, ToolCallPart, ToolChoice
 
 __all__ = [
     "EMBED_SAMPLING",
+    "MODEL_NAME",
+    "MODEL_VERSION",
+    "SITE_NAME",
     "Accepted",
     "AdapterDigest",
     "AdapterName",

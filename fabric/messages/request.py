@@ -19,9 +19,11 @@ MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 
-ModelRef = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,128}(@[A-Za-z0-9_.:-]{1,128})?$")
-]
+MODEL_NAME = r"[A-Za-z0-9_./-]{1,128}"
+MODEL_VERSION = r"[A-Za-z0-9_.:-]{1,128}"
+SITE_NAME = r"[a-z0-9][a-z0-9-]{0,62}"
+
+ModelRef = Annotated[str, StringConstraints(pattern=f"^{MODEL_NAME}(@{MODEL_VERSION})?$")]
 """``name`` or ``name@revision``; a revision is a name or a digest."""
 
 CostPart = Literal["queue", "service", "data", "price", "risk"]
@@ -37,8 +39,7 @@ inside its forward passes."""
 Pooling = Literal["mean", "last"]
 """Which hidden states of the prompt's tokens make its vector: their mean, or the last one."""
 
-SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-
+SiteName = Annotated[str, StringConstraints(pattern=f"^{SITE_NAME}$")]
 
 AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 """What a project calls one of its adapters."""

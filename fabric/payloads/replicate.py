@@ -50,12 +50,26 @@ class Hasher(Protocol):
         """Return the digest of all bytes so far."""
 
 
+class Nearer(Protocol):
+    """Places that may have files nearer than where a manifest says; none of them is believed."""
+
+    def open(self, file: FileSource, at: int) -> io.BufferedIOBase | None:
+        """Return a file's bytes from ``at`` on; ``None`` if nobody has them (any more).
+
+        A stream that ends too early is one whose place is gone: another is asked for.
+        """
+
+    def distrust(self, file: FileSource) -> bool:
+        """Give up whoever gave of a file that is not what it should be; say whether anybody did."""
+
+
 def replicate(
     manifest: Mapping[str, Any],
     run_dir: str | Path,
     *,
     stores: Iterable[PayloadStore] = (),
     progress: Progress = lambda _done, _total: None,
+    nearer: Nearer | None = None,
 ) -> dict[str, Any]:
     """Bring a version's files to this site, once, whoever else is at it.
 
@@ -64,6 +78,7 @@ def replicate(
         run_dir: The site's directory; the files go to ``versions/<digest>`` below it.
         stores: Where sources that are references lead.
         progress: Called as bytes arrive.
+        nearer: Is asked for files before their own sources are.
 
     Returns:
         ``digest``, ``path`` of the folder, ``num_files``, ``size_bytes`` of all, ``fetched_bytes``
@@ -83,7 +98,7 @@ def replicate(
         versions.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(versions / f".{folder.name}.lock"):
             present = _is_whole(folder, wanted)
-            fetch = _Fetch(wanted, stores, progress)
+            fetch = _Fetch(wanted, stores, progress, nearer)
             if not present:
                 fetch.run(folder)
     except OSError as error:
@@ -104,9 +119,14 @@ class _Fetch:
     """One process's work on one version, under its lock."""
 
     def __init__(
-        self, manifest: Manifest, stores: Iterable[PayloadStore], progress: Progress
+        self,
+        manifest: Manifest,
+        stores: Iterable[PayloadStore],
+        progress: Progress,
+        nearer: Nearer | None,
     ) -> None:
         self.fetched_bytes = 0
+        self._nearer = nearer
         self._manifest = manifest
         self._stores = tuple(stores)
         self._progress = progress
@@ -139,14 +159,15 @@ class _Fetch:
 
     def _bring(self, file: FileSource, path: Path, done_bytes: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        actual = ""
-        for _ in range(NUM_TRIES):
-            actual = self._copy(file, path, done_bytes)
-            if actual == file.digest:
-                return
+        num_failed = 0
+        while (actual := self._copy(file, path, done_bytes)) != file.digest:
             path.unlink()
-        name = f"{self._manifest.name}/{file.path}"
-        raise DigestMismatch(name=name, expected=file.digest, actual=actual)
+            if self._nearer is not None and self._nearer.distrust(file):
+                continue
+            num_failed += 1
+            if num_failed == NUM_TRIES:
+                name = f"{self._manifest.name}/{file.path}"
+                raise DigestMismatch(name=name, expected=file.digest, actual=actual)
 
     def _copy(self, file: FileSource, path: Path, done_bytes: int) -> str:
         """Write what is missing of a file; return the digest of all of it."""
@@ -171,13 +192,17 @@ class _Fetch:
             written.seek(0)
             for _ in moved(written, file.size_bytes):
                 pass
-            if at < file.size_bytes:
-                with self._open(file) as source:
-                    source.seek(at)
+            while at < file.size_bytes:
+                near = self._nearer.open(file, at) if self._nearer is not None else None
+                with near or self._open(file) as source:
+                    if near is None:
+                        source.seek(at)
                     for chunk in moved(source, file.size_bytes):
                         written.write(chunk)
                         self.fetched_bytes += len(chunk)
-                _flush(written)
+                if near is None:
+                    break
+            _flush(written)
         return f"{file.digest.partition(':')[0]}:{hasher.hexdigest()}"
 
     def _open(self, file: FileSource) -> io.BufferedIOBase:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from fabric.errors import RequestInvalid
 from fabric.sdk import adapters, batches, instances, programs, tiers
@@ -216,25 +216,11 @@ class AsyncFabric:
         return await tiers.get_queues(self._transport)
 
     async def estimate(
-        self,
-        num_requests: int,
-        *,
-        prompt_tokens: int,
-        output_tokens: int,
-        model: str | None = None,
-        tier: Literal["interactive", "standard", "batch"] = "batch",
-        sites: Sequence[str] | None = None,
+        self, num_requests: int, *, model: str | None = None, **size: Unpack[tiers.Size]
     ) -> Estimate:
         """Return what many requests would take and cost; see ``Fabric.estimate``."""
-        return await tiers.get_estimate(
-            self._transport,
-            model or await self._find_model(),
-            num_requests,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            tier=tier,
-            sites=sites,
-        )
+        model = model or await self._find_model()
+        return await tiers.get_estimate(self._transport, model, num_requests, **size)
 
     async def usage(self, *, since: str | None = None, limit: int | None = None) -> Statement:
         """Return the allocations of the caller's project and its latest charges.

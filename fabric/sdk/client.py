@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
 
 from fabric.sdk.adapters import Adapter
 from fabric.sdk.aio import AsyncFabric
@@ -20,7 +20,7 @@ from fabric.sdk.programs import OnEvent, ProgramOptions, ProgramResult, PromptTo
 from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
 from fabric.sdk.results import Completion, Json
 from fabric.sdk.stream import Stream
-from fabric.sdk.tiers import Attained, Estimate, Queue
+from fabric.sdk.tiers import Attained, Estimate, Queue, Size
 
 if TYPE_CHECKING:
     from fabric.messages import Placement, PointManifest, Program
@@ -238,38 +238,20 @@ class Fabric:
         return self._background.run(self._fabric.queue())
 
     def estimate(
-        self,
-        num_requests: int,
-        *,
-        prompt_tokens: int,
-        output_tokens: int,
-        model: str | None = None,
-        tier: Literal["interactive", "standard", "batch"] = "batch",
-        sites: Sequence[str] | None = None,
+        self, num_requests: int, *, model: str | None = None, **size: Unpack[Size]
     ) -> Estimate:
         """Return what many requests would take and cost, by site. Nothing is run.
 
         Args:
             num_requests: How many there are.
-            prompt_tokens: Of each of them.
-            output_tokens: That each generates.
             model: ``name`` or ``name@revision``.
-            tier: What they would be asked as.
-            sites: Where they may run.
+            **size: ``prompt_tokens`` of each of them, and ``output_tokens`` that each generates;
+                the ``tier`` they would be asked as (``batch``), and ``sites`` where they may run.
 
         Raises:
             FabricError: Such a request would be refused.
         """
-        return self._background.run(
-            self._fabric.estimate(
-                num_requests,
-                prompt_tokens=prompt_tokens,
-                output_tokens=output_tokens,
-                model=model,
-                tier=tier,
-                sites=sites,
-            )
-        )
+        return self._background.run(self._fabric.estimate(num_requests, model=model, **size))
 
     def usage(self, *, since: str | None = None, limit: int | None = None) -> Statement:
         """Return the allocations of the caller's project and its latest charges.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 from fabric.sdk.records import Record, each
 
@@ -87,6 +87,15 @@ class Estimate(Record):
     charge_usu: int
 
 
+class Size(TypedDict):
+    """How large each request of a big run is, and what may answer it; see ``Fabric.estimate``."""
+
+    prompt_tokens: int
+    output_tokens: int
+    tier: NotRequired[Literal["interactive", "standard", "batch"]]
+    sites: NotRequired[Sequence[str] | None]
+
+
 async def get_attained(transport: Transport) -> tuple[Attained, ...]:
     """Return how far the promise of each tier was kept."""
     reply = await transport.get("/v1/fabric/slo")
@@ -106,8 +115,8 @@ async def get_estimate(
     *,
     prompt_tokens: int,
     output_tokens: int,
-    tier: Literal["interactive", "standard", "batch"],
-    sites: Sequence[str] | None,
+    tier: Literal["interactive", "standard", "batch"] = "batch",
+    sites: Sequence[str] | None = None,
 ) -> Estimate:
     """Return what a run would take."""
     body = {

@@ -55,9 +55,11 @@ def get_rig_client(globus: Globus, user: str, budget: RequestBudget | None = Non
     return client
 
 
-def get_rig_pool(globus: Globus, user: str, limits: ServiceLimits | None = None) -> ComputePool:
+def get_rig_pool(
+    globus: Globus, user: str, limits: ServiceLimits | None = None, *, shared: Path | None = None
+) -> ComputePool:
     """Return a pool, not started, that acts as a user of the rig."""
-    return ComputePool(limits, client_factory=lambda budget: get_rig_client(globus, user, budget))
+    return ComputePool(limits, lambda budget: get_rig_client(globus, user, budget), shared)
 
 
 def register_shipped(client: ServiceClient, name: str) -> UUID:

@@ -9,7 +9,7 @@ the forward pass to come by it.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from fabric.messages import nodes as n
 from fabric.messages.program import Program, ProgramRun
+from fabric.testing.program_draws import draw_token
 from fabric.testing.program_model import StopHere, Visited
 from fabric.testing.program_ops import DTYPES, Known, changed, pure, reduced, sliced
 
@@ -27,9 +28,6 @@ _TOUCHING = (n.Read, *_CHANGES)
 _SOURCES = (n.Const, n.Zeros, n.Saved, n.Artifact, n.TokenRows, n.WeightRead)
 _END = "the end"
 _REFS = ("cond", "x", "y", "v", "weight", "bias", "by", "like", "scalar", "mask", "gate")
-
-Choose = Callable[[Tensor, ProgramRun, int], int]
-"""The token after logits [vocabulary] in a run's step."""
 
 
 @dataclass(slots=True)
@@ -51,13 +49,6 @@ class RunOutcome:
     logits: list[Tensor] = field(default_factory=list)
 
 
-def greedy(logits: Tensor, run: ProgramRun, step: int) -> int:
-    """Choose the likeliest token; the oracle has no sampler of its own."""
-    if run.gen.temperature:
-        raise NotImplementedError(f"run {run.id!r} samples in step {step}: give a choose")
-    return int(logits.argmax())
-
-
 @dataclass(slots=True)
 class Interpreter:
     """Runs programs over one model.
@@ -66,13 +57,11 @@ class Interpreter:
         model: Llama-like, GPT-2-like, Gemma-like or Mixtral-like. Its attention is replaced by one
             that is written out, and its weights are kept from gradients; use a copy of your own.
         tokenizer: For prompts that are texts, and for spans.
-        choose: How a token is chosen of logits.
         artifacts: By ``id/run/save``.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None = None
-    choose: Choose = greedy
     artifacts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(
@@ -340,7 +329,7 @@ class _RunOfOne:
         return Known(picked, tuple(at))
 
     def _sample(self, logits: Tensor) -> int:
-        chosen = self._interpreter.choose(logits, self._run, self._step)
+        chosen = draw_token(logits, self._run.gen, self._step)
         return int(self._visit("sample", torch.tensor([chosen]))[0])
 
     def _positions(self, node: n.Node, step: int) -> list[int]:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +10,10 @@ import pytest
 from fabric.catalog import RunRecord
 from fabric.messages import RunState, Usage
 from fabric.sql import utc_now
+from fabric.testing.commands import get_environ, read_blocks
 from fabric.testing.hub import PROJECT, RunningHub, running_hub
 
 PAGE = Path(__file__).parents[2] / "docs/accounts.md"
-BLOCKS = re.compile(r"^```console\n(.*?)^```$", re.M | re.S).findall(PAGE.read_text())
 
 
 def record_runs(hub: RunningHub) -> None:
@@ -50,30 +46,16 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
     with running_hub(tmp_path, sites=["alpha"]) as hub:
         record, key = hub.keys.add_key(PROJECT)
         record_runs(hub)
-        environ = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "FABRIC_BASE_URL": hub.base_url,
-            "FABRIC_API_KEY": key,
-            "FABRIC_STATE_DIR": str(tmp_path / "state"),
-            "FABRIC_HUB_DATABASE_URL": f"sqlite:///{tmp_path / 'hub.sqlite'}",
-            "FABRIC_MODEL": "fixed",
-            "XDG_CONFIG_HOME": str(tmp_path / "config"),
-            "KEY_ID": record.id,
-        }
-        outputs = []
-        for text in BLOCKS:
-            script = re.sub(r"^\$ ", "", text, flags=re.M)
-            done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", script],
-                env=environ,
-                cwd=tmp_path,
-                capture_output=True,
-                text=True,
-                timeout=240,
-            )
-            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-            outputs.append(done.stdout + done.stderr)
+        environ = get_environ(
+            tmp_path,
+            hub,
+            FABRIC_API_KEY=key,
+            FABRIC_HUB_DATABASE_URL=f"sqlite:///{tmp_path / 'hub.sqlite'}",
+            FABRIC_MODEL="fixed",
+            KEY_ID=record.id,
+        )
+        ran = [block.run(environ, tmp_path, timeout_s=240) for block in read_blocks(PAGE)]
+        outputs = [one.stdout + one.stderr for one in ran]
         hub.ledger.verify()
         allocations = {one.name: one for one in hub.ledger.allocations(PROJECT)}
     assert allocations[f"allocation:{PROJECT}:alpha:2027"].available_usu == 20_000_000

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ from PIL import Image
 from fabric.engine.config import EngineConfig
 from fabric.engine.source import ModelSource
 from fabric.engine.torch_engine import TorchEngine
+from fabric.testing.commands import Block, get_environ
 from fabric.testing.hub import MODEL, PROJECT, running_hub
 
 PAGE = Path(__file__).parents[2] / "docs/interpretability.md"
@@ -32,24 +30,14 @@ def smollm2() -> TorchEngine:
 @pytest.mark.timeout(900)
 def test_the_page_runs_as_written(tmp_path: Path) -> None:
     with running_hub(tmp_path, sites=["alpha"], engine=smollm2) as hub:
-        environ = {
-            **os.environ,
-            "FABRIC_BASE_URL": hub.base_url,
-            "FABRIC_API_KEY": hub.keys.add_key(PROJECT, scopes=SCOPES)[1],
-            "FABRIC_STATE_DIR": str(tmp_path / "state"),
-            "XDG_CONFIG_HOME": str(tmp_path / "config"),
-            "FABRIC_TIMEOUT_S": "600",
-        }
-        script = "\n".join(BLOCKS).replace("smollm2-135m-instruct", MODEL)
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            env=environ,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=800,
+        environ = get_environ(
+            tmp_path,
+            hub,
+            FABRIC_API_KEY=hub.keys.add_key(PROJECT, scopes=SCOPES)[1],
+            FABRIC_TIMEOUT_S="600",
         )
-    assert done.returncode == 0, done.stderr
+        text = "\n".join(BLOCKS).replace("smollm2-135m-instruct", MODEL)
+        done = Block(language="python", text=text).run(environ, tmp_path, timeout_s=800)
     said = done.stdout.splitlines()
     assert "micro-SU at most" in said[0]
     assert " Paris" in said[3]

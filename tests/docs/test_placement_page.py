@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fabric.broker.policies import POLICIES
+from fabric.testing.commands import get_environ, read_blocks
 from fabric.testing.hub import MODEL, running_hub
 
-PAGE = (Path(__file__).parents[2] / "docs/placement.md").read_text()
-BLOCK = re.compile(r"^```console\n(.*?)^```$", re.M | re.S)
+PAGE = Path(__file__).parents[2] / "docs/placement.md"
+TEXT = PAGE.read_text()
 
 
 def test_the_policies_are_those_of_the_broker() -> None:
     parts = ("queue", "service", "data", "price", "risk")
-    rows = re.findall(r"^\| `([a-z-]+)`(?: \(default\))? \|((?: [\d.]+ \|)+)$", PAGE, re.M)
+    rows = re.findall(r"^\| `([a-z-]+)`(?: \(default\))? \|((?: [\d.]+ \|)+)$", TEXT, re.M)
     told = {
         name: dict(zip(parts, map(float, re.findall(r"[\d.]+", row)), strict=True))
         for name, row in rows
@@ -30,26 +28,15 @@ def test_the_policies_are_those_of_the_broker() -> None:
 @pytest.mark.slow
 def test_the_page_runs_as_written(tmp_path: Path) -> None:
     with running_hub(tmp_path) as hub:
-        environ = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "FABRIC_BASE_URL": hub.base_url,
-            "FABRIC_API_KEY": hub.api_key,
-            "FABRIC_STATE_DIR": str(tmp_path),
-            "XDG_CONFIG_HOME": str(tmp_path / "config"),
-            "FABRIC_HUB_DATABASE_URL": f"sqlite:///{tmp_path / 'hub.sqlite'}",
-            "COLUMNS": "200",
-            "MODEL": MODEL,
-        }
-        told = []
-        for text in BLOCK.findall(PAGE):
-            script = "\n".join(line.removeprefix("$ ") for line in text.splitlines())
-            argv = ["bash", "-euo", "pipefail", "-c", script]
-            done = subprocess.run(
-                argv, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=120
-            )
-            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-            told.append(done.stdout + done.stderr)
+        environ = get_environ(
+            tmp_path,
+            hub,
+            FABRIC_HUB_DATABASE_URL=f"sqlite:///{tmp_path / 'hub.sqlite'}",
+            COLUMNS="200",
+            MODEL=MODEL,
+        )
+        ran = [block.run(environ, tmp_path) for block in read_blocks(PAGE)]
+        told = [one.stdout + one.stderr for one in ran]
         explained, limited, planned = told
         assert "TOTAL S" in explained
         assert "alpha: data is there" in explained
@@ -61,4 +48,4 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
 
 
 def test_page_is_short() -> None:
-    assert len(PAGE.split()) <= 1200
+    assert len(TEXT.split()) <= 1200

@@ -1,20 +1,16 @@
 """The example of docs/planning.md prints what the page shows."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from fabric.testing.commands import Block, get_environ
 
 PAGE = Path(__file__).parents[2] / "docs/planning.md"
 [(COMMAND, SHOWN)] = re.findall(r"^```console\n\$ (.*?)\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
 
 
-def test_example_prints_what_the_page_shows() -> None:
-    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-c", COMMAND], env=environ, capture_output=True, text=True, check=True
-    )
+def test_example_prints_what_the_page_shows(tmp_path: Path) -> None:
+    done = Block(language="console", text=COMMAND).run(get_environ(tmp_path), tmp_path)
     assert done.stdout == SHOWN
 
 

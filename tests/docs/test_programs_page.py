@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +13,11 @@ from fabric.auth import PROGRAM_SCOPES
 from fabric.broker.programs import MAX_DEVICE_S
 from fabric.messages.program import MAX_CONSTS_BYTES, MAX_INLINE_BYTES
 from fabric.programs import CAPS
+from fabric.testing.commands import get_environ, read_blocks, run_blocks
 from fabric.testing.hub import MODEL, PROJECT, running_hub
 
 PAGE = Path(__file__).parents[2] / "docs/programs.md"
 TEXT = PAGE.read_text()
-BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S).findall(TEXT)
 ROWS = re.compile(r"^\| ([^|]+?) \| ([^|]+?) \| ([^|]+?) \| ([^|]+?) \|$", re.M).findall(TEXT)
 TIERS = ("interactive", "standard", "batch")
 
@@ -28,27 +25,11 @@ TIERS = ("interactive", "standard", "batch")
 @pytest.mark.slow
 def test_the_page_runs_as_written(tmp_path: Path) -> None:
     with running_hub(tmp_path, sites=["alpha"]) as hub:
-        environ = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "FABRIC_BASE_URL": hub.base_url,
-            "FABRIC_HUB_DATABASE_URL": f"sqlite:///{tmp_path / 'hub.sqlite'}",
-            "FABRIC_STATE_DIR": str(tmp_path / "state"),
-            "XDG_CONFIG_HOME": str(tmp_path / "config"),
-            "MODEL": MODEL,
-            "PROJECT": PROJECT,
-        }
-        outputs = []
-        for language, text in BLOCKS:
-            script = "\n".join(line.removeprefix("$ ") for line in text.splitlines())
-            argv = ["bash", "-euo", "pipefail", "-c", script]
-            if language == "python":
-                argv = [sys.executable, "-c", text]
-            done = subprocess.run(
-                argv, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=120
-            )
-            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-            outputs.append(done.stdout)
+        database = f"sqlite:///{tmp_path / 'hub.sqlite'}"
+        environ = get_environ(
+            tmp_path, hub, FABRIC_HUB_DATABASE_URL=database, MODEL=MODEL, PROJECT=PROJECT
+        )
+        outputs = run_blocks(read_blocks(PAGE), environ, tmp_path)
     assert "layers.{i}.out" in (tmp_path / "points.json").read_text()
     assert re.fullmatch(r"\['h'\] \d+ word0 word1 word2\n", outputs[2])
     assert json.loads((tmp_path / "artifact.json").read_text())["handle"]["artifact"]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,6 +15,7 @@ from fabric.broker import BrokerSettings
 from fabric.compute.functions import register, shipped_function
 from fabric.messages import InstanceSpec
 from fabric.sdk import Fabric
+from fabric.testing.commands import get_environ, read_blocks, run_blocks
 from fabric.testing.globus import Endpoint, Globus
 from fabric.testing.hub import MODEL, PROJECT, RunningHub, running_hub, wait_until
 from fabric.testing.rig import get_spec
@@ -26,7 +23,6 @@ from fabric.testing.rig import get_spec
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PAGE = Path(__file__).parents[2] / "docs/raw-calls.md"
-BLOCKS = re.compile(r"^```(console|python)\n(.*?)^```$", re.M | re.S).findall(PAGE.read_text())
 PATIENCE_S = 180.0
 GRANT_USU = 10_000
 USER = "alice"
@@ -113,26 +109,10 @@ def _spec(hub: RunningHub, directory: Path) -> InstanceSpec:
 def test_the_page_runs_as_written(
     globus: Globus, hub: RunningHub, site: Site, fabric: Fabric, tmp_path: Path
 ) -> None:
-    environ = {
-        **os.environ,
-        **globus.environ(USER),
-        "FABRIC_BASE_URL": hub.base_url,
-        "FABRIC_API_KEY": hub.api_key,
-        "ENDPOINT": str(site.endpoint.id),
-        "INFER": str(site.infer),
-        "MODEL": MODEL,
-    }
-    outputs = []
-    for language, text in BLOCKS:
-        script = "\n".join(line.removeprefix("$ ") for line in text.splitlines())
-        argv = ["bash", "-euo", "pipefail", "-c", script]
-        if language == "python":
-            argv = [sys.executable, "-c", text]
-        done = subprocess.run(
-            argv, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S
-        )
-        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-        outputs.append(done.stdout)
+    whose = globus.environ(USER)
+    places = {"ENDPOINT": str(site.endpoint.id), "INFER": str(site.infer), "MODEL": MODEL}
+    environ = get_environ(tmp_path, hub, **whose, **places)
+    outputs = run_blocks(read_blocks(PAGE), environ, tmp_path, PATIENCE_S)
     told = " ".join(f"word{position}" for position in range(20))
     assert outputs[1].splitlines() == [told, told]
     runs = fabric.runs()

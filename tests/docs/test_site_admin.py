@@ -6,30 +6,25 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fabric.testing.commands import get_environ, read_blocks
 from fabric.testing.globus import Globus
 
 PAGE = Path(__file__).parents[2] / "docs/site-admin.md"
-BLOCK = re.compile(r"^```console\n(.*?)^```$", re.M | re.S)
 
 
 @pytest.fixture
 def environ(globus: Globus, tmp_path: Path, free_port: int) -> Iterator[dict[str, str]]:
-    environ = {
-        **os.environ,
-        **globus.environ("site-a"),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    own = {
         "GLOBUS_COMPUTE_USER_DIR": str(tmp_path / "compute"),
-        "FABRIC_STATE_DIR": str(tmp_path / "state"),
         "FABRIC_HUB_PORT": str(free_port),
         "FABRIC_BASE_URL": f"http://127.0.0.1:{free_port}",
-        "XDG_CONFIG_HOME": str(tmp_path / "config"),
     }
+    environ = get_environ(tmp_path, **globus.environ("site-a") | own)
     yield environ
     for name in ("agent.pid", "hub.pid"):
         with contextlib.suppress(OSError, ValueError):
@@ -42,14 +37,12 @@ def environ(globus: Globus, tmp_path: Path, free_port: int) -> Iterator[dict[str
 @pytest.mark.timeout(900)
 def test_page_runs_as_written(environ: dict[str, str], tmp_path: Path) -> None:
     outputs = []
-    for text in BLOCK.findall(PAGE.read_text()):
-        script = re.sub(r"^\$ ", "", text, flags=re.M)
-        argv = ["bash", "-euo", "pipefail", "-c", script]
-        done = subprocess.run(
-            argv, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=400
-        )
-        logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
-        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}\n{logs}"
+    for block in read_blocks(PAGE):
+        try:
+            done = block.run(environ, tmp_path, timeout_s=400)
+        except AssertionError as error:
+            logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+            raise AssertionError(f"{error}\n{logs}") from None
         outputs.append(done.stdout + done.stderr)
     everything = "\n".join(outputs)
     assert "The project astro would be added." in everything

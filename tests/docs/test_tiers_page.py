@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -15,11 +12,11 @@ import pytest
 from fabric.broker import PROMISES, BrokerSettings
 from fabric.ledger.rates import TIERS
 from fabric.sdk import Fabric
+from fabric.testing.commands import get_environ, read_blocks, run_blocks
 from fabric.testing.hub import running_hub
 
 PAGE = Path(__file__).parents[2] / "docs/tiers.md"
 TEXT = PAGE.read_text()
-BLOCKS = re.compile(r"^```(console|python)\n(.*?)^```$", re.M | re.S).findall(TEXT)
 ROWS = re.compile(r"^\| (\w+) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", re.M).findall(TEXT)
 
 
@@ -28,25 +25,7 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
     with running_hub(tmp_path) as hub, Fabric(hub.base_url, hub.api_key) as fabric:
         for _ in range(20):
             fabric.complete("one two", max_tokens=4)
-        environ = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "FABRIC_BASE_URL": hub.base_url,
-            "FABRIC_API_KEY": hub.api_key,
-            "FABRIC_STATE_DIR": str(tmp_path / "state"),
-            "XDG_CONFIG_HOME": str(tmp_path / "config"),
-        }
-        outputs = []
-        for language, text in BLOCKS:
-            script = "\n".join(line.removeprefix("$ ") for line in text.splitlines())
-            argv = ["bash", "-euo", "pipefail", "-c", script]
-            if language == "python":
-                argv = [sys.executable, "-c", text]
-            done = subprocess.run(
-                argv, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=120
-            )
-            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-            outputs.append(done.stdout)
+        outputs = run_blocks(read_blocks(PAGE), get_environ(tmp_path, hub), tmp_path)
         metrics = httpx.get(f"{hub.base_url}/metrics").text
     assert "1,000,000 requests of 800 and 100 tokens" in outputs[0]
     assert [line.split()[0] for line in outputs[1].splitlines()] == ["alpha", "beta"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 import secrets
 import subprocess
 import sys
@@ -22,13 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fabric.errors import AdapterInvalid, FabricError, NotFound
 from fabric.messages import EngineOptions, InstanceSpec, InstanceState, Launch
 from fabric.sdk import Fabric
+from fabric.testing.commands import get_environ, read_blocks, run_blocks
 from fabric.testing.hub import MODEL, RunningHub, running_hub, wait_until
 from fabric.testing.rig import InstanceProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 PAGE = Path(__file__).parents[2] / "docs/adapters.md"
-BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S).findall(PAGE.read_text())
 WORDS = [f"w{i}" for i in range(63)]
 END = len(WORDS)
 PROMPT = "w1 w2 w3 w4 w5"
@@ -216,28 +214,8 @@ def test_a_stream_goes_on_when_its_adapter_is_deleted(world: World) -> None:
 
 
 def test_the_page_runs_as_written(world: World, tmp_path: Path) -> None:
-    environ = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "FABRIC_BASE_URL": world.hub.base_url,
-        "FABRIC_API_KEY": world.hub.api_key,
-        "FABRIC_STATE_DIR": str(tmp_path / "state"),
-        "XDG_CONFIG_HOME": str(tmp_path / "config"),
-        "OPENAI_BASE_URL": world.hub.openai_url,
-        "OPENAI_API_KEY": world.hub.api_key,
-        "MODEL": MODEL,
-    }
-    outputs = []
-    for language, text in BLOCKS:
-        script = "\n".join(line.removeprefix("$ ") for line in text.splitlines())
-        argv = ["bash", "-euo", "pipefail", "-c", script]
-        if language == "python":
-            argv = [sys.executable, "-c", text]
-        done = subprocess.run(
-            argv, env=environ, cwd=world.folder, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-        outputs.append(done.stdout)
+    environ = get_environ(tmp_path, world.hub, MODEL=MODEL)
+    outputs = run_blocks(read_blocks(PAGE), environ, world.folder)
     added, *_, words = outputs[0].splitlines()
     assert added == "poet"
     assert words.split()[0].startswith("w")

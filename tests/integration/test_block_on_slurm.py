@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fabric.testing.hub import RunningHub, running_hub, wait_until
-from fabric.testing.slurm import Slurm, running_slurm
+from fabric.testing.slurm import Slurm
 from fabric.testing.slurm.user import User, states
 from fabric.testing.tiny_model import save_tiny_llama
 
@@ -26,13 +25,6 @@ TWO_NODES = ("--nodes", "2", "--dtype", "float32", "--max-rows", "4", "--wait")
 PROMPT = "a star"
 AGENT = "fabric.engine.partition.agent"
 CONTEXT_TOKENS = 4096
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    # Sockets have short names; pytest's folders do not.
-    with tempfile.TemporaryDirectory(prefix="sl") as name, running_slurm(Path(name)) as slurm:
-        yield slurm
 
 
 @pytest.fixture(scope="module")

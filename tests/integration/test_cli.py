@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fabric.testing.commands import get_environ
 from fabric.testing.engine import FixedDelayEngine, word
 from fabric.testing.hub import RunningHub, running_hub, wait_until
 from fabric.testing.scripted_hub import chat_events, scripted_hub
@@ -32,15 +33,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
 
 @pytest.fixture
 def environ(hub: RunningHub, tmp_path: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FABRIC_")}
-    return kept | {
-        "FABRIC_BASE_URL": hub.base_url,
-        "FABRIC_API_KEY": hub.api_key,
-        "FABRIC_STATE_DIR": str(tmp_path / "state"),
-        "XDG_CONFIG_HOME": str(tmp_path / "config"),
-        "TERM": "xterm",
-        "COLUMNS": "120",
-    }
+    return get_environ(tmp_path, hub, TERM="xterm", COLUMNS="120")
 
 
 def run(

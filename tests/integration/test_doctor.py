@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,16 +13,11 @@ import pytest
 
 from fabric.cli.doctor import SchedulerCheck, examine
 from fabric.config import EndpointSpec
+from fabric.testing.commands import get_environ
 from fabric.testing.globus import Globus
-from fabric.testing.slurm import Slurm, running_slurm
+from fabric.testing.slurm import Slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    with tempfile.TemporaryDirectory(prefix="sl") as short, running_slurm(Path(short)) as slurm:
-        yield slurm
 
 
 def test_partitions_and_walltimes_that_slurm_refuses_are_told(
@@ -59,13 +51,7 @@ def test_an_endpoint_that_nobody_knows_is_told(globus: Globus, tmp_path: Path) -
         "endpoint": {"scheduler": "local"},
     }
     (tmp_path / "anvil.yaml").write_text(json.dumps(site))
-    environ = {
-        **os.environ,
-        **globus.environ("site-a"),
-        "FABRIC_STATE_DIR": str(tmp_path / "state"),
-        "XDG_CONFIG_HOME": str(tmp_path),
-        "no_proxy": "127.0.0.1",
-    }
+    environ = get_environ(tmp_path, **globus.environ("site-a"), XDG_CONFIG_HOME=str(tmp_path))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "fabric.cli.admin", "doctor", "anvil.yaml"),

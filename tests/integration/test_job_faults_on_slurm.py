@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,18 +15,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from fabric.testing.hub import RunningHub, running_hub
-from fabric.testing.slurm import Slurm, running_slurm
+from fabric.testing.slurm import Slurm
 from fabric.testing.slurm.user import MACHINE, User, states
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 WALLTIME = ("--walltime", "00:05:00")
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    with tempfile.TemporaryDirectory(prefix="sl") as name, running_slurm(Path(name)) as slurm:
-        yield slurm
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +32,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
         ):
             hub.catalog.add_model(name, "1", source=source, context_tokens=2048)
         yield hub
-
-
-@pytest.fixture
-def user(hub: RunningHub, slurm: Slurm, tmp_path: Path) -> Iterator[User]:
-    user = User(hub, slurm, tmp_path)
-    try:
-        yield user
-    finally:
-        user.end_all()
 
 
 @contextmanager

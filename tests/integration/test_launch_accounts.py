@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import pytest
 import yaml
 
 from fabric.config import shipped_sites
+from fabric.testing.commands import get_environ
 from fabric.testing.hub import PROJECT, RunningHub, running_hub
 from fabric.testing.instance import MODULE
 from fabric.testing.slurm import Slurm, running_slurm
@@ -63,14 +63,7 @@ def environ(slurm: Slurm, hub: RunningHub, tmp_path: Path) -> Iterator[dict[str,
     shipped["endpoint"]["worker_init"] = "module load nothing-of-the-kind"
     (sites / "broken.yaml").write_text(yaml.safe_dump(shipped | {"name": "broken"}))
     _, key = hub.keys.add_key(PROJECT, scopes=("query", "launch"))
-    yield {
-        **os.environ,
-        **slurm.environ,
-        "FABRIC_BASE_URL": hub.base_url,
-        "FABRIC_API_KEY": key,
-        "FABRIC_STATE_DIR": str(tmp_path / "state"),
-        "XDG_CONFIG_HOME": str(tmp_path / "config"),
-    }
+    yield get_environ(tmp_path, hub, **slurm.environ, FABRIC_API_KEY=key)
     for job in slurm.run("squeue", "-h", "-o", "%i").split():
         slurm.try_run("scancel", job)
 

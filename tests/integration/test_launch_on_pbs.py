@@ -6,32 +6,24 @@ commands of tests/data/pbs run the jobs here and answer in the recorded form.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import yaml
 
-from fabric.launch.jobs import JobRecord, LaunchFolder
-from fabric.sdk import Fabric
-from fabric.testing.hub import PROJECT, RunningHub, running_hub
-from fabric.testing.instance import MODULE
+from fabric.testing.hub import RunningHub, running_hub
+from fabric.testing.person import Person
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SHIMS = Path(__file__).parents[1] / "data" / "pbs"
-PATIENCE_S = 90.0
 FULL = "Not Running: Insufficient amount of resource: ncpus"
 SITE = {
-    "name": "test-pbs",
     "system": {
         "center": "Here",
         "scheduler": "pbspro",
@@ -55,59 +47,18 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
         yield hub
 
 
-class Cluster:
+class Cluster(Person):
     """Somebody with a key, at the login node of a PBS."""
 
     def __init__(self, hub: RunningHub, folder: Path) -> None:
-        self.state = folder / "s"
         self.jobs = folder / "pbs"
         self.jobs.mkdir()
-        sites = folder / "config" / "fabric" / "sites"
-        sites.mkdir(parents=True)
-        (sites / "test-pbs.yaml").write_text(yaml.safe_dump(SITE))
-        _, self.key = hub.keys.add_key(PROJECT, scopes=("query", "launch"))
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("FABRIC_")}
-        self.environ = kept | {
-            "PATH": f"{SHIMS}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PBS_SHIM": str(self.jobs),
-            "FABRIC_BASE_URL": hub.base_url,
-            "FABRIC_API_KEY": self.key,
-            "FABRIC_STATE_DIR": str(self.state),
-            "XDG_CONFIG_HOME": str(folder / "config"),
-        }
-        self.fabric = Fabric(hub.base_url, self.key)
-
-    def run(self, *args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "fabric.cli", *args],
-            env=self.environ,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S + 60,
-            check=False,
-        )
-
-    def launch(self, *args: str) -> dict[str, Any]:
-        fixed = ("--site", "test-pbs", "--walltime", "00:05:00", "--module", MODULE)
-        done = self.run("launch", "brought@1", *fixed, "--format", "json", *args)
-        assert done.returncode == 0, done.stderr
-        return dict(json.loads(done.stdout))
-
-    def wait(self, name: str, condition: Callable[[JobRecord], bool]) -> JobRecord:
-        until = time.monotonic() + PATIENCE_S
-        while not (
-            (jobs := LaunchFolder(self.state / "launches" / name).jobs()) and condition(jobs[0])
-        ):
-            assert time.monotonic() < until, jobs
-            time.sleep(0.1)
-        return jobs[0]
+        path = f"{SHIMS}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        super().__init__(hub, folder, "test-pbs", PATH=path, PBS_SHIM=str(self.jobs))
+        self.know(SITE)
 
     def end_all(self) -> None:
-        self.fabric.close()
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or ()
-            if "fabric.cli.launching" in words and str(self.jobs.parent) in words[-1]:
-                process.kill()
+        super().end_all()
         for keeper in self.jobs.glob("*/keeper"):
             keeper.with_name("end").touch()
             with suppress(psutil.NoSuchProcess):
@@ -126,15 +77,15 @@ def pbs(hub: RunningHub, tmp_path: Path) -> Iterator[Cluster]:
 def test_a_job_waits_runs_serves_ends_and_is_accounted_for(pbs: Cluster) -> None:
     (pbs.jobs / "full").touch()
     name = pbs.launch()["name"]
-    waiting = pbs.wait(name, lambda job: bool(job.detail))
+    waiting = pbs.wait_job(name, lambda job: bool(job.detail))
     assert (waiting.state, waiting.detail) == ("pending", FULL)
     (pbs.jobs / "full").unlink()
-    ready = pbs.wait(name, lambda job: job.state == "ready")
+    ready = pbs.wait_job(name, lambda job: job.state == "ready")
     assert pbs.fabric.complete("hello", model="brought@1", max_tokens=1).text == "word0"
     stopped = pbs.run("stop", name)
     assert "its owner ended it" in stopped.stderr, stopped.stderr
 
-    job = pbs.wait(name, lambda job: job.is_told)
+    job = pbs.wait_job(name, lambda job: job.is_told)
     assert job.usage is not None
     assert (job.state, job.usage.source) == ("stopped", "qstat")
     # A node's second costs a unit there.
@@ -149,15 +100,14 @@ def test_a_job_that_was_killed_by_hand_is_noticed(pbs: Cluster) -> None:
     launch = pbs.launch("--wait")
     job_id = launch["jobs"][0]["job_id"]
     subprocess.run([SHIMS / "qdel", job_id], env=pbs.environ, check=True)
-    ended = pbs.wait(launch["name"], lambda job: job.ended_at is not None)
+    ended = pbs.wait_job(launch["name"], lambda job: job.ended_at is not None)
     # Whether its instance has told that it drains is a matter of moments.
     assert ended.state in ("stopped", "failed")
     assert pbs.fabric.instances() == ()
 
 
 def test_what_qsub_refuses_comes_with_its_words(pbs: Cluster) -> None:
-    fixed = ("--site", "test-pbs", "--walltime", "00:05:00", "--queue", "gone")
-    done = pbs.run("launch", "brought@1", *fixed, "--module", MODULE)
+    done = pbs.try_launch("--queue", "gone")
     assert done.returncode != 0
     assert "qsub: Unknown queue" in done.stderr
     assert "Traceback" not in done.stderr

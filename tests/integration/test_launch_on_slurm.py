@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psutil
 import pytest
@@ -17,19 +15,11 @@ from fabric.errors import FabricError, NotFound, PermissionDenied
 from fabric.sdk import Fabric
 from fabric.testing.hub import PROJECT, RunningHub, running_hub
 from fabric.testing.instance import MODULE
-from fabric.testing.slurm import Slurm, running_slurm
 from fabric.testing.slurm.user import MACHINE, User, states
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 MODEL = "brought@1"
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    # Sockets have short names; pytest's folders do not.
-    with tempfile.TemporaryDirectory(prefix="sl") as name, running_slurm(Path(name)) as slurm:
-        yield slurm
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +31,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
         hub.catalog.add_model("broken", "1", source="fixed-delay:broken=1", context_tokens=2048)
         hub.catalog.add_model("secret", "1", source="fixed-delay:", context_tokens=2048)
         yield hub
-
-
-@pytest.fixture
-def user(hub: RunningHub, slurm: Slurm, tmp_path: Path) -> Iterator[User]:
-    user = User(hub, slurm, tmp_path)
-    try:
-        yield user
-    finally:
-        user.end_all()
 
 
 def test_dry_run_prints_the_plan_and_the_very_script(user: User) -> None:
@@ -72,6 +53,8 @@ def test_dry_run_prints_the_plan_and_the_very_script(user: User) -> None:
         (("--walltime", "00:10:00", "--nodes", "3"), "debug takes jobs of at most 2 nodes"),
         (("--walltime", "00:10:00", "--queue", "none"), "has the queues debug, small"),
         (("--walltime", "10"), "write hours, minutes and seconds"),
+        (("--walltime", "00:00:00"), "ask for one at least"),
+        (("--walltime", "00:10:00", "--keep-alive-until", "2020-01-01"), "'2020-01-01' is over"),
     ],
 )
 def test_what_the_machine_would_refuse_is_refused_here(
@@ -181,7 +164,7 @@ def test_a_launcher_that_was_killed_finds_its_jobs_again(user: User) -> None:
         and launch["name"] in process.info["cmdline"][-1]
     )
     watching.send_signal(signal.SIGKILL)
-    watching.wait(10)
+    watching.wait(30)
     left = user.run("instances")
     assert f"Nobody watches {launch['name']}" in left.stderr
     assert user.fabric.complete("hello", model=MODEL, max_tokens=1).text == "word0"

@@ -3,93 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import psutil
 import pytest
-import yaml
 
 from fabric.compute.endpoint import get_endpoint_files
 from fabric.config import SiteSpec, load_site, shipped_sites
-from fabric.launch.jobs import JobRecord, LaunchFolder
-from fabric.launch.jobs.through import FUNCTIONS, EndpointLogin
-from fabric.sdk import Fabric
+from fabric.launch.jobs import LaunchFolder
+from fabric.launch.jobs.through import FUNCTIONS, LIMITS, EndpointLogin, get_budget_path
 from fabric.testing.compute import get_rig_pool
 from fabric.testing.globus import Endpoint, Globus
-from fabric.testing.hub import PROJECT, RunningHub, running_hub
-from fabric.testing.instance import MODULE
-from fabric.testing.slurm import Slurm, running_slurm
+from fabric.testing.hub import RunningHub, running_hub
+from fabric.testing.person import PATIENCE_S, Person
+from fabric.testing.slurm import Slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 OWNER = "alice"
 MACHINE = "far"
-PATIENCE_S = 200.0
 
 
-class User:
+class User(Person):
     """Somebody with a key and a Globus login, on a machine that knows no scheduler."""
 
     def __init__(self, globus: Globus, hub: RunningHub, folder: Path) -> None:
-        self.state, self.sites = folder / "s", folder / "config" / "fabric" / "sites"
-        self.launches = self.state / "launches"
+        # None of Slurm's commands are here.
+        path = str(Path(sys.executable).parent)
+        super().__init__(hub, folder, MACHINE, **globus.environ(OWNER) | {"PATH": path})
         self.launches.mkdir(parents=True)
-        self.sites.mkdir(parents=True)
-        _, key = hub.keys.add_key(PROJECT, scopes=("query", "launch"))
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("FABRIC_", "SLURM"))}
-        self.environ = kept | {
-            **globus.environ(OWNER),
-            # None of Slurm's commands are here.
-            "PATH": str(Path(sys.executable).parent),
-            "FABRIC_BASE_URL": hub.base_url,
-            "FABRIC_API_KEY": key,
-            "FABRIC_STATE_DIR": str(self.state),
-            "XDG_CONFIG_HOME": str(folder / "config"),
-        }
-        self.fabric = Fabric(hub.base_url, key)
-
-    def run(self, *args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "fabric.cli", *args],
-            env=self.environ,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S + 60,
-            check=False,
-        )
-
-    def launch(self, *more: str) -> subprocess.CompletedProcess[str]:
-        fixed = ("--site", MACHINE, "--walltime", "00:05:00", "--module", MODULE)
-        return self.run("launch", "brought@1", *fixed, "--format", "json", *more)
-
-    def wait(self, name: str, condition: Callable[[JobRecord], bool]) -> JobRecord:
-        folder, until = LaunchFolder(self.launches / name), time.monotonic() + PATIENCE_S
-        while not ((jobs := folder.jobs()) and condition(jobs[0])):
-            assert time.monotonic() < until, (jobs, folder.log_path.read_text())
-            time.sleep(0.2)
-        return jobs[0]
-
-    def end_all(self) -> None:
-        self.fabric.close()
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or ()
-            if "fabric.cli.launching" in words and str(self.state) in words[-1]:
-                process.kill()
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    with tempfile.TemporaryDirectory(prefix="sl") as short, running_slurm(Path(short)) as slurm:
-        yield slurm
 
 
 @pytest.fixture
@@ -113,7 +60,8 @@ def far_site(**executor: Any) -> SiteSpec:
 @contextmanager
 def login_node(globus: Globus, slurm: Slurm, user: User, home: Path) -> Iterator[Endpoint]:
     """Yield the user's endpoint where Slurm is: as our templates make it, for these functions."""
-    login = EndpointLogin(far_site(), user.launches, get_rig_pool(globus, OWNER)).start()
+    pool = get_rig_pool(globus, OWNER, LIMITS, shared=get_budget_path(user.launches))
+    login = EndpointLogin(far_site(), user.launches, pool).start()
     allowed = tuple(login._functions[name] for name in FUNCTIONS)
     login.close()
     files = home / "endpoint"
@@ -124,8 +72,7 @@ def login_node(globus: Globus, slurm: Slurm, user: User, home: Path) -> Iterator
         "login", owner=OWNER, template=files, task_environ=slurm.environ
     ) as endpoint:
         site = far_site(endpoint_id=str(endpoint.id), run_dir=str(home / "run"))
-        text = yaml.safe_dump(site.model_dump(mode="json", exclude_defaults=True))
-        (user.sites / f"{MACHINE}.yaml").write_text(text)
+        user.know(site.model_dump(mode="json", exclude_defaults=True))
         yield endpoint
 
 
@@ -133,7 +80,7 @@ def test_a_launch_through_an_endpoint_lives_its_whole_life(
     globus: Globus, slurm: Slurm, user: User, tmp_path: Path
 ) -> None:
     with login_node(globus, slurm, user, tmp_path):
-        planned = user.launch("--dry-run", "--account", "astro")
+        planned = user.try_launch("--dry-run", "--account", "astro")
         assert planned.returncode == 0, planned.stderr
         plan = json.loads(planned.stdout)
         assert "#SBATCH --signal=B:USR1" in plan["script"]
@@ -143,7 +90,7 @@ def test_a_launch_through_an_endpoint_lives_its_whole_life(
         assert plan["balance_unknown"].startswith("not asked: the file does not say how")
         assert slurm.run("squeue", "-h") == ""
 
-        launched = user.launch("--wait")
+        launched = user.try_launch("--wait")
         assert launched.returncode == 0, launched.stderr
         launch = json.loads(launched.stdout)
         assert launch["via"] == "endpoint"
@@ -156,21 +103,57 @@ def test_a_launch_through_an_endpoint_lives_its_whole_life(
 
         stopped = user.run("stop", launch["name"])
         assert "its owner ended it" in stopped.stderr, stopped.stderr
-        ended = user.wait(launch["name"], lambda job: job.is_told)
+        ended = user.wait_job(launch["name"], lambda job: job.is_told)
         assert (ended.state, ended.usage and ended.usage.source) == ("stopped", "scontrol")
         assert slurm.run("squeue", "-h") == ""
         assert not list((tmp_path / "run").rglob("*.spec.json"))
         [memo] = [line for line in user.fabric.usage().lines if line.kind == "memo"]
         assert memo.job == job["job_id"]
-    # Commands that follow each other have a budget each, and the service one for all of them: what
-    # is too much is asked again (docs/limits.md).
-    assert [found for found in globus.violations() if "requests in" not in found] == []
+    # All of the user's commands together kept within what the service allows.
+    assert globus.violations() == []
+
+
+@pytest.mark.timeout(600)
+def test_jobs_are_found_again_when_their_endpoint_was_away(
+    globus: Globus, slurm: Slurm, user: User, tmp_path: Path
+) -> None:
+    with login_node(globus, slurm, user, tmp_path) as endpoint:
+        slurm.run("sbatch", "-N2", "--exclusive", "-t9", "--wrap", "sleep 900", "-o", "/dev/null")
+        name, job_id = (launch := user.launch())["name"], launch["jobs"][0]["job_id"]
+        endpoint.kill_core()
+        endpoint.wait_offline()
+        away = user.wait_job(name, lambda job: "is offline" in job.unseen)
+        assert (away.state, away.job_id) == ("pending", job_id)
+        assert f"The endpoint {endpoint.id} of far is offline" in away.unseen
+        assert "`globus-compute-endpoint start`" in away.unseen
+        assert "is offline" in user.run("instances", "--format", "json").stdout
+
+        # What would be launched meanwhile is refused before anything is made.
+        refused = user.try_launch()
+        assert refused.returncode != 0
+        error = json.loads(refused.stderr.splitlines()[-1])["error"]
+        assert (error["code"], error["detail"]["machine"]) == ("endpoint_offline", MACHINE)
+        assert len(LaunchFolder.all(user.launches)) == 1
+        # The job starts, joins and serves, though nobody sees it.
+        slurm.run("scancel", "-n", "wrap")
+        instance = launch["jobs"][0]["instance"]
+        until = time.monotonic() + PATIENCE_S
+        while instance not in {one.instance for one in user.fabric.instances() if one.connected}:
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        assert user.fabric.complete("hi", model="brought@1", max_tokens=1).text == "word0"
+
+        endpoint.start_core()
+        found = user.wait_job(name, lambda job: job.state == "ready")
+        assert (found.job_id, found.unseen) == (job_id, "")
+        assert "its owner ended it" in user.run("stop", name).stderr
+        assert slurm.run("squeue", "-h") == ""
 
 
 def test_an_endpoint_that_is_not_named_is_asked_for(user: User) -> None:
     site = load_site(shipped_sites()["local-slurm"]).model_dump(mode="json", exclude_defaults=True)
-    (user.sites / f"{MACHINE}.yaml").write_text(yaml.safe_dump({**site, "name": MACHINE}))
-    done = user.launch("--via", "endpoint")
+    user.know(site)
+    done = user.try_launch("--via", "endpoint")
     assert done.returncode != 0
     error = json.loads(done.stderr)["error"]
     assert error["code"] == "launch_impossible"

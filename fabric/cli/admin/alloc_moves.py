@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import datetime
+from typing import TypedDict, Unpack
+from uuid import UUID
 
 import click
 
@@ -12,15 +14,26 @@ from fabric.cli.admin.amounts import amount_options, optional_amount
 from fabric.cli.admin.change import undoable_options
 from fabric.cli.admin.database import UTC_TIME, Books, database_options
 from fabric.cli.money import su
+from fabric.cli.options import Command
 from fabric.cli.output import Column, Output, note, short
 from fabric.cli.statement_csv import to_csv
 from fabric.errors import Duplicate, NotFound, RequestInvalid
 
 GLOBUS = "globus:"
-key_option = click.option(
-    "--key", metavar="NAME", help="The entry's name: what was made under it is not made again."
-)
-memo_option = click.option("--memo", default="", metavar="TEXT", help="Why; statements show it.")
+
+
+class Entry(TypedDict):
+    """What an entry is called, and why it is made."""
+
+    key: str | None
+    memo: str
+
+
+def _entry_options(function: Command) -> Command:
+    """Add ``--key`` and ``--memo``; the function gets them as the fields of an ``Entry``."""
+    key = "The entry's name: what was made under it is not made again."
+    memo = click.option("--memo", default="", metavar="TEXT", help="Why; statements show it.")
+    return click.option("--key", metavar="NAME", help=key)(memo(function))
 
 
 @click.command()
@@ -28,8 +41,7 @@ memo_option = click.option("--memo", default="", metavar="TEXT", help="Why; stat
 @click.argument("holder")
 @site_option
 @period_option
-@key_option
-@memo_option
+@_entry_options
 @undoable_options
 @amount_options
 def share(
@@ -38,10 +50,9 @@ def share(
     site: str,
     period: str | None,
     amount_usu: int,
-    key: str | None,
-    memo: str,
     books: Books,
     output: Output,
+    **entry: Unpack[Entry],
 ) -> None:
     """Set a part of an allocation aside for one caller: HOLDER is a key's id or globus:UUID.
 
@@ -51,7 +62,9 @@ def share(
     Example:
       fabric-admin alloc share astro 0a1b2c3d4e5f --su 20
     """
-    if not holder.startswith(GLOBUS) and books.keys.key(holder).project != project:
+    if holder.startswith(GLOBUS):
+        _check_uuid(holder)
+    elif books.keys.key(holder).project != project:
         raise NotFound(kind="key", name=holder)
     allocation = find(books, project, site, period)
     name = f"{allocation.name}/{holder}"
@@ -59,9 +72,9 @@ def share(
         with suppress(Duplicate):
             books.ledger.open_share(allocation.name, holder)
         if amount_usu < 0:
-            books.ledger.withdraw(name, -amount_usu, key=key, memo=memo)
+            books.ledger.withdraw(name, -amount_usu, **entry)
         else:
-            books.ledger.grant(name, amount_usu, key=key, memo=memo)
+            books.ledger.grant(name, amount_usu, **entry)
     available_usu = books.ledger.allocation(name).available_usu
     report(f"{name} has {su(available_usu)} SU available.", name, books, output)
 
@@ -72,8 +85,7 @@ def share(
 @click.option("--to", "target", default="*", metavar="SITE", help="Anywhere if left out.")
 @click.option("--from-period", metavar="NAME", help="Of which period.")
 @click.option("--to-period", metavar="NAME", help="Of which period.")
-@key_option
-@memo_option
+@_entry_options
 @undoable_options
 @amount_options
 def exchange(
@@ -83,10 +95,9 @@ def exchange(
     from_period: str | None,
     to_period: str | None,
     amount_usu: int,
-    key: str | None,
-    memo: str,
     books: Books,
     output: Output,
+    **entry: Unpack[Entry],
 ) -> None:
     """Move an amount from one allocation of PROJECT to another.
 
@@ -96,23 +107,17 @@ def exchange(
     """
     from_ = find(books, project, source, from_period).name
     to = find(books, project, target, to_period).name
-    books.ledger.exchange(from_, to, amount_usu, key=key, memo=memo)
+    books.ledger.exchange(from_, to, amount_usu, **entry)
     report(f"Moved {su(amount_usu)} SU from {from_} to {to}.", to, books, output)
 
 
 @click.command()
 @click.argument("run")
-@key_option
-@memo_option
+@_entry_options
 @undoable_options
 @optional_amount
 def refund(
-    run: str,
-    amount_usu: int | None,
-    key: str | None,
-    memo: str,
-    books: Books,
-    output: Output,
+    run: str, amount_usu: int | None, books: Books, output: Output, **entry: Unpack[Entry]
 ) -> None:
     """Give back what RUN was charged: all that is left of it, or an amount.
 
@@ -120,7 +125,7 @@ def refund(
     Example:
       fabric-admin alloc refund run_5f70 --su 0.5 --memo "node failed"
     """
-    made = books.ledger.refund(run, amount_usu, key=key, memo=memo)
+    made = books.ledger.refund(run, amount_usu, **entry)
     if output.is_json:
         output.json(made)
         return
@@ -182,3 +187,15 @@ def statement(
         )
     if not found.complete:
         note("There are older lines; --limit shows more.")
+
+
+def _check_uuid(holder: str) -> None:
+    """Refuse a login that no caller can have: its share could never be spent."""
+    name = holder.removeprefix(GLOBUS)
+    try:
+        is_uuid = name == str(UUID(name))
+    except ValueError:
+        is_uuid = False
+    if not is_uuid:
+        reason = "a login is globus: and the UUID of its identity, in lower case"
+        raise RequestInvalid(param="holder", value=holder, reason=reason)

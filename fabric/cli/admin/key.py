@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -9,13 +10,29 @@ import click
 
 from fabric.cli.admin.change import Change, change_options
 from fabric.cli.admin.database import UTC_TIME, Books, database_options, yes_option
+from fabric.cli.options import Command
 from fabric.cli.output import Column, Output, note, to_json
 
 if TYPE_CHECKING:
     from fabric.auth import KeyRecord
 
 PROGRAM_SCOPES = ("program:read", "program:write", "program:gradient", "program:weights")
-SCOPES = click.Choice(["query", "admin", "site", "launch", *PROGRAM_SCOPES])
+SCOPES = ("query", "admin", "site", "launch", *PROGRAM_SCOPES)
+
+
+def scope_option(
+    scopes: Sequence[str], text: str, *, default: Sequence[str] = ()
+) -> Callable[[Command], Command]:
+    """Return ``--scope``, which is repeatable and one of these."""
+    return click.option(
+        "--scope",
+        "scopes",
+        type=click.Choice(scopes),
+        multiple=True,
+        default=default,
+        metavar="SCOPE",
+        help=text,
+    )
 
 
 @click.group()
@@ -31,14 +48,10 @@ def key() -> None:
 @key.command()
 @click.argument("project")
 @click.option("--label", default="", metavar="TEXT", help="What it is for.")
-@click.option(
-    "--scope",
-    "scopes",
-    type=SCOPES,
-    multiple=True,
+@scope_option(
+    SCOPES,
+    f"What it may do: {', '.join(SCOPES)}. Repeatable; query by default.",
     default=["query"],
-    metavar="SCOPE",
-    help=f"What it may do: {', '.join(SCOPES.choices)}. Repeatable; query by default.",
 )
 @click.option("--site", help="The site an agent's key (--scope site) is bound to.")
 @click.option("--max-concurrent", type=click.IntRange(min=1), help="Requests at once.")
@@ -104,14 +117,7 @@ def show(key_id: str | None, project: str | None, books: Books, output: Output) 
 @key.command()
 @click.argument("key_id")
 @click.option("--label", metavar="TEXT", help="What it is for.")
-@click.option(
-    "--scope",
-    "scopes",
-    type=SCOPES,
-    multiple=True,
-    metavar="SCOPE",
-    help="Replaces the old ones; repeatable.",
-)
+@scope_option(SCOPES, "Replaces the old ones; repeatable.")
 @click.option("--max-concurrent", type=click.IntRange(min=1), help="Requests at once.")
 @click.option("--expires", "expires_at", type=UTC_TIME, help="When it ends (UTC).")
 @change_options

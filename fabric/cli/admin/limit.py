@@ -8,18 +8,26 @@ import click
 
 from fabric.cli.admin.change import Change, change_options
 from fabric.cli.admin.database import Books, database_options, yes_option
+from fabric.cli.options import Command
 from fabric.cli.output import Column, Output
 from fabric.errors import Duplicate, NotFound
 
 if TYPE_CHECKING:
     from fabric.auth import Limit
 
-POSITIVE = click.IntRange(min=1)
-bounds = [
-    click.option("--requests", type=POSITIVE, metavar="N", help="Requests a minute."),
-    click.option("--tokens", type=POSITIVE, metavar="N", help="Tokens a minute, both ways."),
-    click.option("--concurrent", type=POSITIVE, metavar="N", help="Requests at once."),
-]
+_OPTIONS = {
+    "requests_per_min": ("--requests", "Requests a minute."),
+    "tokens_per_min": ("--tokens", "Tokens a minute, both ways."),
+    "max_concurrent": ("--concurrent", "Requests at once."),
+}
+
+
+def _bounds(function: Command) -> Command:
+    """Add an option for every bound; those not given are ``None``."""
+    positive = click.IntRange(min=1)
+    for name, (option, text) in reversed(_OPTIONS.items()):
+        function = click.option(option, name, type=positive, metavar="N", help=text)(function)
+    return function
 
 
 @click.group()
@@ -37,29 +45,15 @@ def limit() -> None:
 
 @limit.command()
 @click.argument("subject")
-@bounds[0]
-@bounds[1]
-@bounds[2]
+@_bounds
 @change_options
-def add(
-    subject: str,
-    requests: int | None,
-    tokens: int | None,
-    concurrent: int | None,
-    books: Books,
-    change: Change,
-) -> None:
+def add(subject: str, books: Books, change: Change, **given: int | None) -> None:
     """Limit SUBJECT.
 
     \b
     Example:
       fabric-admin limit add project:astro --requests 2000 --concurrent 64
     """
-    given = {
-        "requests_per_min": requests,
-        "tokens_per_min": tokens,
-        "max_concurrent": concurrent,
-    }
 
     def make() -> Limit:
         if books.grants.limits(subject):
@@ -93,18 +87,9 @@ def show(subject: str | None, books: Books, output: Output) -> None:
 
 @limit.command()
 @click.argument("subject")
-@bounds[0]
-@bounds[1]
-@bounds[2]
+@_bounds
 @change_options
-def modify(
-    subject: str,
-    requests: int | None,
-    tokens: int | None,
-    concurrent: int | None,
-    books: Books,
-    change: Change,
-) -> None:
+def modify(subject: str, books: Books, change: Change, **given: int | None) -> None:
     """Change a limit; what is left out stays as it is.
 
     \b
@@ -113,12 +98,8 @@ def modify(
     """
     with books.database.transaction():
         before = _find(books, subject)
-        after = books.grants.set_limit(
-            subject,
-            requests_per_min=requests or before.requests_per_min,
-            tokens_per_min=tokens or before.tokens_per_min,
-            max_concurrent=concurrent or before.max_concurrent,
-        )
+        bounds = {name: value or getattr(before, name) for name, value in given.items()}
+        after = books.grants.set_limit(subject, **bounds)
     change.tell("changed", f"limit of {subject}", after, before=before)
 
 

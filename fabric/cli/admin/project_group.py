@@ -9,14 +9,14 @@ import click
 
 from fabric.cli.admin.change import Change, change_options
 from fabric.cli.admin.database import Books, database_options, yes_option
-from fabric.cli.admin.key import PROGRAM_SCOPES
+from fabric.cli.admin.key import PROGRAM_SCOPES, scope_option
 from fabric.cli.output import Column, Output
 from fabric.errors import NotFound
 
 if TYPE_CHECKING:
     from fabric.auth import GroupRecord
 
-SCOPES = click.Choice(["query", "admin", "launch", *PROGRAM_SCOPES])
+SCOPES = ("query", "admin", "launch", *PROGRAM_SCOPES)
 
 
 @click.group()
@@ -32,14 +32,10 @@ def group() -> None:
 @group.command()
 @click.argument("project")
 @click.argument("group_id", metavar="UUID")
-@click.option(
-    "--scope",
-    "scopes",
-    type=SCOPES,
-    multiple=True,
+@scope_option(
+    SCOPES,
+    f"What they may do: {', '.join(SCOPES)}. Repeatable; query by default.",
     default=["query"],
-    metavar="SCOPE",
-    help=f"What they may do: {', '.join(SCOPES.choices)}. Repeatable; query by default.",
 )
 @click.option("--max-concurrent", type=click.IntRange(min=1), help="Requests at once, each member.")
 @change_options

@@ -57,11 +57,13 @@ _OPTIONS = {
 _REQUIRED = ("prompt_usu", "output_usu")
 
 
-def _price_options(function: Command) -> Command:
-    """Add an option for every price; those not given are ``None``."""
+def _dated_prices(function: Command) -> Command:
+    """Add whose prices they are, an option for every one (``None`` if not given), and the time."""
+    at = click.option("--from", "starts_at", type=UTC_TIME, help="From when on (UTC); now.")
+    function = at(undoable_options(function))
     for name, (option, text) in reversed(_OPTIONS.items()):
         function = click.option(option, name, type=PRICE, help=text)(function)
-    return function
+    return click.argument("model")(click.argument("site")(function))
 
 
 @click.group()
@@ -79,18 +81,9 @@ rate.add_command(unit)
 
 
 @rate.command()
-@click.argument("model")
-@click.argument("site")
-@_price_options
-@click.option("--from", "effective_from", type=UTC_TIME, help="From when on (UTC); now.")
-@undoable_options
+@_dated_prices
 def add(
-    model: str,
-    site: str,
-    effective_from: datetime | None,
-    books: Books,
-    output: Output,
-    **prices: Any,
+    model: str, site: str, starts_at: datetime | None, books: Books, output: Output, **prices: Any
 ) -> None:
     """Set all prices for MODEL at SITE; * stands for all that have none of their own.
 
@@ -103,22 +96,13 @@ def add(
             raise click.UsageError(f"Missing option '{_OPTIONS[name][0]}'.")
     if prices["cached_prompt_usu"] is None:
         prices["cached_prompt_usu"] = prices["prompt_usu"]
-    _set(model, site, effective_from, prices, books, output)
+    _set(model, site, starts_at, prices, books, output)
 
 
 @rate.command()
-@click.argument("model")
-@click.argument("site")
-@_price_options
-@click.option("--from", "effective_from", type=UTC_TIME, help="From when on (UTC); now.")
-@undoable_options
+@_dated_prices
 def modify(
-    model: str,
-    site: str,
-    effective_from: datetime | None,
-    books: Books,
-    output: Output,
-    **prices: Any,
+    model: str, site: str, starts_at: datetime | None, books: Books, output: Output, **prices: Any
 ) -> None:
     """Let new prices follow those of MODEL at SITE; what is not given stays as it is.
 
@@ -126,7 +110,7 @@ def modify(
     Example:
       fabric-admin rate modify '*' alpha --output 50 --from 2027-01-01
     """
-    at = effective_from or datetime.now(UTC)
+    at = starts_at or datetime.now(UTC)
     current = next(
         (
             one
@@ -139,7 +123,7 @@ def modify(
         raise NotFound(kind="rate", name=f"{model} at {site}")
     known = {name: price for name, price in asdict(current).items() if name in _OPTIONS}
     given = {name: price for name, price in prices.items() if price is not None}
-    _set(model, site, effective_from, known | given, books, output)
+    _set(model, site, starts_at, known | given, books, output)
 
 
 @rate.command()
@@ -226,12 +210,12 @@ def show(
 def _set(
     model: str,
     site: str,
-    effective_from: datetime | None,
+    starts_at: datetime | None,
     prices: dict[str, Any],
     books: Books,
     output: Output,
 ) -> None:
     given = {name: price for name, price in prices.items() if price is not None}
-    record = books.ledger.set_rate(model, site, effective_from=effective_from, **given)
+    record = books.ledger.set_rate(model, site, effective_from=starts_at, **given)
     from_at = day(record.effective_from)
     output.json(record) if output.is_json else note(f"Prices of {model} at {site} from {from_at}.")

@@ -35,7 +35,9 @@ def instances(name: str | None, also_over: bool, is_watching: bool, output: Outp
             shown.append(folder)
     if is_watching:
         for folder in unwatched:
-            launching.start(folder, api_key=None, project=None)
+            with folder.watched() as lock:
+                if lock is not None:
+                    launching.start(folder, lock)
             note(f"{folder.name} is watched again.")
     if output.is_json:
         output.json([launches.describe(folder) for folder in shown])

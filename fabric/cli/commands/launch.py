@@ -58,13 +58,16 @@ class Until(click.ParamType):
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> datetime:
         """Return the moment, in UTC."""
-        text = str(value)
+        text, now = str(value), datetime.now(UTC)
         if _DURATION.fullmatch(text):
-            return datetime.now(UTC) + timedelta(seconds=Duration().convert(text, param, ctx))
+            return now + timedelta(seconds=Duration().convert(text, param, ctx))
         try:
-            return datetime.fromisoformat(text).astimezone(UTC)
+            at = datetime.fromisoformat(text).astimezone(UTC)
         except ValueError:
             self.fail(f"{text!r} is no time; write 8h, or 2026-12-01T18:00", param, ctx)
+        if at <= now:
+            self.fail(f"{text!r} is over; write a time to come, or 8h", param, ctx)
+        return at
 
 
 @click.command(epilog=_EPILOG)
@@ -165,8 +168,7 @@ def launch(
             means.check(plan.site.name)
         if dry_run:
             return
-        folder = prepared.keep()
-    launches.submit(folder)
+        folder = launches.submit(prepared, fabric)
     if is_waiting:
         launches.wait_ready(folder)
     if output.is_json:

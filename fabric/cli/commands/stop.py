@@ -31,8 +31,9 @@ def stop(name: str, timeout_s: float, output: Output) -> None:
     assert record is not None
     if record.ended_at is None:
         folder.write_launch(record.model_copy(update={"stop": True}))
-        if not folder.is_watched():
-            launching.start(folder, api_key=None, project=None)
+        with folder.watched() as lock:
+            if lock is not None:
+                launching.start(folder, lock)
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         record = folder.launch()

@@ -17,6 +17,14 @@ from torch import Tensor
 from fabric.engine.programs.cells import WHOLE, Cell, TensorCell
 from fabric.engine.programs.edits import changed
 from fabric.engine.programs.selection import Reach
+from fabric.engine.programs.steady import (
+    IDLE,
+    Steady,
+    StepPlan,
+    added_vector,
+    plain_add,
+    simplified,
+)
 from fabric.engine.programs.values import (
     DTYPES,
     MAX_VALUE_BYTES,
@@ -54,32 +62,6 @@ class Sources:
     model: ModelCalls
     entry: Tensor | None = None
     """With what it enters the stack where it starts in the middle, [positions, hidden]."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """The nodes of one step: those before any point, and by point those from there to the next."""
-
-    opening: tuple[int, ...]
-    at: dict[str, tuple[int, ...]]
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return not self.opening and not self.at
-
-
-IDLE = StepPlan((), {})
-
-
-@dataclass(frozen=True, slots=True)
-class Steady:
-    """What a run does in every step of decoding, by point, where it is this and nothing else."""
-
-    adds: dict[str, Tensor]
-    """Vectors that are added to its token."""
-    saves: dict[str, tuple[int, ...]]
-    """The nodes that save what stands there."""
 
 
 class Execution:
@@ -125,6 +107,8 @@ class Execution:
         self._parts: dict[int, list[Value]] = {}
         self._num_bytes = 0
         self._marked: dict[str, tuple[Tensor, int]] = {}
+        self._slopes: dict[int, dict[str, Tensor]] = {}
+        """By a number's node and by point, what was found in this step."""
         self._prepared = False
         self._step, self._span = 0, (0, 0)
         self._plan = IDLE
@@ -209,12 +193,11 @@ class Execution:
             return None
         k = nodes[0]
         if k not in self._adds:
-            if not self._is_plain_add(k):
+            x = plain_add(self._nodes[k])
+            if x is None or x in self._dynamic:
                 return None
-            node, x = self._nodes[k], self._values[self._args[k][0]].data
-            assert isinstance(node, ops.Write)
-            vector = (x.to(like) * node.alpha).expand(1, like.shape[-1])[0]
-            if not bool(vector.isfinite().all()):
+            vector = added_vector(self._nodes[k], self._values[x].data, like)
+            if vector is None:
                 return None
             self._adds[k] = vector
         return self._adds[k]
@@ -224,7 +207,7 @@ class Execution:
         """What every step of decoding does, where the next one needs no plan, no values and no
         nodes of its own."""
         if self._simple is None and self._steady is not None:
-            self._simple = self._simplified(self._steady)
+            self._simple = simplified(self._steady, self._nodes, self._adds)
         return self._simple
 
     def save(self, point: str, x: Tensor, position: int) -> None:
@@ -248,6 +231,7 @@ class Execution:
             self._to_send.append((self._step, streamed))
         self._streamed = max(self._streamed, self._step)
         self._marked.clear()
+        self._slopes.clear()
 
     def take_streamed(self) -> list[tuple[int, dict[str, Value]]]:
         """Return, once, what is to be streamed: steps and their saves by name."""
@@ -277,38 +261,6 @@ class Execution:
         """Whether the same nodes act in all steps of decoding."""
         sels = [node.sel for node in self._nodes if isinstance(node, _TOUCHING)]
         return all(sel.steps is None and sel.pos in ("all", "last") for sel in sels)
-
-    def _is_plain_add(self, k: int) -> bool:
-        """Whether a node adds the same vector to every token that it takes."""
-        match self._nodes[k]:
-            case ops.Write(mode="add", norm="none", gate=None, mask=None, x=x, sel=sel):
-                x_is_known = x is not None and x not in self._dynamic
-                whole = sel.heads is None and sel.dims is None
-                return x_is_known and whole and self._values[self._args[k][0]].data.dim() < 2
-        return False
-
-    def _simplified(self, plan: StepPlan) -> Steady | None:
-        adds, saves = {}, {}
-        for point, nodes in plan.at.items():
-            if len(nodes) == 1 and nodes[0] in self._adds:
-                adds[point] = self._adds[nodes[0]]
-            elif (kept := self._only_saves(nodes)) is not None:
-                saves[point] = kept
-            else:
-                return None
-        return None if plan.opening else Steady(adds, saves)
-
-    def _only_saves(self, nodes: Sequence[int]) -> tuple[int, ...] | None:
-        """Return the saves among nodes that read a token and save it, if there is no more."""
-        read, *saves = nodes
-        match self._nodes[read]:
-            case ops.Read(sel=sel) if sel.heads is None and sel.dims is None:
-                for k in saves:
-                    node = self._nodes[k]
-                    if not isinstance(node, ops.Save) or node.x != read or node.stream:
-                        return None
-                return tuple(saves)
-        return None
 
     @cached_property
     def _dynamic(self) -> frozenset[int]:
@@ -479,14 +431,28 @@ class Execution:
         return Value(on.float(), value.at if on.dim() else None)
 
     def _gradient(self, node: ops.Grad, scalar: Tensor) -> Value:
-        marked, base = self._marked[node.wrt]
-        place, at = self._reach.place(node, self._span, marked.shape[0], base)
-        if not scalar.requires_grad:
-            gradient = torch.zeros_like(marked)
-        else:
-            (found,) = torch.autograd.grad(scalar, marked, retain_graph=True, allow_unused=True)
-            gradient = torch.zeros_like(marked) if found is None else found
+        slopes = self._slopes.setdefault(node.scalar, {})
+        if node.wrt not in slopes:
+            slopes |= self._slopes_of(node.scalar, scalar)
+        gradient, base = slopes[node.wrt], self._marked[node.wrt][1]
+        place, at = self._reach.place(node, self._span, gradient.shape[0], base)
         return Value(TensorCell(gradient).take(place), at)
+
+    def _slopes_of(self, k: int, scalar: Tensor) -> dict[str, Tensor]:
+        """Return a node's gradients at all points that are asked for: one pass gives them all."""
+        asked = {
+            node.wrt for node in self._nodes if isinstance(node, ops.Grad) and node.scalar == k
+        }
+        marked = {point: self._marked[point][0] for point in asked if point in self._marked}
+        found: Sequence[Tensor | None] = [None] * len(marked)
+        if scalar.requires_grad:
+            found = torch.autograd.grad(
+                scalar, list(marked.values()), retain_graph=True, allow_unused=True
+            )
+        return {
+            point: torch.zeros_like(x) if slope is None else slope
+            for (point, x), slope in zip(marked.items(), found, strict=True)
+        }
 
     # Where.
 

@@ -347,16 +347,27 @@ def _attend(
     return attend_causally(q, k, v, Scoring.of(scale, options, q.shape[2]))
 
 
-@contextmanager
-def swapped(private: Mapping[nn.Module, tuple[str, Mapping[str, Tensor]]]) -> Iterator[None]:
-    """Run inside with these modules' parameters replaced."""
-    before: list[tuple[nn.Module, str, nn.Parameter | None]] = []
-    try:
-        for module, (_, own) in private.items():
-            for name, tensor in own.items():
-                before.append((module, name, module._parameters[name]))
-                module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-        yield
-    finally:
-        for module, name, parameter in reversed(before):
-            module._parameters[name] = parameter
+class Exchange:
+    """Within it these modules' parameters are replaced; within it a second time they are not.
+
+    Args:
+        private: Modules, and their new parameters.
+    """
+
+    def __init__(self, private: Mapping[nn.Module, tuple[str, Mapping[str, Tensor]]]) -> None:
+        self._others: list[tuple[nn.Module, str, nn.Parameter | None]] = [
+            (module, name, nn.Parameter(tensor, requires_grad=False))
+            for module, (_, own) in private.items()
+            for name, tensor in own.items()
+        ]
+
+    def __enter__(self) -> None:
+        self._exchange()
+
+    def __exit__(self, *_: object) -> None:
+        self._exchange()
+
+    def _exchange(self) -> None:
+        for i, (module, name, other) in enumerate(self._others):
+            self._others[i] = module, name, module._parameters[name]
+            module._parameters[name] = other

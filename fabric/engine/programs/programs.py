@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from logging import getLogger
 from typing import TYPE_CHECKING
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from fabric.engine.blocks import PrefixKey
 from fabric.engine.interface import EventSink
+from fabric.engine.programs.aside import Aside
 from fabric.engine.programs.execution import Execution, Sources
 from fabric.engine.programs.gradient import GradientLane
 from fabric.engine.programs.model import RunModel, Weights
+from fabric.engine.programs.points import Points
 from fabric.engine.programs.prepare import Preparer
 from fabric.engine.programs.results import Keep, saves_event
 from fabric.engine.programs.task import ProgramTask, RunProgram
@@ -45,6 +48,16 @@ if TYPE_CHECKING:
 _logger = getLogger(__name__)
 
 Tell = Callable[[EventSink, Event], bool]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Alone:
+    """A run that shares no batch, in the middle of its pass."""
+
+    owner: ProgramTask
+    run: ProgramRun
+    aside: Aside
+    execution: Execution | None = None
 
 
 class Programs:
@@ -77,6 +90,7 @@ class Programs:
         self._texts, self._reports, self._keep = texts, reports, keep
         self._eos_ids = eos_ids
         self._gradients = GradientLane(weights)
+        self._alone: _Alone | None = None
         self._prefix_key = prefix_key
         self._tasks: dict[tuple[str, int], ProgramTask] = {}
 
@@ -142,6 +156,9 @@ class Programs:
         if self._tasks.pop((owner.task.id, owner.task.attempt), None) is None:
             return
         usage = owner.usage
+        if self._alone is not None and self._alone.owner is owner:
+            self._alone.aside.abandon()
+            self._alone = None
         for active in owner.running.values():
             self._scheduler.remove(active, poisoned=True)
         owner.running.clear()
@@ -155,14 +172,18 @@ class Programs:
         if (owner.task.id, owner.task.attempt) in self._tasks:
             self._guard(owner, partial(self._advance, owner, program, active, chosen))
 
-    def run_alone(self) -> float:
-        """Run one run that shares no batch, if there is one; return the seconds it took."""
-        for owner in list(self._tasks.values()):
-            if owner.alone:
-                before_s = owner.used.device_s
-                self._guard(owner, partial(self._run_alone, owner))
-                return owner.used.device_s - before_s
-        return 0.0
+    def run_alone(self, seconds: float) -> float:
+        """Let a run that shares no batch go on for about ``seconds``, if there is one; return how
+        many it took."""
+        if self._alone is None:
+            owner = next((owner for owner in self._tasks.values() if owner.alone), None)
+            if owner is None:
+                return 0.0
+            self._alone = self._begin_alone(owner)
+        owner = self._alone.owner
+        before_s = owner.used.device_s
+        self._guard(owner, partial(self._go_on, self._alone, seconds))
+        return owner.used.device_s - before_s
 
     def _advance(
         self, owner: ProgramTask, program: RunProgram, active: ActiveTask, chosen: Sequence[Chosen]
@@ -182,9 +203,7 @@ class Programs:
                 self._scheduler.retire(row)
             self._say(owner, self._reports.token(row, text, choice.score))
         if active is next(iter(owner.running.values())):
-            limit_s = owner.prepared.checked.program.limits.device_s
-            if (used_s := owner.device_s) > limit_s:
-                raise ProgramTooLarge(cap="limits.device_s", value=used_s, limit=limit_s)
+            owner.hold_time()
         if active.prompt_done and active.max_tokens == 0:
             active.end_empty()
         if active.finished:
@@ -285,13 +304,10 @@ class Programs:
             single=frozenset(k for k, node in enumerate(checked.nodes) if node.num_steps <= 1),
         )  # fmt: skip
 
-    def _run_alone(self, owner: ProgramTask) -> None:
-        run_id = owner.alone.pop(0)
-        checked = next(c for c in owner.prepared.checked.runs if c.run.id == run_id)
-        limit_s = owner.prepared.checked.program.limits.device_s
-        started = time.perf_counter()
-        with torch.inference_mode(False):
-            points = self._gradients.model()
+    def _begin_alone(self, owner: ProgramTask) -> _Alone:
+        checked = next(c for c in owner.prepared.checked.runs if c.run.id == owner.alone[0])
+
+        def make(points: Points) -> tuple[Execution, RunModel]:
             model = RunModel(
                 self._weights.plain,
                 points.anatomy,
@@ -300,15 +316,27 @@ class Programs:
                 overlays=checked.run.overlays,
                 constants=owner.prepared.constants,
             )
-            execution = self._execution(owner, checked, model)
-            try:
-                self._gradients.run(execution, model, seconds=limit_s - owner.usage.device_s)
-            finally:
-                seconds = time.perf_counter() - started
-                self._take_usage(owner, Usage(device_s=seconds))
-        for step, saves in execution.take_streamed():
-            self._send(owner, checked.run, saves, step=step)
-        self._end_run(owner, execution, "length")
+            alone.execution = self._execution(owner, checked, model)
+            return alone.execution, model
+
+        alone = _Alone(owner=owner, run=checked.run, aside=self._gradients.begin(make))
+        return alone
+
+    def _go_on(self, alone: _Alone, seconds: float) -> None:
+        owner, started = alone.owner, time.perf_counter()
+        try:
+            over = alone.aside.go_on(seconds)
+        finally:
+            self._take_usage(owner, Usage(device_s=time.perf_counter() - started))
+        owner.hold_time()
+        if not over:
+            return
+        assert alone.execution is not None
+        self._alone = None
+        owner.alone.remove(alone.run.id)
+        for step, saves in alone.execution.take_streamed():
+            self._send(owner, alone.run, saves, step=step)
+        self._end_run(owner, alone.execution, "length")
 
     def _send(
         self,

@@ -9,7 +9,6 @@ V vocabulary, H query heads, K key-value heads, D head size, S keys of one run, 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,22 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from fabric.engine.attention import Scoring
-from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.programs.cells import Cell, HeadsCell, TensorCell
-from fabric.engine.programs.execution import IDLE, Execution, Steady, StepPlan
+from fabric.engine.programs.execution import Execution
 from fabric.engine.programs.model import RunModel, nested
 from fabric.engine.programs.points import Points, Tap
 from fabric.engine.programs.recompute import scores_of, visible_of, weighted_of
 from fabric.engine.programs.routing import Route
+from fabric.engine.programs.steady import IDLE, StepPlan
 from fabric.engine.programs.values import MAX_VALUE_BYTES
 from fabric.engine.programs.watch import given
-from fabric.engine.runner import Attend, Runner
+from fabric.engine.runner import Attend
 from fabric.errors import FabricError, ProgramFailed, ProgramTooLarge
 
 if TYPE_CHECKING:
-    from fabric.engine.programs.task import RunProgram
     from fabric.engine.rows import ActiveTask, Row
-    from fabric.engine.scheduler import Run
 
 Keys = Callable[[int, "RunStep"], tuple[Tensor, Tensor]]
 """(layer, run) -> the run's keys and values in the cache, [S, K, D] each."""
@@ -62,7 +59,6 @@ class RunStep:
         start: The position of the first.
         wanted: Where its logits begin among the wanted ones, and how many they are.
         row: Of the batch; ``None`` where it shares none.
-        until: When (``time.perf_counter``) its ``limit_s`` seconds are over.
         saving: Where it saves what stands there, if it does no more in this step; see
             ``Execution.steady``.
     """
@@ -74,8 +70,6 @@ class RunStep:
     start: int
     wanted: tuple[int, int]
     row: Row | None = None
-    until: float = math.inf
-    limit_s: float = math.inf
     saving: Collection[str] = ()
     plan: StepPlan = IDLE
     error: FabricError | None = None
@@ -101,9 +95,6 @@ class RunStep:
             return None
         started = time.perf_counter()
         try:
-            if started > self.until:
-                over = self.limit_s + started - self.until
-                raise ProgramTooLarge(cap="limits.device_s", value=over, limit=self.limit_s)
             return action(*args)
         except FabricError as error:
             self.error = error
@@ -437,61 +428,6 @@ class ProgramStep:
             return None
         last = max(end for end in ends if end is not None)
         return anatomy.layers[last].layer if last < len(anatomy.layers) else None
-
-
-def programs_of(runs: Sequence[Run], runner: Runner) -> ProgramStep | None:
-    """Return the programs of a step, begun; ``None`` if there are none."""
-    found: list[RunStep] = []
-    adds: dict[str, dict[int, Tensor]] = {}
-    begin = wanted = 0
-    for run in runs:
-        program = run.row.active.program
-        steady = None
-        if program is not None and run.num_tokens == 1 and run.row.decodes:
-            steady = _steady(program, runner.points)
-        if steady is not None:
-            for point, vector in steady.adds.items():
-                adds.setdefault(point, {})[begin] = vector
-        if program is not None and (program.acts if steady is None else steady.saves):
-            found.append(
-                RunStep(
-                    execution=program.execution,
-                    model=program.model,
-                    begin=begin,
-                    count=run.num_tokens,
-                    start=run.row.num_cached,
-                    wanted=(wanted, run.num_wanted),
-                    row=run.row,
-                    saving=() if steady is None else steady.saves,
-                )
-            )
-        begin, wanted = begin + run.num_tokens, wanted + run.num_wanted
-    if not found and not adds:
-        return None
-    assert runner.points is not None
-
-    def keys(layer: int, run: RunStep) -> tuple[Tensor, Tensor]:
-        assert run.row is not None
-        num_keys = run.start + run.count
-        blocks = torch.tensor([run.row.blocks[: -(-num_keys // BLOCK_TOKENS)]])
-        k_1MKD, v_1MKD = runner.cache.read(layer, blocks)
-        return k_1MKD[0, :num_keys], v_1MKD[0, :num_keys]
-
-    step = ProgramStep(found, runner.points, keys, alone=len(found) == len(runs), adds=adds)
-    with torch.inference_mode():
-        step.begin()
-    return step
-
-
-def _steady(program: RunProgram, points: Points | None) -> Steady | None:
-    """Return what a run does in every step of decoding, if modules' hooks alone can do it."""
-    steady = program.execution.steady
-    if steady is None or points is None or program.model.private:
-        return None
-    taps = [points.taps[point] for point in steady.saves]
-    within = all(tap.module is not None and tap.route is None for tap in taps)
-    whole = not any(point.endswith(".head_out") for point in steady.saves)
-    return steady if within and whole else None
 
 
 def _save(run: RunStep, point: str, tap: Tap, x: Tensor) -> None:

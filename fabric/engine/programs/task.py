@@ -14,6 +14,7 @@ from fabric.engine.programs.model import RunModel
 from fabric.engine.programs.prepare import Prepared
 from fabric.engine.programs.values import Value
 from fabric.engine.rows import ActiveTask, Row
+from fabric.errors import ProgramTooLarge
 from fabric.messages import Sampling, Task, Usage
 from fabric.messages.program import ProgramRun
 from fabric.programs import CheckedRun
@@ -82,13 +83,15 @@ class ProgramTask:
     """Runs that have not started."""
     running: dict[str, ActiveTask] = field(default_factory=dict)
     alone: list[str] = field(default_factory=list)
-    """Runs that are ready and share no batch."""
+    """Runs that are ready and share no batch; the first may be in the middle of its pass."""
     results: dict[str, dict[str, Value]] = field(default_factory=dict)
     """By run that has ended, its saves that other runs may take."""
     finish_reasons: dict[str, str] = field(default_factory=dict)
     used: Usage = field(default_factory=Usage)
     """Of the runs that have ended, and of what the whole program takes."""
     deaf: bool = False
+    _digest: str = ""
+    """Of the whole program; made when a run first needs it, because it is long."""
 
     @property
     def usage(self) -> Usage:
@@ -105,6 +108,12 @@ class ProgramTask:
         """The seconds of ``usage``."""
         running = self.running.values()
         return self.used.device_s + sum(active.usage.device_s for active in running)
+
+    def hold_time(self) -> None:
+        """Raise ProgramTooLarge when it has taken more seconds than it may."""
+        limit_s = self.prepared.checked.program.limits.device_s
+        if (used_s := self.device_s) > limit_s:
+            raise ProgramTooLarge(cap="limits.device_s", value=used_s, limit=limit_s)
 
     @property
     def finished(self) -> bool:
@@ -138,5 +147,10 @@ class ProgramTask:
         parts += [consts.sha256] if consts is not None else []
         # What other runs saved is a function of the whole program.
         if any(checked.depends_on for checked in self.prepared.checked.runs if checked.run is run):
-            parts.append(self.prepared.checked.program.model_dump_json())
+            self._digest = self._digest or self._digest_of_all()
+            parts.append(self._digest)
         return hashlib.sha256("\0".join(parts).encode()).digest()
+
+    def _digest_of_all(self) -> str:
+        whole = self.prepared.checked.program.model_dump_json()
+        return hashlib.sha256(whole.encode()).hexdigest()

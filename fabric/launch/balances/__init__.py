@@ -2,6 +2,7 @@
 
 from fabric.launch.balances.accounts import AccountsBalance
 from fabric.launch.balances.iri import FacilityBalance
+from fabric.launch.balances.mybalance import MybalanceBalance
 from fabric.launch.balances.protocol import Balance, BalanceSource
 from fabric.launch.balances.sbank import SbankBalance
 from fabric.launch.balances.showusage import ShowusageBalance
@@ -14,6 +15,7 @@ __all__ = [
     "Balance",
     "BalanceSource",
     "FacilityBalance",
+    "MybalanceBalance",
     "SbankBalance",
     "ShowusageBalance",
     "SlurmBalance",

@@ -6,6 +6,7 @@ from fabric.config import SiteSpec
 from fabric.errors import SettingInvalid
 from fabric.launch.balances.accounts import AccountsBalance
 from fabric.launch.balances.iri import FacilityBalance
+from fabric.launch.balances.mybalance import MybalanceBalance
 from fabric.launch.balances.protocol import BalanceSource
 from fabric.launch.balances.sbank import SbankBalance
 from fabric.launch.balances.showusage import ShowusageBalance
@@ -43,6 +44,8 @@ def get_balance_source(site: SiteSpec, token: str | None = None) -> BalanceSourc
         return ShowusageBalance()
     if config.kind == "taccinfo":
         return TaccinfoBalance()
+    if config.kind == "mybalance":
+        return MybalanceBalance()
     if config.kind == "slurm":
         return SlurmBalance()
     if not token:

@@ -16,11 +16,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO
 
 from fabric.config import System, load_job
 from fabric.errors import FabricError, NodeFailed
+from fabric.launch.jobs.giving import giving
 from fabric.launch.jobs.nodes import (
     END_S,
     NodeCommand,
@@ -30,6 +32,7 @@ from fabric.launch.jobs.nodes import (
     listen,
 )
 from fabric.launch.jobs.records import LaunchFolder, LaunchRecord, write_whole
+from fabric.launch.jobs.replicas import Replicas, find_replicas
 from fabric.launch.jobs.stage import Stage
 from fabric.messages import EngineOptions, InstanceSpec, InstanceState, InstanceStatus
 
@@ -81,6 +84,7 @@ class Tenant:
         assert record.site.system is not None, "a launch is planned for a machine that is known"
         self._spec = spec
         self._order = record.order
+        self._hub_url = record.hub_url
         self._system: System = record.site.system
         self._ranks = tuple(ranks)
         self._manifests = manifests
@@ -102,8 +106,10 @@ class Tenant:
             job = load_job()
             alone = (job.node or socket.gethostname(),)
             self._hosts = get_hosts(job) if len(self._ranks) > 1 else alone
-            self._start(self._bring_weights())
-            return self._watch()
+            source = self._bring_weights()
+            with self._giving(source):
+                self._start(source)
+                return self._watch()
         except Told:
             self._report(InstanceState.STOPPED, "asked to end before it was started")
             return 0
@@ -127,8 +133,26 @@ class Tenant:
             run_on=self._run_on,
             say=self._say,
             tell=self._tell,
+            find_replicas=self._find_replicas,
         )
         return stage.bring(self._spec.launch)
+
+    def _find_replicas(self) -> Replicas | None:
+        if self._spec.session_url is None:
+            return None
+        return find_replicas(self._hub_url, self._spec.launch.token, self._say)
+
+    def _giving(self, source: str) -> AbstractContextManager[None]:
+        """Give the copy that was made to the jobs that come after this one."""
+        if self._spec.session_url is None:
+            return nullcontext()
+        return giving(
+            source,
+            hub_url=self._hub_url,
+            token=self._spec.launch.token,
+            interface=self._system.network.interface,
+            say=self._say,
+        )
 
     # ---- processes ---------------------------------------------------------------------------
 

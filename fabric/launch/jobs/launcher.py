@@ -51,6 +51,8 @@ SETTLE_S = 600.0
 """A launch that is over waits so long until the hub has what its jobs took."""
 FORECAST_S = 60.0
 """A scheduler is asked for a forecast at most so often."""
+BEGIN_S = 240.0
+"""Whoever launches waits so long for an answer; an endpoint may have to start first."""
 LEAVE_S = 120.0
 """A job that was asked to leave and has not ended after so long is cancelled."""
 EXPECT_S = 10.0
@@ -68,6 +70,7 @@ class Launcher:
         hub: Where its instances join.
         history: What later launches learn from.
         login: Where its jobs are submitted.
+        plan: As it was just made; without it one is made when it is needed.
         clock: The time in UTC.
     """
 
@@ -78,6 +81,7 @@ class Launcher:
         history: History,
         login: LoginNode,
         *,
+        plan: LaunchPlan | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         record = folder.launch()
@@ -90,8 +94,8 @@ class Launcher:
         self._clock = clock
         self._record: LaunchRecord = record
         self._jobs = {job.instance: job for job in folder.jobs()}
-        self._plan: LaunchPlan | None = None
-        self._planned_at = -FORECAST_S
+        self._plan = plan
+        self._planned_at = time.monotonic()
         self._accounts = JobAccounts(record.order, record.site, record.queue)
         self._unsent: dict[str, InstanceSpec] = {}
         self._vain: set[str] = set()
@@ -101,6 +105,22 @@ class Launcher:
         self._starts_at: dict[str, datetime | None] = {}
         self._told: dict[str, tuple[InstanceState, datetime]] = {}
         self._changed_at = time.monotonic()
+
+    def begin(self) -> None:
+        """Submit the first jobs; whoever runs the launch next finds them.
+
+        Raises:
+            FabricError: None is submitted, and none will be.
+        """
+        until = time.monotonic() + BEGIN_S
+        self._try_step(is_patient=False)
+        while self._unsent and time.monotonic() < until:
+            time.sleep(self._login.fastest_poll_s)
+            self._try_step()
+        if self._unsent:
+            for job in [self._jobs[instance] for instance in self._unsent]:
+                self._end_unsent(job, InstanceState.FAILED, job.unseen)
+            self._try_step(is_patient=False)
 
     def run(self) -> None:
         """Watch until the launch is over, and the hub has what its jobs took.
@@ -138,13 +158,14 @@ class Launcher:
         jobs = [job for job in self._sorted() if job.instance not in self._vain]
         return [job for job in jobs if self._accounts.owes(job)]
 
-    def _try_step(self) -> bool:
+    def _try_step(self, *, is_patient: bool = True) -> bool:
         try:
             return self.step()
         except JobsFailing:
             raise
         except FabricError as error:
-            if is_hopeless(error) and not any(job.open for job in self._jobs.values()):
+            is_vain = is_hopeless(error) or not is_patient
+            if is_vain and not any(job.open for job in self._jobs.values()):
                 self._write_end(InstanceState.FAILED, error.message)
                 raise
             logger.warning("tried again later: %s", error.message)
@@ -198,9 +219,12 @@ class Launcher:
             sights = self._login.look(self._record, looked_at)
         except FabricError as error:
             logger.warning("%s", error.message)
+            for instance in looked_at:
+                self._put_unseen(self._jobs[instance], error.message)
             return
         self._joined = self._ask_joined(sights)
         for instance, sight in sights.items():
+            self._put_unseen(self._jobs[instance], "")
             if self._jobs[instance].open:
                 self._note(self._jobs[instance], sight)
             if not (job := self._jobs[instance]).open:
@@ -291,8 +315,9 @@ class Launcher:
         except DispatchError as error:
             logger.warning("%s is submitted again: %s", job.instance, error.message)
             self._unsent[job.instance] = spec
+            self._put_unseen(job, error.message)
             return
-        except JobRefused as error:
+        except FabricError as error:
             ended = {"state": InstanceState.FAILED, "detail": error.message, "ended_at": self._now}
             self._put(job.model_copy(update=ended))
             self._forget(self._jobs[job.instance])
@@ -300,7 +325,7 @@ class Launcher:
                 raise
             logger.warning("%s", error.message)
             return
-        self._put(job.model_copy(update={"job_id": job_id}))
+        self._put(job.model_copy(update={"job_id": job_id, "unseen": ""}))
 
     def _ask(self, instance: str, state: InstanceState, reason: str) -> None:
         """Let an instance leave: by the hub if it is connected, or else by its scheduler."""
@@ -436,6 +461,10 @@ class Launcher:
             self._changed_at = time.monotonic()
             logger.info("%s (job %s) is %s: %s", job.instance, job.job_id, job.state, job.detail)
 
+    def _put_unseen(self, job: JobRecord, reason: str) -> None:
+        if job.open and job.unseen != reason:
+            self._put(job.model_copy(update={"unseen": reason}))
+
     def _summarize(self) -> None:
         """Keep in the launch's record how far its newest job is."""
         jobs = [job for job in self._sorted() if job.open]
@@ -443,7 +472,7 @@ class Launcher:
             return
         ready = [job for job in jobs if job.state is InstanceState.READY]
         shown = (ready or jobs)[-1]
-        record = self._record.model_copy(update={"state": shown.state, "detail": shown.detail})
+        record = self._record.model_copy(update={"state": shown.state, "detail": shown.remark})
         on_disk = self._folder.launch()
         if on_disk is not None and not on_disk.stop and record != self._record:
             self._record = record

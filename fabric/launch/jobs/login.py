@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fabric.config import SiteSpec
-from fabric.errors import JobRefused, LaunchImpossible, SchedulerFailed
+from fabric.errors import FabricError, JobRefused, LaunchImpossible, SchedulerFailed
 from fabric.launch.balances import Balance, get_balance_source
 from fabric.launch.jobs.accounting import JobUsage, get_usage
 from fabric.launch.jobs.plan import ask_here, get_command, get_scheduler
@@ -143,8 +143,12 @@ class LocalLogin:
                 record.module,
             )
             submission.begin()
-            submitter = self._submitter(record, folder)
-            return submission.end(submitter.submit(command, f"fabric-{record.name}"))
+            try:
+                submitter = self._submitter(record, folder)
+                return submission.end(submitter.submit(command, f"fabric-{record.name}"))
+            except FabricError:
+                folder.forget_secrets(instance)
+                raise
 
     def look(self, record: LaunchRecord, jobs: Mapping[str, str]) -> Mapping[str, Sight]:
         """Return how jobs are. See ``LoginNode.look``."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from fabric.config.endpoint import Name, Walltime, to_seconds
+from fabric.config.endpoint import Name, Walltime, to_seconds, unfit
 from fabric.launch.jobs.staging import Wish
 from fabric.messages import EngineOptions
 from fabric.messages.request import ModelRef
@@ -19,10 +19,17 @@ Sharing = Literal["private", "project", "shared"]
 MAX_REPLICAS = 16
 
 JOIN_S = 120.0
+MIN_WALLTIME_S = 60
 
 
 def _in_utc(at: datetime) -> datetime:
     return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+
+
+def _of_a_minute(walltime: str) -> str:
+    if to_seconds(walltime) < MIN_WALLTIME_S:
+        raise unfit("walltime", "schedulers count whole minutes; ask for one at least")
+    return walltime
 
 
 class Order(Wire):
@@ -49,7 +56,7 @@ class Order(Wire):
     queue: Name | None = None
     account: Name | None = None
     nodes: int = Field(default=1, ge=1, le=100_000)
-    walltime: Walltime
+    walltime: Annotated[Walltime, AfterValidator(_of_a_minute)]
     replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS)
     sharing: Sharing = "project"
     keep_until: Annotated[datetime, AfterValidator(_in_utc)] | None = None

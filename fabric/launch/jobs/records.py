@@ -61,7 +61,8 @@ class JobRecord(Wire):
     """A job: one generation of one replica.
 
     ``job_id`` is ``None`` from the moment before it is submitted until the scheduler has answered.
-    ``deadline_at`` is when its walltime ends, known once it runs. ``usage`` is what it took and
+    ``unseen`` says why nobody can see how it is, while that is so. ``deadline_at`` is when its
+    walltime ends, known once it runs. ``usage`` is what it took and
     ``charge`` what the machine asks for that in its own ``unit``, once it has ended; ``is_told``
     says that the hub has that in its books.
     """
@@ -72,6 +73,7 @@ class JobRecord(Wire):
     job_id: str | None = None
     state: InstanceState = InstanceState.PENDING
     detail: str = ""
+    unseen: str = ""
     submitted_at: datetime
     started_at: datetime | None = None
     deadline_at: datetime | None = None
@@ -86,6 +88,11 @@ class JobRecord(Wire):
     def open(self) -> bool:
         """Whether it has not ended."""
         return self.ended_at is None
+
+    @property
+    def remark(self) -> str:
+        """What is to be said of it."""
+        return (self.open and self.unseen) or self.detail
 
 
 def is_launch_name(text: str) -> bool:
@@ -144,7 +151,7 @@ class LaunchFolder:
         """
         found = [one for one in cls.all(root) if one.name.startswith(name)]
         if len(found) != 1 or not name:
-            raise NotFound(kind="launch", name=name)
+            raise NotFound(kind="single launch" if len(found) > 1 else "launch", name=name)
         return found[0]
 
     @classmethod
@@ -235,20 +242,25 @@ class LaunchFolder:
         (self.path / "jobs" / f"{instance}.spec.json").unlink(missing_ok=True)
 
     @contextmanager
-    def watched(self) -> Iterator[bool]:
-        """Yield whether this process is now the only one that watches the launch."""
-        with (self.path / "lock").open("a") as lock:
+    def watched(self, inherited: int | None = None) -> Iterator[int | None]:
+        """Yield the lock of the only process that watches the launch; ``None``: another has it.
+
+        Args:
+            inherited: The lock, a file descriptor, as whoever started this process had it.
+        """
+        path = self.path / "lock"
+        with path.open("a") if inherited is None else os.fdopen(inherited, "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                yield False
+                yield None
                 return
-            yield True
+            yield lock.fileno()
 
     def is_watched(self) -> bool:
         """Return whether some process watches the launch."""
-        with self.watched() as ours:
-            return not ours
+        with self.watched() as lock:
+            return lock is None
 
     def _write(self, name: str, text: str) -> None:
         write_whole(self.path / name, text)

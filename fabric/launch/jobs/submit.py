@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ WARNING_SHARE = 0.25
 
 MAX_WARNING_S = 120
 MIN_WARNING_S = 10
+_COMMANDS = {"slurm": "sbatch", "pbspro": "qsub"}
 _SAFE_PATH = re.compile(r"[\w./+~-]+")
 
 
@@ -66,7 +68,7 @@ class ParslSubmitter:
         if not _SAFE_PATH.fullmatch(str(script_dir)):
             raise SettingInvalid(
                 setting="state_dir",
-                value=script_dir,
+                value=str(script_dir),
                 reason="Parsl's scripts take letters, digits and . / _ + ~ - in paths only",
             )
         self._site = site
@@ -79,6 +81,10 @@ class ParslSubmitter:
         """Submit a job. See ``Submitter.submit``."""
         from parsl.providers.errors import SubmitException
 
+        taken_by = _COMMANDS.get(self._scheduler)
+        if taken_by is not None and shutil.which(taken_by) is None:
+            reason = f"its {taken_by} is not here; run this on its login node, or --via endpoint"
+            raise LaunchImpossible(param="machine", value=self._order.machine, reason=reason)
         provider = self._get()
         try:
             job_id = provider.submit(f"exec {shlex.join(command)}", 1, name)
@@ -128,6 +134,11 @@ class ParslSubmitter:
             self._provider.script_dir = str(self._script_dir)
         return self._provider
 
+    @property
+    def _scheduler(self) -> str:
+        endpoint, system = self._site.endpoint, self._site.system
+        return endpoint.scheduler if endpoint else system.scheduler if system else "none"
+
     def _build(self) -> ExecutionProvider:
         # Parsl takes more than a second to import.
         from parsl.launchers import SimpleLauncher
@@ -135,7 +146,6 @@ class ParslSubmitter:
 
         endpoint, order = self._site.endpoint, self._order
         system = self._site.system
-        scheduler = endpoint.scheduler if endpoint else system.scheduler if system else "none"
         common: dict[str, Any] = {
             "launcher": SimpleLauncher(),
             "init_blocks": 0,
@@ -151,7 +161,7 @@ class ParslSubmitter:
         account = order.account or (endpoint.account if endpoint else None)
         queue = system.queues.get(self._queue) if system and self._queue else None
         warning_s = get_warning_s(order.walltime_s)
-        match scheduler:
+        match self._scheduler:
             case "local":
                 return LocalProvider(**common)
             case "slurm":

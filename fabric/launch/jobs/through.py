@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
+from concurrent.futures import wait
+from contextlib import suppress
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -16,21 +16,30 @@ from pydantic import JsonValue
 
 from fabric.compute import ComputePool, ComputeTarget, ServiceLimits
 from fabric.config import ComputeExecutor, SiteSpec
-from fabric.errors import LaunchImpossible, ProtocolViolation
+from fabric.errors import (
+    EndpointOffline,
+    LaunchImpossible,
+    ProtocolViolation,
+    ServiceBusy,
+    ServiceUnreachable,
+)
 from fabric.launch.balances import Balance
 from fabric.launch.jobs.login import LocalLogin, LoginNode, Sight
-from fabric.launch.jobs.records import LaunchRecord, Via
+from fabric.launch.jobs.records import LaunchRecord, Via, write_whole
 from fabric.messages import Failure, InstanceSpec
 
 FUNCTIONS = (
     *("submit_job", "poll_jobs", "cancel_job", "read_job_logs"),
     *("read_balance", "estimate_wait"),
 )
-REQUESTS = 8
-"""A launcher's part of the service's requests in a window; its user's commands share the rest."""
+LIMITS = ServiceLimits(max_requests=14)
+"""What a user's launchers and commands may ask together; their endpoints share the rest."""
 
 CALL_TIMEOUT_S = 180.0
 """A user endpoint that was asleep starts first."""
+
+LOOK_S = 5.0
+"""A call that takes longer has the service asked whether the endpoint is there."""
 
 
 class EndpointLogin:
@@ -38,7 +47,8 @@ class EndpointLogin:
 
     Args:
         site: The machine; its executor names the endpoint.
-        root: Where the ids of functions that were registered from here are kept.
+        root: Where the ids of functions that were registered from here are kept, and what was asked
+            of the service.
         pool: Where tasks are submitted; closed with this.
 
     Raises:
@@ -56,20 +66,27 @@ class EndpointLogin:
         place: dict[str, JsonValue] = {} if site.endpoint is None else {"place": "login"}
         config = place | executor.config
         self._target = ComputeTarget(endpoint_id=executor.endpoint_id, config=config)
+        self._machine = site.name
         self._functions = dict(executor.functions)
         self._run_dir = executor.run_dir
         self._cache = root / "functions.json"
-        self._pool = pool or ComputePool(ServiceLimits(max_requests=REQUESTS))
+        self._pool = pool or ComputePool(LIMITS, shared=get_budget_path(root))
 
-    def start(self) -> Self:
+    def start(self, *, must_answer: bool = False) -> Self:
         """Open the way; register the functions that nobody has registered.
 
+        Args:
+            must_answer: Whether an endpoint that is away is an error already now.
+
         Raises:
+            EndpointOffline: It is away.
             FabricError: Globus does not let us in, or does not answer.
         """
         self._pool.start()
         try:
             self._register()
+            if must_answer:
+                self._check_online()
         except BaseException:
             self._pool.close()
             raise
@@ -129,6 +146,10 @@ class EndpointLogin:
         future = self._pool.submit(
             self._target, self._functions[name], args, timeout_s=CALL_TIMEOUT_S
         )
+        while not future.done():
+            wait([future], LOOK_S)
+            if not future.done():
+                self._check_online()
         told = future.result()
         if not isinstance(told, dict):
             reason = f"{name} is answered with a dictionary, and it sent {type(told).__name__}"
@@ -136,6 +157,17 @@ class EndpointLogin:
         if "failure" in told:
             raise Failure.model_validate(told["failure"]).to_error()
         return told
+
+    def _check_online(self) -> None:
+        """Wait no longer for an endpoint that is not there; tasks are repeated without harm.
+
+        Raises:
+            EndpointOffline: It is not there.
+        """
+        endpoint = self._target.endpoint_id
+        with suppress(ServiceUnreachable, ServiceBusy):
+            if not self._pool.status(endpoint).online:
+                raise EndpointOffline(endpoint=str(endpoint), machine=self._machine)
 
     def _register(self) -> None:
         """Know the functions' ids: the site's own, from before, or by registering them."""
@@ -152,29 +184,32 @@ class EndpointLogin:
             owned = f"{name}:{function.sha256}"
             if owned not in kept:
                 kept[owned] = str(register(self._pool.client, function))
-                self._keep(kept)
+                write_whole(self._cache, json.dumps(kept, indent=1))
             self._functions[name] = UUID(kept[owned])
 
-    def _keep(self, kept: Mapping[str, str]) -> None:
-        handle, temporary = tempfile.mkstemp(dir=self._cache.parent, prefix=".functions-")
-        with os.fdopen(handle, "w") as file:
-            json.dump(kept, file, indent=1)
-        Path(temporary).replace(self._cache)
+
+def get_budget_path(root: Path) -> Path:
+    """Return where all processes of a user count what they ask of the service."""
+    return root / "requests.json"
 
 
-def get_login(site: SiteSpec, via: Via, root: Path) -> LoginNode:
+def get_login(site: SiteSpec, via: Via, root: Path, *, must_answer: bool = False) -> LoginNode:
     """Return the way to a machine's login node, open.
 
     Args:
         site: The machine.
         via: Which way.
         root: Where launches are kept.
+        must_answer: Whether an endpoint that is away is an error already now.
 
     Raises:
         LaunchImpossible: The site's file names no endpoint.
+        EndpointOffline: It is away.
         FabricError: The endpoint's service does not let us in, or does not answer.
     """
-    return EndpointLogin(site, root).start() if via == "endpoint" else LocalLogin(root)
+    if via == "endpoint":
+        return EndpointLogin(site, root).start(must_answer=must_answer)
+    return LocalLogin(root)
 
 
 def _dump(record: LaunchRecord) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """A job's weights: found on its nodes, and copied to their own disks where that pays.
 
-``python -m fabric.launch.jobs.weights MANIFEST FOLDER`` makes the copy of one further node. Jobs of
-the same user on a node share one copy: see ``fabric.payloads.replicate``, by which files are
-checked by digest, an interrupted copy is continued, and a copy is seen when all of it is there.
+``python -m fabric.launch.jobs.weights MANIFEST FOLDER [REPLICAS]`` makes the copy of one further
+node. Jobs of the same user on a node share one copy: see ``fabric.payloads.replicate``, by which
+files are checked by digest, an interrupted copy is continued, and a copy is seen when all of it is
+there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from fabric.errors import FabricError, ManifestInvalid, SettingInvalid, WeightsMissing
 from fabric.launch.jobs.records import write_whole
+from fabric.launch.jobs.replicas import Replicas
 from fabric.payloads import Manifest, replicate
 from fabric.payloads.manifest import FileSource, get_manifest
 
@@ -143,15 +145,24 @@ def get_own_dir(local_dir: str) -> Path:
     return path
 
 
-def copy_weights(manifest: Manifest, folder: Path, progress: Progress) -> Path:
+def copy_weights(
+    manifest: Manifest, folder: Path, progress: Progress, replicas: Replicas | None = None
+) -> Path:
     """Make the copy of a model on this node, or find it there; return its folder.
+
+    Args:
+        manifest: What it consists of.
+        folder: Where the copies of this node are.
+        progress: Called as bytes arrive.
+        replicas: Are asked before the files' own sources are.
 
     Raises:
         DiskTooSmall: It does not fit.
         DigestMismatch: A file has changed since its digest was taken.
         ReplicationFailed: A file cannot be read or written.
     """
-    done: dict[str, Any] = replicate(manifest.model_dump(mode="json"), folder, progress=progress)
+    fields = manifest.model_dump(mode="json")
+    done: dict[str, Any] = replicate(fields, folder, progress=progress, nearer=replicas)
     return Path(done["path"])
 
 
@@ -203,10 +214,11 @@ def _digest(path: Path, progress: Progress, before: int, total: int) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Make the copy of one node; return the exit code."""
-    manifest_path, local_dir = argv
+    manifest_path, local_dir, *more = argv
     try:
         manifest = read_manifest(Path(manifest_path))
-        copy_weights(manifest, get_own_dir(local_dir), lambda _done, _total: None)
+        replicas = Replicas.read(Path(more[0]), print) if more else None
+        copy_weights(manifest, get_own_dir(local_dir), lambda _done, _total: None, replicas)
     except FabricError as error:
         print(error.message, file=sys.stderr)
         return 1

@@ -27,8 +27,10 @@ from fabric.sdk.tracing.session import Session, Target
 from fabric.sdk.tracing.sweep import NamedArray
 from fabric.sdk.tracing.values import Value
 
-_RUNS_A_PROGRAM = 256
-"""A larger sweep goes in several programs: each has a time limit, and shares its machine."""
+RUNS_A_PROGRAM = 256
+"""A larger sweep goes in several programs, one after the other: each has a time limit, and shares
+its machine. Each has a clean and a corrupt run of its own, which costs less than to send their
+states to and fro."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,12 +115,12 @@ def activation_patching(
     """
     plan = _Plan.of(target, corrupt, (answer, instead), layers, positions, options, clean=clean)
 
-    def run_some(some: Sequence[int]) -> _Part:
+    def run_some(some: _Cells) -> _Part:
         with asking(target, **options) as session:
             base = session.run(clean, id="clean")
             other = session.run(corrupt, id="corrupt")
             ends = [_difference(run, plan.answers).save("measure") for run in (base, other)]
-            grid = session.sweep(corrupt, layer=some, position=plan.positions)
+            grid = session.sweep(corrupt, layer=some.layers, position=some.positions)
             for run, layer, position in grid:
                 at = point_at(point, layer)
                 if at == f"layers.{layer}.out" and layer < plan.layers[-1]:
@@ -128,7 +130,8 @@ def activation_patching(
                 else:
                     run.place(at)[position] = base.place(at)[position]
                 _difference(run, plan.answers).save("measure")
-        return _Part(grid["measure"].array, float(ends[0]), float(ends[1]), (session.done,))
+        effect = grid["measure"].array
+        return _Part(some, effect, float(ends[0]), float(ends[1]), (session.done,))
 
     return plan.gather(
         [run_some(some) for some in plan.batches], "Activation patching", "logit difference"
@@ -176,17 +179,18 @@ def causal_tracing(
         place += run.noise(place, sigma=sigma, seed=seed)
         return run
 
-    def run_some(some: Sequence[int], seed: int) -> _Part:
+    def run_some(some: _Cells, seed: int) -> _Part:
         with asking(target, **options) as session:
             base = session.run(prompt, id="clean")
             other = blurred(session.run(prompt, id="corrupt"), seed)
             ends = [_probability(run, *plan.answers).save("measure") for run in (base, other)]
-            grid = session.sweep(prompt, layer=some, position=plan.positions)
+            grid = session.sweep(prompt, layer=some.layers, position=some.positions)
             for run, layer, position in grid:
                 at = point_at(point, layer)
                 blurred(run, seed).place(at)[position] = base.place(at)[position]
                 _probability(run, *plan.answers).save("measure")
-        return _Part(grid["measure"].array, float(ends[0]), float(ends[1]), (session.done,))
+        effect = grid["measure"].array
+        return _Part(some, effect, float(ends[0]), float(ends[1]), (session.done,))
 
     parts = [_mean([run_some(some, seed) for seed in range(samples)]) for some in plan.batches]
     return plan.gather(parts, "Causal tracing", "probability")
@@ -236,14 +240,23 @@ def attribution_patching(
     import numpy as np
 
     estimate = float(ends[1]) + np.stack([one.value for one in products])
-    part = _Part(estimate, float(ends[0]), float(ends[1]), (session.done,))
+    part = _Part(plan.cells, estimate, float(ends[0]), float(ends[1]), (session.done,))
     return plan.gather([part], "Attribution patching", "logit difference, to first order")
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """A rectangle of a grid."""
+
+    layers: tuple[int, ...]
+    positions: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """Some layers' effects [layers, positions], and the measure of the runs they lie between."""
+    """Some cells' effects [layers, positions], and the measure of the runs they lie between."""
 
+    cells: _Cells
     effect: Array
     clean: float
     corrupt: float
@@ -294,20 +307,34 @@ class _Plan:
             )
 
     @property
-    def batches(self) -> Iterator[tuple[int, ...]]:
-        """The layers, as many at a time as a program has runs for."""
-        size = max(_RUNS_A_PROGRAM // len(self.positions), 1)
-        return (self.layers[at : at + size] for at in range(0, len(self.layers), size))
+    def cells(self) -> _Cells:
+        """All of them."""
+        return _Cells(self.layers, self.positions)
+
+    @property
+    def batches(self) -> Iterator[_Cells]:
+        """The cells in order, as many at a time as a program has runs for: whole layers where that
+        is possible."""
+        for layers in _batched(self.layers, max(RUNS_A_PROGRAM // len(self.positions), 1)):
+            for positions in _batched(self.positions, RUNS_A_PROGRAM):
+                yield _Cells(layers, positions)
 
     def gather(self, parts: Sequence[_Part], title: str, measure: str) -> PatchGrid:
-        """Return the parts, one below the other, as one grid."""
+        """Return the parts as one grid."""
         import numpy as np
 
         axes = {"layer": self.layers, "position": self.positions}
+        effect = {
+            (layer, position): value
+            for part in parts
+            for layer, row in zip(part.cells.layers, part.effect, strict=True)
+            for position, value in zip(part.cells.positions, row, strict=True)
+        }
+        rows = [[effect[layer, position] for position in self.positions] for layer in self.layers]
         return PatchGrid(
             title=title,
             measure=measure,
-            effect=NamedArray(np.concatenate([part.effect for part in parts]), axes),
+            effect=NamedArray(np.array(rows), axes),
             clean=parts[0].clean,
             corrupt=parts[0].corrupt,
             columns=tuple(self.labels[position] for position in self.positions),
@@ -315,11 +342,16 @@ class _Plan:
         )
 
 
+def _batched(numbers: tuple[int, ...], most: int) -> Iterator[tuple[int, ...]]:
+    return (numbers[at : at + most] for at in range(0, len(numbers), most))
+
+
 def _mean(parts: Sequence[_Part]) -> _Part:
     """Return the mean over draws of a noise."""
     import numpy as np
 
     return _Part(
+        parts[0].cells,
         np.mean([part.effect for part in parts], axis=0),
         parts[0].clean,
         float(np.mean([part.corrupt for part in parts])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
@@ -26,14 +27,15 @@ _UFUNCS = {
 }
 
 
-class Operand:
+class Operand(ABC):
     """What can be computed with: a value, or a place whose value is read when it is needed."""
 
     __slots__ = ()
     __hash__ = object.__hash__
 
+    @abstractmethod
     def _value(self) -> Value:
-        raise NotImplementedError
+        """Return the value; that of a place is read now."""
 
     def save(
         self,

@@ -32,7 +32,8 @@ WALLTIME = "00:04:00"
 NUM_STREAMS = 4
 MAX_TOKENS = 24
 QUESTION = "Name three planets."
-HAND_OVER_TIMEOUT_S = 400.0
+KEEP_ALIVE = "20m"
+HAND_OVER_TIMEOUT_S = 600.0
 
 
 @dataclass(slots=True)
@@ -88,8 +89,8 @@ def show(console: Console, fabric: Fabric, model: str, environ: dict[str, str]) 
     """Launch, ask, hand over and stop; return the exit code."""
     began_at = time.monotonic()
     command = ["launch", model, "--site", MACHINE, "--walltime", WALLTIME]
-    command += ["--keep-alive-until", "10m", "--wait"]
-    console.print(f"\n[bold]$ fabric {' '.join(command)}[/]")
+    command += ["--keep-alive-until", KEEP_ALIVE, "--wait"]
+    console.print(f"\n[bold]$ fabric {' '.join(command)}[/]", soft_wrap=True)
     launch = json.loads(_run(environ, *command, "--format", "json"))
     name = launch["name"]
     console.print(f"  {name} is ready {time.monotonic() - began_at:.0f} s after it was asked for.")
@@ -102,10 +103,14 @@ def show(console: Console, fabric: Fabric, model: str, environ: dict[str, str]) 
     console.print(f"\n  {NUM_STREAMS} streams at once until its walltime nears …")
     tally = Tally()
     with _streaming(fabric, model, site, tally):
-        until = time.monotonic() + HAND_OVER_TIMEOUT_S
+        until, shown = time.monotonic() + HAND_OVER_TIMEOUT_S, ""
         while time.monotonic() < until:
             jobs = json.loads(_run(environ, "instances", name, "--format", "json"))[0]["jobs"]
             states = [job["state"] for job in jobs]
+            told = ", ".join(f"job {job['job_id'] or '…'} {job['state']}" for job in jobs)
+            if told != shown:
+                shown = told
+                console.print(f"  {told}")
             if states[0] == "stopped" and "ready" in states[1:]:
                 break
             time.sleep(1)

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-import yaml
-
-from fabric.sdk import Fabric
-from fabric.testing.hub import PROJECT, RunningHub
-from fabric.testing.instance import MODULE
+from fabric.testing.hub import RunningHub
+from fabric.testing.person import PATIENCE_S, Person
 from fabric.testing.slurm.rig import Slurm
 
-PATIENCE_S = 240.0
 MACHINE = "test-slurm"
 SYSTEM: dict[str, Any] = {
     "center": "Here",
@@ -42,7 +34,7 @@ SYSTEM: dict[str, Any] = {
 }
 
 
-class User:
+class User(Person):
     """Somebody with a key that may launch, at the cluster's login node.
 
     Args:
@@ -64,52 +56,17 @@ class User:
         system: Mapping[str, Any] = {},
         models: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        _, self.key = hub.keys.add_key(PROJECT, scopes=("query", "launch"))
+        own = {"FABRIC_BASE_URL": hub_url or hub.base_url, "COLUMNS": "120"}
+        super().__init__(hub, folder, MACHINE, **slurm.environ, **own)
         self.slurm = slurm
-        self.hub = hub
-        self.state = folder / "s"
-        sites = folder / "config" / "fabric" / "sites"
-        sites.mkdir(parents=True)
-        site = {
-            "name": MACHINE,
-            "title": "A Slurm of the tests' own",
-            "system": {**SYSTEM, **system},
-            "models": list(models),
-            "endpoint": {"scheduler": "slurm", "walltime": "00:10:00", "exclusive": False},
-        }
-        (sites / f"{MACHINE}.yaml").write_text(yaml.safe_dump(site))
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("FABRIC_")}
-        self.environ = kept | {
-            **slurm.environ,
-            "FABRIC_BASE_URL": hub_url or hub.base_url,
-            "FABRIC_API_KEY": self.key,
-            "FABRIC_STATE_DIR": str(self.state),
-            "XDG_CONFIG_HOME": str(folder / "config"),
-            "COLUMNS": "120",
-        }
-        self.fabric = Fabric(hub.base_url, self.key)
-
-    def run(self, *args: str, environ: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
-        """Run ``fabric`` to its end."""
-        return subprocess.run(
-            [sys.executable, "-m", "fabric.cli", *args],
-            env={**self.environ, **environ},
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S + 30,
-            check=False,
+        self.know(
+            {
+                "title": "A Slurm of the tests' own",
+                "system": {**SYSTEM, **system},
+                "models": list(models),
+                "endpoint": {"scheduler": "slurm", "walltime": "00:10:00", "exclusive": False},
+            }
         )
-
-    def launch(
-        self, *args: str, model: str, walltime: str = "00:05:00", module: str = MODULE
-    ) -> dict[str, Any]:
-        """Run ``fabric launch``, which must succeed; return what it says of the launch."""
-        done = self.run(
-            *("launch", model, "--site", MACHINE, "--walltime", walltime),
-            *("--format", "json", "--module", module, *args),
-        )
-        assert done.returncode == 0, done.stderr
-        return dict(json.loads(done.stdout))
 
     def shown(self, name: str) -> dict[str, Any]:
         """Return what ``fabric instances`` says of a launch."""
@@ -132,11 +89,7 @@ class User:
 
     def end_all(self) -> None:
         """End the user's launchers and all jobs of the cluster."""
-        self.fabric.close()
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or ()
-            if "fabric.cli.launching" in words and str(self.state) in list(words)[-1]:
-                process.kill()
+        super().end_all()
         for job in self.slurm.run("squeue", "-h", "-o", "%i").split():
             self.slurm.try_run("scancel", job)
 

@@ -163,8 +163,9 @@ def test_changed_key_counts_at_once(keys: Keys, clock: Clock) -> None:
     assert (changed.label, changed.expires_at) == ("new", None)
     identity = keys.authenticate(key)
     assert (identity.max_concurrent, identity.scopes) == (2, frozenset({"admin"}))
-    with pytest.raises(RequestInvalid):
-        keys.modify(record.id, max_concurrent=0)
+    for number in (-1, 0, 10**6 + 1, 10**20):
+        with pytest.raises(RequestInvalid, match=str(number)):
+            keys.modify(record.id, max_concurrent=number)
     keys.modify(record.id, expires_at=clock.now)
     with pytest.raises(KeyExpired):
         keys.authenticate(key)

@@ -28,51 +28,24 @@ from fabric.messages import (
     TextInput,
     TokensInput,
 )
+from fabric.testing import choices
+from fabric.testing.choices import DIGEST, offer
 
-DIGEST = "sha256:aa"
 LONG = "You are a careful assistant. " * 60
 SITES = tuple(f"s{number}" for number in range(8))
 
 
 def replica(instance: str, site: str = "s0", **changes: Any) -> ReplicaSnapshot:
-    fields: dict[str, Any] = {
-        "digest": DIGEST,
-        "state": InstanceState.READY,
-        "ejected": False,
-        "context_tokens": 2048,
-        "max_rows": 16,
-        "num_busy": 0,
-        "num_in_flight": 0,
-    }
-    return ReplicaSnapshot(instance=instance, site=site, **{**fields, **changes})
-
-
-def offer(site: str, **changes: Any) -> Offer:
-    fields: dict[str, Any] = {
-        "allocation": "allocation:astro:*",
-        "available_usu": 1_000_000,
-        "max_charge_usu": 1_000,
-        "expected_charge_usu": 500,
-    }
-    return Offer(site=site, **{**fields, **changes})
+    return choices.replica(instance, site, **changes)
 
 
 def context(*offers: Offer, explore: float = 0.0, **changes: Any) -> Context:
-    settings = changes.pop("settings", None) or BrokerSettings(explore=explore)
-    fields: dict[str, Any] = {"model": "smol@1", "digest": DIGEST, "remaining_s": 300.0}
-    found = offers or tuple(offer(site) for site in SITES)
-    means = {one.site: one for one in found}
-    return Context(**{**fields, **changes}, offers=means, settings=settings)
+    changes.setdefault("settings", BrokerSettings(explore=explore))
+    return choices.context(*(offers or map(offer, SITES)), **changes)
 
 
 def request(number: int = 1, **changes: Any) -> Request:
-    fields: dict[str, Any] = {
-        "id": f"run_{number}",
-        "model": "smol",
-        "input": TextInput(text="Why is the sky dark at night?"),
-        "sampling": Sampling(max_tokens=32),
-    }
-    return Request(**{**fields, **changes})
+    return choices.request(id=f"run_{number}", **changes)
 
 
 def draw_replica(drawn: random.Random, number: int) -> ReplicaSnapshot:

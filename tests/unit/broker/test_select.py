@@ -9,62 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fabric.broker.select import Context, Offer, ReplicaSnapshot, may_come, select
-from fabric.broker.settings import BrokerSettings
+from fabric.broker.select import Context, ReplicaSnapshot, may_come, select
 from fabric.errors import NoReplica
-from fabric.messages import InstanceState, Placement, Request, Sampling, TextInput, TokensInput
+from fabric.messages import InstanceState, Placement, Request, Sampling, TokensInput
+from fabric.testing import choices
+from fabric.testing.choices import DIGEST, context, offer, request
 
-DIGEST = "sha256:aa"
 MIB = 2**20
 
 
 def replica(site: str, **changes: Any) -> ReplicaSnapshot:
-    fields: dict[str, Any] = {
-        "instance": f"{site}-1",
-        "site": site,
-        "digest": DIGEST,
-        "state": InstanceState.READY,
-        "ejected": False,
-        "context_tokens": 2048,
-        "max_rows": 16,
-        "num_busy": 0,
-        "num_in_flight": 0,
-    }
-    return ReplicaSnapshot(**{**fields, **changes})
-
-
-def offer(site: str, **changes: Any) -> Offer:
-    fields: dict[str, Any] = {
-        "site": site,
-        "allocation": f"allocation:astro:{site}",
-        "available_usu": 1_000_000,
-        "max_charge_usu": 1_000,
-        "expected_charge_usu": 500,
-    }
-    return Offer(**{**fields, **changes})
-
-
-def context(*offers: Offer, **changes: Any) -> Context:
-    if not offers:
-        offers = (offer("alpha"), offer("beta"))
-    fields: dict[str, Any] = {
-        "model": "smol@1",
-        "digest": DIGEST,
-        "offers": {one.site: one for one in offers},
-        "remaining_s": 300.0,
-        "settings": BrokerSettings(),
-    }
-    return Context(**{**fields, **changes})
-
-
-def request(**changes: Any) -> Request:
-    fields: dict[str, Any] = {
-        "id": "run_1",
-        "model": "smol",
-        "input": TextInput(text="Why is the sky dark at night?"),
-        "sampling": Sampling(max_tokens=32),
-    }
-    return Request(**{**fields, **changes})
+    return choices.replica(f"{site}-1", site, **changes)
 
 
 BOTH = (replica("alpha"), replica("beta"))
@@ -189,7 +144,7 @@ def test_a_filter_excludes_and_says_why(case: str) -> None:
 
 def test_what_the_request_holds_already_counts_as_available() -> None:
     spent = context(
-        offer("alpha", available_usu=0), held_allocation="allocation:astro:alpha", held_usu=1_000
+        offer("alpha", available_usu=0), held_allocation="allocation:astro:*", held_usu=1_000
     )
     assert select(request(), (replica("alpha"),), spent).site == "alpha"
 

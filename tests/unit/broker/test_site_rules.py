@@ -11,13 +11,15 @@ import pytest
 from fabric.auth import Identity
 from fabric.broker.links import Links
 from fabric.broker.pool import Pool
-from fabric.broker.select import Closure, Context, ReplicaSnapshot, decide, may_come, select
+from fabric.broker.select import Closure, Context, Offer, decide, may_come, select
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import Admitted, SendTask
 from fabric.errors import NoReplica
-from fabric.messages import InstanceState, Request, RunCompleted, Sampling, TextInput
-from fabric.testing.broker_rig import DIGEST, Rig, make_ticket, offer, only
+from fabric.messages import Request, RunCompleted, Sampling
+from fabric.testing import choices
+from fabric.testing.broker_rig import Rig, make_ticket, offer, only
 from fabric.testing.broker_rig import admit as admit_one
+from fabric.testing.choices import replica
 from fabric.testing.runs import Ask, last
 
 UNTIL = datetime(2027, 1, 11, 18, 0, tzinfo=UTC)
@@ -28,41 +30,12 @@ def closure(begins_in_s: float, ends_in_s: float) -> Closure:
     return Closure(begins_s=NOW + begins_in_s, ends_s=NOW + ends_in_s, until=UNTIL)
 
 
-def replica(instance: str, site: str, **changes: Any) -> ReplicaSnapshot:
-    fields: dict[str, Any] = {
-        "instance": instance,
-        "site": site,
-        "digest": DIGEST,
-        "state": InstanceState.READY,
-        "ejected": False,
-        "context_tokens": 2048,
-        "max_rows": 16,
-        "num_busy": 0,
-        "num_in_flight": 0,
-    }
-    return ReplicaSnapshot(**{**fields, **changes})
-
-
-def context(*offers: Any, **changes: Any) -> Context:
-    fields: dict[str, Any] = {
-        "model": "smol@1",
-        "digest": DIGEST,
-        "offers": {one.site: one for one in offers},
-        "remaining_s": 300.0,
-        "settings": BrokerSettings(explore=0.0),
-        "now": NOW,
-    }
-    return Context(**{**fields, **changes})
+def context(*offers: Offer, **changes: Any) -> Context:
+    return choices.context(*offers, settings=BrokerSettings(explore=0.0), now=NOW, **changes)
 
 
 def request(**changes: Any) -> Request:
-    fields: dict[str, Any] = {
-        "id": "run_1",
-        "model": "smol",
-        "input": TextInput(text="Why?"),
-        "sampling": Sampling(max_tokens=60),
-    }
-    return Request(**{**fields, **changes})
+    return choices.request(**{"sampling": Sampling(max_tokens=60), **changes})
 
 
 BOTH = (replica("a", "alpha"), replica("b", "beta", num_busy=16))

@@ -122,6 +122,42 @@ def test_one_version_is_deleted_and_never_several(catalog: Catalog) -> None:
         catalog.delete_model("smol")
 
 
+@pytest.mark.parametrize("name", ["", "Bad", "a b", "-a", "a\n", "a/b", "a" * 64])
+def test_site_that_no_request_could_name_is_refused(catalog: Catalog, name: str) -> None:
+    with pytest.raises(RequestInvalid, match="a name is"):
+        catalog.add_site(name)
+    assert catalog.sites() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "more"),
+    [
+        ("a b", "1", {}),
+        ("a@1", "1", {}),
+        ("", "1", {}),
+        ("a" * 129, "1", {}),
+        ("a", "1 2", {}),
+        ("a", "", {}),
+        ("a", "1", {"digest": "sha 1"}),
+    ],
+)
+def test_version_that_no_request_could_name_is_refused(
+    catalog: Catalog, name: str, revision: str, more: dict[str, str]
+) -> None:
+    with pytest.raises(RequestInvalid):
+        add_model(catalog, revision, name, **more)
+    assert catalog.models() == []
+
+
+@pytest.mark.parametrize("num_tokens", [-1, 0, 2**31, 10**20])
+def test_context_of_an_impossible_length_is_refused(catalog: Catalog, num_tokens: int) -> None:
+    with pytest.raises(RequestInvalid, match=str(num_tokens)):
+        catalog.add_model("smol", "1", context_tokens=num_tokens, source="/weights")
+    add_model(catalog, "1")
+    with pytest.raises(RequestInvalid, match=str(num_tokens)):
+        catalog.modify_model("smol@1", context_tokens=num_tokens)
+
+
 def test_times_are_utc(database: Database) -> None:
     before = datetime.now(UTC) - timedelta(seconds=1)
     site = Catalog(database).add_site("alpha")

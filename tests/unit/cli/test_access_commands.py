@@ -6,41 +6,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
-from click.testing import CliRunner, Result
 from fastapi.routing import APIRoute
 
 from fabric.cli.main import fabric_admin
 from fabric.gateway.access import Needs, declarations
 from fabric.gateway.app import ROUTERS
+from fabric.testing.admin import Admin
 
 GROUP = "6c91e6eb-085c-11e6-a7a5-22000bf2d559"
 
 
-class Admin:
-    """Runs commands on one database."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def run(self, *args: str) -> Result:
-        return CliRunner().invoke(fabric_admin, [*args, "--database", self.url])
-
-    def ok(self, *args: str) -> Result:
-        result = self.run(*args)
-        assert result.exit_code == 0, f"{args}: {result.stderr}"
-        return result
-
-    def json(self, *args: str) -> Any:
-        return json.loads(self.ok(*args, "--format", "json").stdout)
-
-
 @pytest.fixture
-def admin(tmp_path: Path) -> Admin:
-    admin = Admin(f"sqlite:///{tmp_path / 'hub.db'}")
+def admin(admin: Admin) -> Admin:
     admin.ok("project", "add", "astro")
     return admin
 

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from fabric.auth import Keys
 from fabric.cli.main import fabric_admin
 from fabric.sql import Database
-
-
-class Admin:
-    """Runs commands on one database."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def run(self, *args: str) -> Result:
-        return CliRunner().invoke(fabric_admin, [*args, "--database", self.url])
-
-    def ok(self, *args: str) -> Result:
-        result = self.run(*args)
-        assert result.exit_code == 0, result.stderr
-        return result
-
-    def json(self, *args: str) -> Any:
-        return json.loads(self.ok(*args, "--format", "json").stdout)
-
-
-@pytest.fixture
-def admin(tmp_path: Path) -> Admin:
-    return Admin(f"sqlite:///{tmp_path / 'hub.db'}")
+from fabric.testing.admin import Admin
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from sqlalchemy import insert, select, update
 
 import fabric.batches  # noqa: F401 - whose table of files is filled here
@@ -20,26 +20,13 @@ from fabric.ledger import Ledger
 from fabric.ledger.sacct import COMMAND
 from fabric.messages import RunState, Usage
 from fabric.sql import Database, metadata, utc_now
+from fabric.testing.admin import Admin
 
 SACCT = "11|COMPLETED|1795297935|1795301535|billing=4,gres/gpu=4,node=1\n"
 
 
-class Admin:
-    """Runs commands on one database."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def run(self, *args: str, stdin: str | None = None) -> Result:
-        return CliRunner().invoke(fabric_admin, [*args, "--database", self.url], input=stdin)
-
-    def ok(self, *args: str, stdin: str | None = None) -> Result:
-        result = self.run(*args, stdin=stdin)
-        assert result.exit_code == 0, result.stderr
-        return result
-
-    def json(self, *args: str, stdin: str | None = None) -> Any:
-        return json.loads(self.ok(*args, "--format", "json", stdin=stdin).stdout)
+class Books(Admin):
+    """Commands on a database whose ledger is used meanwhile."""
 
     def charge(self, run: str, amount_usu: int) -> None:
         with Database(self.url) as database:
@@ -49,18 +36,18 @@ class Admin:
 
 
 @pytest.fixture
-def admin(tmp_path: Path) -> Admin:
-    admin = Admin(f"sqlite:///{tmp_path / 'hub.db'}")
+def admin(tmp_path: Path) -> Books:
+    admin = Books(f"sqlite:///{tmp_path / 'hub.db'}")
     admin.ok("project", "add", "astro")
     admin.ok("site", "add", "alpha")
     return admin
 
 
-def available(admin: Admin) -> dict[str, int]:
+def available(admin: Books) -> dict[str, int]:
     return {one["name"]: one["available_usu"] for one in admin.json("alloc", "show")}
 
 
-def test_periods_are_told_apart(admin: Admin) -> None:
+def test_periods_are_told_apart(admin: Books) -> None:
     for period in ("2026", "2027"):
         admin.ok("alloc", "add", "astro", "--period", period, "--su", "5")
     refused = admin.run("alloc", "modify", "astro", "--su", "1")
@@ -74,7 +61,7 @@ def test_periods_are_told_apart(admin: Admin) -> None:
     assert "for 2030" in admin.run("alloc", "delete", "astro", "--period", "2030", "-y").stderr
 
 
-def test_a_share_is_for_a_key_of_the_project(admin: Admin) -> None:
+def test_a_share_is_for_a_key_of_the_project(admin: Books) -> None:
     admin.ok("alloc", "add", "astro", "--su", "5")
     admin.ok("project", "add", "bio")
     mine = admin.json("key", "add", "astro")["id"]
@@ -88,12 +75,15 @@ def test_a_share_is_for_a_key_of_the_project(admin: Admin) -> None:
     }
     assert mine in admin.ok("alloc", "show").stdout
     assert admin.run("alloc", "share", "astro", theirs, "--su", "1").exit_code == 3
+    for nobody in ("globus:me", "globus:", f"globus:{str(UUID(int=0xA)).upper()}"):
+        refused = admin.run("alloc", "share", "astro", nobody, "--su", "1")
+        assert (refused.exit_code, nobody in refused.stderr) == (3, True)
     assert admin.run("alloc", "share", "astro", mine, "--su", "9").exit_code == 3
     admin.ok("alloc", "delete", "astro", "-y")
     assert set(available(admin).values()) == {0}
 
 
-def test_amounts_can_be_given_in_a_centres_unit(admin: Admin) -> None:
+def test_amounts_can_be_given_in_a_centres_unit(admin: Books) -> None:
     assert "rate unit add" in admin.run("alloc", "add", "astro", "--amount", "4 node-hour").stderr
     admin.ok("rate", "unit", "add", "node-hour", "--su", "2.5")
     admin.ok("alloc", "add", "astro", "--amount", "4 node-hour")
@@ -108,7 +98,7 @@ def test_amounts_can_be_given_in_a_centres_unit(admin: Admin) -> None:
         assert admin.run("alloc", "exchange", "astro", "--to", "alpha", *wrong).exit_code == 2
 
 
-def test_a_statement_is_a_table_json_or_csv(admin: Admin) -> None:
+def test_a_statement_is_a_table_json_or_csv(admin: Books) -> None:
     admin.ok("alloc", "add", "astro", "--su", "5", "--memo", "first year")
     admin.charge("run_1", 2_000_000)
     refund = admin.json("alloc", "refund", "run_1", "--su", "0.5", "--memo", "node failed")
@@ -130,7 +120,7 @@ def test_a_statement_is_a_table_json_or_csv(admin: Admin) -> None:
     assert admin.run("alloc", "statement", "nobody").exit_code == 3
 
 
-def test_prices_are_followed_by_others_and_taken_back_before_they_count(admin: Admin) -> None:
+def test_prices_are_followed_by_others_and_taken_back_before_they_count(admin: Books) -> None:
     admin.ok("rate", "add", "*", "alpha", "--prompt", "10", "--output", "40", "--stored", "3")
     later = ["--from", "2999-01-01"]
     changed = admin.json("rate", "modify", "*", "alpha", "--output", "50", *later)
@@ -150,7 +140,7 @@ def test_prices_are_followed_by_others_and_taken_back_before_they_count(admin: A
     assert admin.run("rate", "add", "*", "*", "--prompt", "1").exit_code == 2
 
 
-def test_rates_are_measured_from_runs(admin: Admin) -> None:
+def test_rates_are_measured_from_runs(admin: Books) -> None:
     admin.ok(
         "model",
         "add",
@@ -197,7 +187,7 @@ def run(number: int) -> RunRecord:
     )
 
 
-def test_storage_is_charged_once_a_day(admin: Admin) -> None:
+def test_storage_is_charged_once_a_day(admin: Books) -> None:
     admin.ok("rate", "add", "*", "*", "--prompt", "1", "--output", "1", "--stored", "1000000")
     assert admin.json("alloc", "rent") == []
     store(admin, 2**29)
@@ -214,7 +204,7 @@ def test_storage_is_charged_once_a_day(admin: Admin) -> None:
     assert available(admin) == {"allocation:astro:*": 4_500_000}
 
 
-def test_jobs_are_reconciled_once(admin: Admin, tmp_path: Path) -> None:
+def test_jobs_are_reconciled_once(admin: Books, tmp_path: Path) -> None:
     admin.ok("rate", "unit", "add", "node-hour", "--su", "2")
     jobs = tmp_path / "jobs.txt"
     jobs.write_text(SACCT)
@@ -248,7 +238,7 @@ def test_jobs_are_reconciled_once(admin: Admin, tmp_path: Path) -> None:
     ],
 )
 def test_a_dry_run_changes_nothing_and_the_log_has_what_was_changed(
-    admin: Admin, command: str
+    admin: Books, command: str
 ) -> None:
     admin.ok("rate", "unit", "add", "node-hour", "--su", "2")
     prices = ["--prompt", "1", "--output", "1", "--stored", "1000000"]
@@ -272,14 +262,14 @@ def test_a_dry_run_changes_nothing_and_the_log_has_what_was_changed(
     admin.ok("db", "verify")
 
 
-def kept(admin: Admin) -> list[Any]:
+def kept(admin: Books) -> list[Any]:
     with Database(admin.url) as database, database.read() as connection:
         tables = [metadata.tables[name] for name in ("journal", "entries", "accounts", "units")]
         rows = [connection.execute(select(table)).all() for table in tables]
     return [*rows, admin.json("rate", "show", "--all")]
 
 
-def store(admin: Admin, num_bytes: int) -> None:
+def store(admin: Books, num_bytes: int) -> None:
     file = {"id": "file-1", "project": "astro", "filename": "f", "purpose": "batch"}
     times = {"created_at": utc_now(), "expires_at": utc_now()}
     with Database(admin.url) as database, database.transaction() as connection:

@@ -18,7 +18,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from fabric import __version__
 from fabric.cli.doctor import (
@@ -53,6 +53,7 @@ from fabric.engine.source import ModelSource
 from fabric.messages import EngineOptions
 from fabric.messages.session import PROTOCOL
 from fabric.sql import Database, migrate
+from fabric.testing.admin import Admin
 from fabric.testing.hub import PROJECT, RunningHub, running_hub
 from fabric.testing.tiny_model import save_tiny_llama
 
@@ -331,16 +332,13 @@ def test_weights_that_are_cut_short_or_missing_are_found_without_reading(model: 
 # ---- the books -----------------------------------------------------------------------------------
 
 
-def admin(url: str, *words: str) -> Result:
-    return CliRunner().invoke(fabric_admin, [*words, "--database", url])
-
-
-def test_remedies_are_commands_that_lead_to_a_site_that_can_serve(tmp_path: Path) -> None:
+def test_remedies_are_commands_that_lead_to_a_site_that_can_serve(
+    admin: Admin, tmp_path: Path
+) -> None:
     file = tmp_path / "anvil.yaml"
     file.write_text("name: anvil\nmodels: [{name: toy, source: 'a:b', context_tokens: 9}]\n")
-    url = f"sqlite:///{tmp_path / 'hub.db'}"
-    assert admin(url, "project", "add", "astro").exit_code == 0
-    check = BooksCheck(database_url=url, site=load_site(file))
+    admin.ok("project", "add", "astro")
+    check = BooksCheck(database_url=admin.url, site=load_site(file))
     remedies = []
     for _ in range(10):
         lacks = [one for one in run(check) if one.level == "wrong"]
@@ -349,22 +347,19 @@ def test_remedies_are_commands_that_lead_to_a_site_that_can_serve(tmp_path: Path
         remedy = lacks[0].remedy.split(" > ")[0].replace("PROJECT", "astro")
         words = shlex.split(remedy.replace("FILE", str(file)))
         assert words[0] == "fabric-admin"
-        done = admin(url, *words[1:])
-        assert done.exit_code == 0, done.stderr
+        admin.ok(*words[1:])
         remedies.append(words[1])
     assert remedies == ["site", "model", "rate", "alloc", "key"]
-    assert admin(url, "site", "modify", "anvil", "--state", "disabled").exit_code == 0
+    admin.ok("site", "modify", "anvil", "--state", "disabled")
     assert "--state enabled" in run(check)[-1].remedy
 
 
-def test_books_that_do_not_add_up_are_told(tmp_path: Path) -> None:
-    path = tmp_path / "hub.db"
-    url = f"sqlite:///{path}"
-    admin(url, "project", "add", "astro")
-    assert admin(url, "alloc", "add", "astro", "--su", "5").exit_code == 0
-    with closing(sqlite3.connect(path)) as connection, connection:
+def test_books_that_do_not_add_up_are_told(admin: Admin, tmp_path: Path) -> None:
+    admin.ok("project", "add", "astro")
+    admin.ok("alloc", "add", "astro", "--su", "5")
+    with closing(sqlite3.connect(tmp_path / "hub.db")) as connection, connection:
         connection.execute("UPDATE accounts SET balance_usu = balance_usu + 1")
-    assert only(BooksCheck(database_url=url)).level == "wrong"
+    assert only(BooksCheck(database_url=admin.url)).level == "wrong"
 
 
 def test_another_releases_database_is_left_alone(tmp_path: Path) -> None:

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from fabric.catalog import Catalog
-from fabric.cli.main import fabric_admin
 from fabric.compute.functions import shipped_function, shipped_functions
 from fabric.sql import Database, migrate
+from fabric.testing.admin import Admin
 
 
-class Admin:
+class Functions(Admin):
     """Runs the commands on one database."""
 
     def __init__(self, path: Path) -> None:
-        self.url = f"sqlite:///{path}"
+        super().__init__(f"sqlite:///{path}")
         with Database(self.url) as database:
             migrate(database)
 
-    def run(self, *arguments: str) -> Result:
-        command = ["function", *arguments, "--database", self.url]
-        return CliRunner().invoke(fabric_admin, command)
-
-    def json(self, *arguments: str) -> Any:
-        done = self.run(*arguments, "--format", "json")
-        assert done.exit_code == 0, done.stderr
-        return json.loads(done.stdout)
+    def run(self, *arguments: str, stdin: str | None = None) -> Result:
+        return super().run("function", *arguments, stdin=stdin)
 
     def add(self, name: str, *, sha256: str = "", **more: str) -> str:
         id = str(uuid4())
@@ -44,16 +36,16 @@ class Admin:
 
 
 @pytest.fixture
-def admin(tmp_path: Path) -> Admin:
-    return Admin(tmp_path / "hub.db")
+def admin(tmp_path: Path) -> Functions:
+    return Functions(tmp_path / "hub.db")
 
 
-def test_nothing_is_registered_at_first(admin: Admin) -> None:
+def test_nothing_is_registered_at_first(admin: Functions) -> None:
     assert admin.json("list") == []
     assert "fabric-admin function add" in admin.run("list").stderr
 
 
-def test_a_dry_run_tells_what_would_be_registered(admin: Admin) -> None:
+def test_a_dry_run_tells_what_would_be_registered(admin: Functions) -> None:
     known = admin.add("infer")
     plan = {one["name"]: one["id"] for one in admin.json("register", "--dry-run")}
     assert plan.pop("infer") == known, "its source has not changed"
@@ -64,7 +56,7 @@ def test_a_dry_run_tells_what_would_be_registered(admin: Admin) -> None:
     assert len(admin.json("list")) == 1
 
 
-def test_a_function_for_others_is_another_function(admin: Admin) -> None:
+def test_a_function_for_others_is_another_function(admin: Functions) -> None:
     admin.add("infer")
     group = str(uuid4())
     shared = admin.add("infer", visibility="group", group_id=group)
@@ -73,13 +65,13 @@ def test_a_function_for_others_is_another_function(admin: Admin) -> None:
     assert admin.json("register", "infer", "--public", "--dry-run")[0]["id"] is None
 
 
-def test_what_has_not_changed_is_not_registered_again(admin: Admin) -> None:
+def test_what_has_not_changed_is_not_registered_again(admin: Functions) -> None:
     """No client is made: without credentials that would fail."""
     known = admin.add("infer")
     assert [one["id"] for one in admin.json("register", "infer")] == [known]
 
 
-def test_a_list_says_what_is_current_and_names_what_has_drifted(admin: Admin) -> None:
+def test_a_list_says_what_is_current_and_names_what_has_drifted(admin: Functions) -> None:
     admin.add("infer")
     drifted = admin.add("describe_site", sha256="0" * 64)
     admin.add("gone", sha256="1" * 64)
@@ -92,7 +84,7 @@ def test_a_list_says_what_is_current_and_names_what_has_drifted(admin: Admin) ->
     assert "`fabric-admin function register describe_site`" in listed.stderr
 
 
-def test_one_of_several_must_be_named_by_its_id(admin: Admin) -> None:
+def test_one_of_several_must_be_named_by_its_id(admin: Functions) -> None:
     ids = [admin.add("infer"), admin.add("infer", visibility="public")]
     refused = admin.run("retire", "infer", "-y")
     assert refused.exit_code == 3

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pytest
-from click.testing import CliRunner, Result
 
 from fabric.cli.exits import Exit
-from fabric.cli.main import fabric_admin
-
-
-class Admin:
-    """Runs commands on one database."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def run(self, *args: str) -> Result:
-        return CliRunner().invoke(fabric_admin, [*args, "--database", self.url])
-
-    def json(self, *args: str) -> Any:
-        result = self.run(*args, "--format", "json")
-        assert result.exit_code == 0, result.stderr
-        return json.loads(result.stdout)
+from fabric.testing.admin import Admin
 
 
 @pytest.fixture
-def admin(tmp_path: Path) -> Admin:
-    admin = Admin(f"sqlite:///{tmp_path / 'hub.db'}")
+def admin(admin: Admin) -> Admin:
     admin.json("site", "add", "polaris")
     return admin
 

@@ -12,16 +12,16 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from fabric.catalog import Catalog, RunRecord
 from fabric.cli.main import fabric_admin
 from fabric.messages import RunState, new_id
 from fabric.sql import Database
+from fabric.testing.admin import Admin
 
 GROUP = "6c91e6eb-085c-11e6-a7a5-22000bf2d559"
 ENDPOINT = "4b116d3c-1703-4f8f-9f6f-39921e5864df"
@@ -51,12 +51,12 @@ def named(leaf: Leaf) -> str:
     return " ".join(leaf[0])
 
 
-class Admin:
-    """Runs commands on one database, in which there is one of everything."""
+class Furnished(Admin):
+    """Runs commands on a database, in which there is one of everything."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "hub.db"
-        self.url = f"sqlite:///{self.path}"
+        super().__init__(f"sqlite:///{self.path}")
         (folder / "anvil.yaml").write_text(ANVIL)
         self.ok("project", "add", "astro", "--title", "Astronomy")
         self.ok("project", "group", "add", "astro", GROUP)
@@ -70,17 +70,6 @@ class Admin:
         (self.key,) = self.json("key", "show")
         self.ok("limit", "add", f"key:{self.key['id']}", "--requests", "5")
 
-    def run(self, *args: str) -> Result:
-        return CliRunner().invoke(fabric_admin, [*args, "--database", self.url])
-
-    def ok(self, *args: str) -> Result:
-        result = self.run(*args)
-        assert result.exit_code == 0, result.stderr
-        return result
-
-    def json(self, *args: str) -> Any:
-        return json.loads(self.ok(*args, "--format", "json").stdout)
-
     def contents(self) -> list[str]:
         with sqlite3.connect(self.path) as connection:
             return list(connection.iterdump())
@@ -90,8 +79,8 @@ class Admin:
 
 
 @pytest.fixture
-def admin(tmp_path: Path) -> Admin:
-    return Admin(tmp_path)
+def admin(tmp_path: Path) -> Furnished:
+    return Furnished(tmp_path)
 
 
 @pytest.mark.parametrize("leaf", COMMANDS, ids=named)
@@ -152,7 +141,9 @@ CHANGES = (
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_dry_run_says_what_would_change_and_changes_nothing(admin: Admin, change: str) -> None:
+def test_a_dry_run_says_what_would_change_and_changes_nothing(
+    admin: Furnished, change: str
+) -> None:
     before, args = admin.contents(), admin.filled(change)
     told = admin.ok(*args, "--dry-run")
     assert "Nothing was changed: this was a dry run." in told.stderr
@@ -162,7 +153,7 @@ def test_a_dry_run_says_what_would_change_and_changes_nothing(admin: Admin, chan
     assert admin.contents() != before
 
 
-def test_a_dry_run_tells_fields_before_and_after(admin: Admin) -> None:
+def test_a_dry_run_tells_fields_before_and_after(admin: Furnished) -> None:
     told = admin.json("site", "modify", "anvil", "--state", "disabled", "--dry-run")
     assert told["changes"] == {"state": {"from": "enabled", "to": "disabled"}}
     assert told["record"]["state"] == "disabled"
@@ -172,7 +163,7 @@ def test_a_dry_run_tells_fields_before_and_after(admin: Admin) -> None:
     assert "is like that already" in again
 
 
-def test_a_dry_run_is_refused_what_would_be_refused(admin: Admin) -> None:
+def test_a_dry_run_is_refused_what_would_be_refused(admin: Furnished) -> None:
     for args in (
         ["project", "delete", "nope", "--dry-run"],
         ["model", "add", "gpt2", "--source", "/other", "--context-tokens", "1024", "--dry-run"],
@@ -182,7 +173,7 @@ def test_a_dry_run_is_refused_what_would_be_refused(admin: Admin) -> None:
         assert refused.stderr.startswith("Error: ")
 
 
-def test_a_dry_run_prints_no_key_that_will_not_work(admin: Admin) -> None:
+def test_a_dry_run_prints_no_key_that_will_not_work(admin: Furnished) -> None:
     told = admin.ok("key", "add", "astro", "--dry-run")
     assert told.stdout == ""
     assert "fab_" not in admin.ok("key", "add", "astro", "--dry-run", "--format", "json").stdout
@@ -209,7 +200,7 @@ def test_a_dry_run_leaves_a_new_database_without_tables(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_there_is_added_again_without_harm_unless_it_differs(
-    admin: Admin, again: str, other: str
+    admin: Furnished, again: str, other: str
 ) -> None:
     before = admin.contents()
     assert "is like that already" in admin.ok(*admin.filled(again)).stderr
@@ -220,7 +211,7 @@ def test_what_is_there_is_added_again_without_harm_unless_it_differs(
     assert admin.contents() == before
 
 
-def test_tables_fit_eighty_columns(admin: Admin) -> None:
+def test_tables_fit_eighty_columns(admin: Furnished) -> None:
     for noun in ("site", "endpoint", "model", "replica", "project", "key", "limit", "function"):
         lines = admin.ok(noun, "show").stdout.splitlines()
         assert noun == "function" or len(lines) > 1
@@ -237,14 +228,14 @@ def test_tables_fit_eighty_columns(admin: Admin) -> None:
     }
 
 
-def test_one_record_is_shown_whole(admin: Admin) -> None:
+def test_one_record_is_shown_whole(admin: Furnished) -> None:
     told = admin.ok("site", "show", "anvil").stdout
     assert ENDPOINT in told
     assert admin.instance in admin.ok("replica", "show", admin.instance).stdout
     assert admin.run("replica", "show", "inst_none").exit_code == 3
 
 
-def test_a_site_is_told_its_changed_file(admin: Admin, tmp_path: Path) -> None:
+def test_a_site_is_told_its_changed_file(admin: Furnished, tmp_path: Path) -> None:
     file = tmp_path / "anvil.yaml"
     file.write_text(ANVIL.replace("title: Anvil", "title: Anvil, GPU nodes"))
     changed = admin.json("site", "modify", "anvil", "--file", str(file))
@@ -255,7 +246,7 @@ def test_a_site_is_told_its_changed_file(admin: Admin, tmp_path: Path) -> None:
     assert "'bridges'" in refused.stderr
 
 
-def test_users_are_those_who_asked_the_latest_first(admin: Admin) -> None:
+def test_users_are_those_who_asked_the_latest_first(admin: Furnished) -> None:
     made = datetime(2030, 1, 1, tzinfo=UTC)
     asked = [("5b1e0c7a94d2", 0), ("globus:6c91e6eb-085c-11e6-a7a5-22000bf2d559", 1)]
     with Database(admin.url) as database:
@@ -281,7 +272,7 @@ def test_users_are_those_who_asked_the_latest_first(admin: Admin) -> None:
     assert admin.run("user", "show", "--project", "nope").exit_code == 3
 
 
-def test_a_replica_that_was_ended_may_not_come_back(admin: Admin) -> None:
+def test_a_replica_that_was_ended_may_not_come_back(admin: Furnished) -> None:
     ended = admin.json("replica", "delete", admin.instance, "-y", "--reason", "wrong weights")
     assert admin.json("audit", "show", "--limit", "1")[0]["what"] == "replica delete"
     assert (ended["state"], ended["ended_reason"]) == ("stopped", "wrong weights")

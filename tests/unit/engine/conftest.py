@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from fabric.engine import opening
+from fabric.engine import attention, fused, linear, opening
 from fabric.engine.config import EngineConfig
 from fabric.engine.interface import Engine, FetchAdapter
 from fabric.engine.model import LoadedModel, load_model
+from fabric.engine.native import Native, load_native
 from fabric.engine.partition.crew import Crew
 from fabric.engine.source import ModelSource
 from fabric.engine.text import Texts
@@ -48,6 +49,18 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(tiny_dir: Path) -> PreTrainedModel:
     """The same model, run by transformers."""
     return LlamaForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Native | None:
+    """Run on the compiled kernels, or as where there is no compiler."""
+    found = load_native()
+    assert found is not None
+    if request.param == "native":
+        return found
+    for module in (attention, fused, linear):
+        monkeypatch.setattr(module, "load_native", lambda: None)
+    return None
 
 
 @dataclass

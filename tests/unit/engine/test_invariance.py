@@ -6,20 +6,12 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from fabric.engine import attention, fused, linear
+from fabric.engine import fused
 from fabric.errors import ModelNotLoadable
 
 PROMPT = [(7 * i) % 250 for i in range(75)]
 HOW = {"temperature": 0.7, "seed": 3, "max_tokens": 24, "logprobs": 5, "ignore_eos": True}
 SMALL_CACHE = {"float32": 2**18, "bfloat16": 2**17}
-
-
-@pytest.fixture(params=["native", "torch"])
-def kernels(request, monkeypatch):
-    """Run on the compiled kernels, or as where there is no compiler."""
-    if request.param == "torch":
-        for module in (attention, fused, linear):
-            monkeypatch.setattr(module, "load_native", lambda: None)
 
 
 @pytest.fixture(params=["float32", "bfloat16"])

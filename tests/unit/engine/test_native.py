@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import shutil
 import subprocess
 import sys
@@ -41,8 +40,7 @@ def works(loaded):
 
 @pytest.mark.slow
 def test_damaged_kernels_are_compiled_again_and_then_kept(compilations, caplog):
-    source = (importlib.resources.files("fabric.engine") / "native.c").read_bytes()
-    kept = native._kept(source, Path(shutil.which("gcc") or shutil.which("cc")))
+    kept = native._kept(native.read_source(), Path(shutil.which("gcc") or shutil.which("cc")))
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"not a library")
     assert works(load())

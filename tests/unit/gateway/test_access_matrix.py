@@ -262,6 +262,20 @@ MATRIX: dict[tuple[str, str], list[Call]] = {
             instance=NOT_THERE,
         )
     ],
+    ("GET", f"{F}/instance/weights"): [Call(instance=frozenset({200}))],
+    ("PUT", f"{F}/instance/weights"): [
+        Call(sent=body(url="http://n1:1", key="0" * 64), instance=NO_CONTENT),
+        *(
+            Call(sent=body(url=url, key=key), instance=frozenset({400}))
+            for url, key in (
+                ("http://n1", "0" * 64),
+                ("https://n1:1", "0" * 64),
+                ("http://n1:1/path", "0" * 64),
+                ("http://user@n1:1", "0" * 64),
+                ("http://n1:1", "short"),
+            )
+        ),
+    ],
     ("POST", f"{F}/tickets"): [private(body(site=...), thing=vault)],
     ("GET", f"{F}/tickets"): [LIST],
     ("DELETE", f"{F}/tickets/{{ticket}}"): [mine(World.ticket)],

@@ -9,8 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from fabric.broker import BrokerSettings
 from fabric.errors import KeyInvalid
-from fabric.testing.hub import PROJECT, RunningHub
+from fabric.testing.hub import PROJECT, RunningHub, running_hub
 
 PATIENCE_S = 60.0
 PATH = "/v1/fabric/instances"
@@ -27,13 +28,19 @@ JOB = {
 }
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
+    """A hub of this module's own: the places that it brings stay, and cost nothing."""
+    settings = BrokerSettings(patience_s=1.0)
+    with running_hub(tmp_path_factory.mktemp("own"), broker=settings) as hub:
+        yield hub
+
+
 class Clients:
     """Two keys of one project, one of another, one that may not launch."""
 
     def __init__(self, hub: RunningHub) -> None:
-        names = {project.name for project in hub.keys.projects()}
-        if "others" not in names:
-            hub.keys.add_project("others")
+        hub.keys.add_project("others")
         self.owner = self._client(hub, PROJECT)
         self.colleague = self._client(hub, PROJECT)
         self.stranger = self._client(hub, "others")

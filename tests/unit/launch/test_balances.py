@@ -23,6 +23,7 @@ from fabric.launch.balances import (
     accounts,
     command,
     get_balance_source,
+    mybalance,
     sbank,
     showusage,
     slurm,
@@ -60,6 +61,14 @@ def read(name: str) -> str:
             showusage.parse(read("showusage.txt"), "ABC123"),
             *("node-hours", "20000", "126.3", "19873.7"),
         ),
+        (
+            mybalance.parse(read("mybalance-roar.txt"), "dml129-engagement"),
+            *("hours", "67200", "11530.7", "55669.3"),
+        ),
+        (
+            mybalance.parse(read("mybalance-roar.txt"), "dml129-engagement_gpu"),
+            *("hours", "80640", "0", "80640"),
+        ),
         (taccinfo.parse(read("taccinfo-frontera.txt"), "TACC-SCI"), "SU", None, None, "102149"),
         (taccinfo.parse(read("taccinfo-lonestar6.txt"), "OTH24028"), "SU", None, None, "525"),
         (
@@ -92,6 +101,8 @@ def test_balance_is_what_the_centre_wrote(
         lambda: accounts.parse(read("accounts-delta.txt"), "bbka-delta"),
         lambda: accounts.parse(read("accounts-deltaai.txt"), "Account"),
         lambda: showusage.parse(read("showusage.txt"), "Project"),
+        lambda: mybalance.parse(read("mybalance-roar.txt"), "dml129"),
+        lambda: mybalance.parse(read("mybalance-roar.txt"), "Project"),
         lambda: taccinfo.parse(read("taccinfo-lonestar6.txt"), "TACC"),
         lambda: taccinfo.parse(read("taccinfo-frontera.txt"), "/home1"),
         lambda: slurm.parse(read("assoc_mgr-limited-qos.txt"), "account"),
@@ -107,6 +118,14 @@ def test_project_that_is_not_there_is_not_guessed(parse: Callable[[], Balance]) 
 def test_account_that_nothing_limits_has_no_balance() -> None:
     with pytest.raises(BalanceUnavailable, match="nothing to run out of"):
         slurm.parse(read("assoc_mgr-unlimited.txt"), "guests")
+    with pytest.raises(BalanceUnavailable, match="nothing to run out of"):
+        mybalance.parse(read("mybalance-roar.txt"), "open")
+
+
+@pytest.mark.parametrize("output", ["", "Project Balance\nbiology 324817276\n"])
+def test_another_centres_command_of_the_same_name_is_not_believed(output: str) -> None:
+    with pytest.raises(BalanceUnavailable, match="has not the columns"):
+        mybalance.parse(output, "biology")
 
 
 def test_the_least_of_several_limits_counts() -> None:
@@ -281,6 +300,13 @@ async def test_facility_answer_that_is_not_clear_is_refused(
 def test_site_file_names_the_source(site: str, kind: str) -> None:
     source = get_balance_source(load_site(find_site(site)), token="secret")
     assert type(source).__name__ == kind
+
+
+def test_a_users_own_file_may_name_mybalance() -> None:
+    fields = load_site(find_site("local-slurm")).model_dump(mode="json", exclude_defaults=True)
+    fields["system"]["charge"] = {"unit": "core hour", "balance": {"kind": "mybalance"}}
+    source = get_balance_source(SiteSpec.model_validate(fields))
+    assert type(source).__name__ == "MybalanceBalance"
 
 
 def test_site_without_a_source_says_what_to_run_by_hand() -> None:

@@ -40,3 +40,10 @@ def ledger(database: Database, clock: Clock) -> Iterator[Ledger]:
     ledger = Ledger(database, clock=clock)
     yield ledger
     ledger.verify()
+
+
+@pytest.fixture
+def allocation(ledger: Ledger) -> str:
+    name = ledger.open_allocation("astro", "*")
+    ledger.grant(name, 1000)
+    return name

@@ -24,13 +24,6 @@ from fabric.sql import Database
 LEASE_S = 60.0
 
 
-@pytest.fixture
-def allocation(ledger: Ledger) -> str:
-    name = ledger.open_allocation("astro", "*")
-    ledger.grant(name, 1000)
-    return name
-
-
 def has(ledger: Ledger, name: str) -> tuple[int, int]:
     balance = ledger.allocation(name)
     return balance.available_usu, balance.held_usu

@@ -28,6 +28,7 @@ from fabric.errors import (
     Duplicate,
     HoldNotOpen,
     InsufficientBalance,
+    NotCharged,
     RefundExceedsCharge,
 )
 from fabric.ledger import Ledger
@@ -176,10 +177,10 @@ class LedgerMachine(RuleBasedStateMachine):
         amount_usu = data.draw(st.integers(1, 2 + (hold.charged_usu if hold else 10)))
         key = f"refund_{run}_{amount_usu}"
         error = self.do(
-            lambda: self.ledger.refund(run, amount_usu, key=key), HoldNotOpen, RefundExceedsCharge
+            lambda: self.ledger.refund(run, amount_usu, key=key), NotCharged, RefundExceedsCharge
         )
         if hold is None or hold.state != "settled":
-            assert error is HoldNotOpen
+            assert error is NotCharged
         elif key in self.keys:
             assert error is None
         elif hold.refunded_usu + amount_usu > hold.charged_usu:

@@ -20,6 +20,7 @@ from fabric.messages.program import (
     Scaled,
     StartAt,
 )
+from fabric.testing.program_draws import draw_token, philox
 from fabric.testing.program_ops import changed
 from fabric.testing.tiny_models import PROMPT, Tiny, program_of
 
@@ -284,6 +285,39 @@ def test_noise_is_of_its_seed_node_and_position_alone(llama: Tiny) -> None:
     row = np.random.Generator(stream).standard_normal(16) * 2.0
     near(drawn[3], torch.tensor(row, dtype=torch.float32))
     assert 1.5 < drawn.std() < 2.5
+
+
+@pytest.mark.parametrize(
+    ("key", "counter", "block"),
+    [
+        (
+            (0, 0),
+            (0, 0, 0, 0),
+            (0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B),
+        ),
+        (
+            (2**64 - 1, 2**64 - 1),
+            (2**64 - 1, 2**64 - 1, 2**64 - 1, 2**64 - 1),
+            (0x87B092C3013FE90B, 0x438C3C67BE8D0224, 0x9CC7D7C69CD777B6, 0xA09CAEBF594F0BA0),
+        ),
+    ],
+)
+def test_the_generator_gives_the_blocks_that_its_authors_published(
+    key: tuple[int, int], counter: tuple[int, int, int, int], block: tuple[int, int, int, int]
+) -> None:
+    """Source: ``kat_vectors`` of Random123."""
+    assert philox(key, counter) == block
+
+
+def test_sampled_tokens_are_as_frequent_as_they_are_probable() -> None:
+    logits, num = torch.tensor([1.0, 3.0, -torch.inf, 2.0]), 4000
+    tokens = [
+        draw_token(logits, Generate(temperature=1.5, seed=seed), step)
+        for seed in range(40)
+        for step in range(num // 40)
+    ]
+    frequencies = torch.bincount(torch.tensor(tokens), minlength=4) / num
+    assert (frequencies - torch.softmax(logits / 1.5, 0)).abs().max() < 0.03
 
 
 def test_a_token_that_is_set_is_the_one_that_goes_on(llama: Tiny) -> None:

@@ -71,7 +71,7 @@ def test_broken_programs_are_refused_with_a_type_or_can_be_run(
         checked = check(program, tiny.manifest, specs_of(drawn))
     except (ValidationError, ProgramError):
         return
-    assume(not any(run.gen.temperature or run.text is not None for run in program.runs))
+    assume(all(run.text is None for run in program.runs))
     with torch.no_grad():
         outcomes = tiny.oracle.run(program, drawn.constants)
     held_to_what_was_inferred(checked, outcomes)

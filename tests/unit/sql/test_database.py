@@ -2,7 +2,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -92,6 +92,33 @@ def test_failed_inner_transaction_leaves_the_outer_ones_work(database: Database)
         add(database, 3)
         assert stored(database) == [1, 3]
     assert stored(database) == [1, 3]
+
+
+def test_what_joins_a_transaction_is_undone_with_it(database: Database) -> None:
+    with database.joined() as connection:
+        connection.execute(insert(parents), {"id": 1})
+    with suppress(Trouble), database.transaction() as outer:
+        with database.joined() as connection:
+            assert connection is outer
+            connection.execute(insert(parents), {"id": 2})
+        raise Trouble
+    assert stored(database) == [1]
+
+
+def test_checkpoint_copies_the_log_while_another_writes(database: Database, path: Path) -> None:
+    def in_file() -> list[tuple[int]]:
+        alone = sqlite3.connect(f"file:{path}?immutable=1", uri=True)
+        with closing(alone), suppress(sqlite3.OperationalError):
+            return alone.execute("SELECT id FROM parents").fetchall()
+        return []  # The table itself is in the log.
+
+    add(database, 1)
+    assert in_file() == []
+    with database.transaction() as connection:
+        connection.execute(insert(parents), {"id": 2})
+        database.checkpoint()
+        assert in_file() == [(1,)]
+    assert stored(database) == [1, 2]
 
 
 def test_reads_share_one_snapshot_and_keep_no_writer_waiting(

@@ -3,11 +3,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
-from fabric.sql import Database
-from fabric.sql.offload import Offload
+from fabric.sql import Database, Offload
+from fabric.sql import offload as offload_module
 
 
 @pytest.fixture
@@ -57,3 +58,30 @@ async def test_a_queued_call_runs_though_its_caller_left(offload: Offload) -> No
     await busy
     await offload(lambda: None)
     assert seen == ["written"]
+
+
+async def test_closing_finishes_what_was_called_and_takes_no_more(offload: Offload) -> None:
+    gate, seen = threading.Event(), []
+    calls = [offload(gate.wait), offload(seen.append, 1), offload(seen.append, 2)]
+    gate.set()
+    await asyncio.to_thread(offload.close)
+    assert seen == [1, 2]
+    await asyncio.gather(*calls)
+    with pytest.raises(RuntimeError, match="ended"):
+        offload(seen.append, 3)
+
+
+async def test_the_log_is_kept_short_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload_module, "CHECKPOINT_S", 0.01)
+    path = tmp_path / "fabric.db"
+    with Database(f"sqlite:///{path}") as database:
+        async with Offload(database).checkpointing():
+            with database.transaction() as connection:
+                connection.exec_driver_sql("CREATE TABLE numbers (number INTEGER)")
+            for _ in range(3000):
+                if b"numbers" in path.read_bytes():
+                    break
+                await asyncio.sleep(0.01)
+        assert b"numbers" in path.read_bytes()

@@ -231,6 +231,16 @@ def test_a_run_draws_the_tokens_of_a_plain_request_with_its_seed(rig_of, program
     assert outcome.end.usage.output_tokens == 24
 
 
+def test_sampled_runs_equal_the_oracle(rig_of, program_of):
+    rig = rig_of()
+    how = [(0.3, 0), (1.0, 11), (1.0, 2**63 - 1), (2.0, 12)]
+    runs = [{"gen": {"temperature": t, "seed": s, "max_tokens": 24}} for t, s in how]
+    program = program_of(*runs)
+    outcome, expected = rig.run(program), rig.expect(program)
+    assert [outcome.tokens[i] for i in range(4)] == [expected[f"r{i}"].tokens for i in range(4)]
+    assert len({tuple(tokens) for tokens in outcome.tokens.values()}) == 4
+
+
 def test_a_written_sample_is_the_token_that_follows(rig_of, program_of):
     rig = rig_of()
     n = Nodes()

@@ -6,6 +6,7 @@ Jobs run by a real submission to the PBS of tests/data/pbs; the hub is a record 
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +15,15 @@ from pathlib import Path
 import pytest
 
 from fabric.config import SiteSpec
-from fabric.errors import HubUnreachable, JobsFailing, NotFound, TaskLost
+from fabric.errors import (
+    FabricError,
+    HubUnreachable,
+    JobsFailing,
+    LaunchImpossible,
+    NotFound,
+    SettingInvalid,
+    TaskLost,
+)
 from fabric.launch.jobs import JobRecord, LaunchFolder, LaunchRecord, Order
 from fabric.launch.jobs import launcher as launcher_module
 from fabric.launch.jobs.history import History
@@ -24,6 +33,7 @@ from fabric.launch.jobs.login import LocalLogin
 from fabric.messages import InstanceSpec, InstanceState, Launch
 
 MAX_STEPS = 300
+FULL = "Not Running: Insufficient amount of resource: ncpus"
 
 
 @dataclass
@@ -31,6 +41,7 @@ class Told:
     """A hub: what it was told, and how often it is not there when a job is reported."""
 
     num_failures: int = 0
+    is_away: bool = False
     expected: dict[str, float] = field(default_factory=dict)
     jobs: list[Mapping[str, object]] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
@@ -39,6 +50,8 @@ class Told:
     def add_instance(
         self, model: str, machine: str, *, sharing: str, lifetime_s: float
     ) -> Mapping[str, object]:
+        if self.is_away:
+            raise HubUnreachable(url="http://hub", reason="it is away")
         self.num_added += 1
         launch = Launch(
             instance=f"inst_{self.num_added}",
@@ -131,11 +144,60 @@ def test_a_job_whose_submission_was_not_answered_is_submitted_once(
     launcher = make(folder, hub, login)
     launcher.step()
     assert only(folder).job_id is None
+    assert "its endpoint was restarted" in only(folder).remark
     for _ in range(2):
         launcher.step()
     assert only(folder).job_id == "1.pbs"
+    assert only(folder).remark == FULL
     assert len(list(pbs.glob("[0-9]*"))) == 1
     assert hub.expected["inst_1"] > 0
+
+
+def test_whoever_begins_a_launch_waits_for_the_answer(tmp_path: Path, pbs: Path) -> None:
+    folder, hub, login = begin(tmp_path / "l"), Told(), Forgetful(tmp_path / "l")
+    (pbs / "full").touch()
+    login.num_lost = 1
+    make(folder, hub, login).begin()
+    assert only(folder).job_id == "1.pbs"
+    # Whoever watches it next submits nothing.
+    make(folder, hub, login).step()
+    assert (only(folder).job_id, hub.num_added) == ("1.pbs", 1)
+
+
+@pytest.mark.parametrize(
+    ("away", "root", "error"),
+    [(True, "l", HubUnreachable), (False, "a l", SettingInvalid), (False, "l", LaunchImpossible)],
+    ids=["no hub", "a path that scripts cannot hold", "no scheduler here"],
+)
+def test_a_launch_of_which_nothing_is_submitted_is_over(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    away: bool,
+    root: str,
+    error: type[FabricError],
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    folder, hub = begin(tmp_path / root), Told(is_away=away)
+    with pytest.raises(error) as caught:
+        make(folder, hub, LocalLogin(tmp_path / root)).begin()
+    record = folder.launch()
+    assert record is not None
+    assert (record.state, record.detail) == (InstanceState.FAILED, caught.value.message)
+    assert not [job for job in folder.jobs() if job.open]
+    assert len(hub.ended) == hub.num_added
+    assert not list(folder.path.rglob("*.spec.json"))
+
+
+def test_the_watch_is_handed_to_another_process_without_a_gap(tmp_path: Path) -> None:
+    folder = begin(tmp_path / "l")
+    with folder.watched() as lock:
+        assert lock is not None
+        with folder.watched() as second:
+            assert second is None
+        heir = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[lock])
+    assert folder.is_watched()
+    heir.communicate(timeout=30)
+    assert not folder.is_watched()
 
 
 def test_a_job_that_was_never_answered_for_ends_with_the_launch(tmp_path: Path, pbs: Path) -> None:

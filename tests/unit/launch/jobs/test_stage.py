@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -13,9 +16,14 @@ import pytest
 from fabric.config import System
 from fabric.errors import NodeFailed
 from fabric.launch.jobs import Order
+from fabric.launch.jobs.giving import WeightsServer
 from fabric.launch.jobs.nodes import NodeProcess
+from fabric.launch.jobs.replicas import Replica, Replicas
 from fabric.launch.jobs.stage import Stage
+from fabric.launch.jobs.weights import read_manifest
 from fabric.messages import EngineOptions, Launch
+from fabric.messages.weights import WeightsSource, make_ticket
+from fabric.payloads.manifest import MANIFEST_FILE
 
 RATES = {"shared_read_gb_s": 1.0, "local_read_gb_s": 4.0, "local_write_gb_s": 2.0}
 
@@ -104,6 +112,33 @@ def test_a_node_that_cannot_copy_is_named(nodes: Nodes, launch: Launch) -> None:
     nodes.fails = True
     with pytest.raises(NodeFailed, match=r"node n2 .* copying the weights there ended with code 9"):
         nodes.stage(2).bring(launch)
+
+
+def test_all_nodes_read_from_a_replica_what_nothing_else_has(nodes: Nodes, launch: Launch) -> None:
+    folder = Path(nodes.stage().bring(launch))
+    manifest = read_manifest(folder / MANIFEST_FILE)
+    server = WeightsServer(folder, manifest, "127.0.0.1")
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
+    try:
+        ticket = make_ticket(server.offer.key, "i2", time.time() + 600)
+        source = WeightsSource(instance="i1", url=server.offer.url, ticket=ticket)
+        told, gb_s = Replica(source).measure()
+        replicas = Replicas([Replica(source)], nodes.said.append, manifest=told, gb_s=gb_s)
+        (other_disk := nodes.folder / "other").mkdir()
+        stage = nodes.stage(2, staging="auto", local_dir=str(other_disk))
+        stage = dataclasses.replace(stage, find_replicas=lambda: replicas)
+        shutil.rmtree(launch.source)
+        copy = Path(stage.bring(launch))
+    finally:
+        server.shutdown()
+        serving.join()
+        server.server_close()
+    assert (told, gb_s > 0) == (manifest, True)
+    assert copy.is_relative_to(other_disk)
+    assert (copy / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert [one.poll() for one in nodes.started] == [0]
+    assert nodes.said[-2].endswith("from a replica: they are nowhere else")
 
 
 def test_one_file_is_copied_under_its_name(nodes: Nodes, launch: Launch, tmp_path: Path) -> None:

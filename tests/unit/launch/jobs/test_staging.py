@@ -40,6 +40,18 @@ FAST = Storage(
             False,
             "500 GB in /local are too few",
         ),
+        # A replica tells the digests, too; it is asked where it is faster.
+        ({"reads": 1.0, "replica_gb_s": 4.0}, True, "take 100 s .* 70 s .* from a replica"),
+        ({"reads": 2.0, "replica_gb_s": 0.5}, True, "140 s with a copy in /local$"),
+        (
+            {"reads": 2.0, "replica_gb_s": 0.6, "is_known": False},
+            False,
+            "200 s .* 207 s .* from a replica",
+        ),
+        ({"reads": 1.0, "wish": "always", "replica_gb_s": 9.0}, True, "a replica, as asked"),
+        ({"reads": 1.0, "replica_gb_s": 9.0, "wish": "never"}, False, "as asked"),
+        ({"reads": 1.0, "replica_gb_s": 0.1, "is_missing": True}, True, "nowhere else"),
+        ({"replica_gb_s": 9.0, "is_missing": True, "free_bytes": GB, "reads": 1.0}, False, "few"),
         ({"reads": 2.0, "num_bytes": None}, False, "not known"),
         ({"reads": 2.0, "wish": "never"}, False, "as asked"),
         ({"reads": 1.0, "wish": "always"}, True, "as asked"),
@@ -53,6 +65,7 @@ def test_the_choice_is_the_cheaper_way_and_says_so(
     known = {"num_bytes": 100 * GB, "storage": FAST, "free_bytes": 400 * GB, "is_known": True}
     chosen = choose_staging(**(known | changes))  # type: ignore[arg-type]
     assert chosen.pays is pays
+    assert chosen.from_replica is (pays and "replica" in chosen.reason)
     assert re.search(words, chosen.reason), chosen.reason
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fabric import recipes, trace
 from fabric.errors import RequestInvalid
-from fabric.sdk.recipes import Condition, SparseAutoencoder
+from fabric.sdk.recipes import Condition, SparseAutoencoder, patching
 
 PROMPT = "A lens on it"
 CLEAN, CORRUPT = "red cats", "big dogs"
@@ -142,6 +142,22 @@ def test_activation_patching(backend: object, by_hand: ByHand) -> None:
     close(grid.clean, measure(by_hand(CLEAN)[0]))
     close(grid.corrupt, measure(by_hand(CORRUPT)[0]))
     close(grid.restored[-1, -1], 1.0)
+
+
+@pytest.mark.parametrize(("most", "num_programs"), [(24, 1), (16, 2), (8, 3), (3, 9)])
+def test_a_grid_larger_than_a_program_goes_in_several_and_is_the_same(
+    most: int, num_programs: int, oracle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {"answer": ANSWER, "instead": INSTEAD, "point": "layers.{i}.mid"}
+    whole = recipes.activation_patching(oracle, CLEAN, CORRUPT, **how)
+    assert len(whole.results) == 1
+    monkeypatch.setattr(patching, "RUNS_A_PROGRAM", most)
+    grid = recipes.activation_patching(oracle, CLEAN, CORRUPT, **how)
+    assert len(grid.results) == num_programs
+    assert all(len(result.runs) <= most + 2 for result in grid.results)
+    assert (grid.effect.axes, grid.columns) == (whole.effect.axes, whole.columns)
+    close(grid.effect, whole.effect)
+    assert len({round(float(value), 5) for value in grid.effect.array.ravel()}) > 12
 
 
 def test_attribution_patching_is_the_slope_of_activation_patching(

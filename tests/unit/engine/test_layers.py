@@ -1,0 +1,175 @@
+"""Layers that the kernels run whole compute, bit by bit, what their modules compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from fabric.engine.attention import Chunk
+from fabric.engine.fused import fuse
+from fabric.engine.linear import pack_linears
+from fabric.engine.native import load_native
+from fabric.engine.probe import observe_layers, reference_logits, verify_runner
+from fabric.engine.runner import Runner
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES),
+    "llama, biases": LlamaConfig(**SIZES, attention_bias=True),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2, windows": Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=9, max_window_layers=1
+    ),
+    "mistral": MistralConfig(**SIZES, sliding_window=9),
+}
+TOKENS = [(7 * i * i + 3) % 128 for i in range(64)]
+
+pytestmark = pytest.mark.skipif(load_native() is None, reason="there is no C compiler")
+
+
+def get_runner(
+    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, *, int8: bool = False
+) -> Runner:
+    """Return a runner over a random model that has run, so that its layers are known."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    layers = observe_layers(model, name="random")
+    expected = reference_logits(model)
+    pack_linears(model, int8=int8)
+    fuse(model)
+    runner = Runner(model, layers, num_blocks=16)
+    verify_runner(runner, expected, name="random", int8=int8)
+    return runner
+
+
+def run_steps(runner: Runner) -> torch.Tensor:
+    """Return the logits of prefill, decoding beside a prefill, and decoding of two rows."""
+    one, other = (1, 2, 3), (4, 5)
+    steps = [
+        [Chunk(tokens=TOKENS[:40], start=0, blocks=one, num_wanted=40)],
+        [
+            Chunk(tokens=TOKENS[40:41], start=40, blocks=one, num_wanted=1),
+            Chunk(tokens=TOKENS[10:29], start=0, blocks=other, num_wanted=19),
+        ],
+        [
+            Chunk(tokens=TOKENS[41:42], start=41, blocks=one, num_wanted=1),
+            Chunk(tokens=TOKENS[29:32], start=19, blocks=other, num_wanted=3),
+        ],
+    ]
+    runner.cache.wipe((*one, *other))
+    return torch.cat([runner.forward(chunks) for chunks in steps])
+
+
+def count_calls(runner: Runner) -> list[str]:
+    """Have the names of the attention modules that run noted; hooks would be noticed."""
+    called: list[str] = []
+    for layer in runner.model.model.layers:
+        run = layer.self_attn.forward
+
+        def note(*args, _run=run, _index=layer.self_attn.layer_idx, **named):
+            called.append(_index)
+            return _run(*args, **named)
+
+        layer.self_attn.forward = note
+    return called
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_layers_have_the_bits_of_their_modules(family: str, dtype: torch.dtype) -> None:
+    runner = get_runner(FAMILIES[family], dtype)
+    whole = run_steps(runner)
+    for layer in runner.model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: None)
+    called = count_calls(runner)
+    assert torch.equal(run_steps(runner), whole)
+    assert len(called) == 3 * len(runner.model.model.layers)
+
+
+@pytest.mark.skipif(
+    not getattr(load_native(), "multiplies", lambda _: False)(torch.bfloat16),
+    reason="the kernels need AVX512-BF16 for weights of 8 bits",
+)
+def test_whole_layers_of_8_bits_have_the_bits_of_their_modules() -> None:
+    runner = get_runner(FAMILIES["llama, biases"], torch.bfloat16, int8=True)
+    whole = run_steps(runner)
+    for layer in runner.model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: None)
+    assert torch.equal(run_steps(runner), whole)
+
+
+def test_only_layers_that_are_hooked_run_their_modules() -> None:
+    runner = get_runner(FAMILIES["llama"])
+    called, seen = count_calls(runner), []
+    chunk = Chunk(tokens=TOKENS[:5], start=0, blocks=(1,), num_wanted=5)
+    plain = runner.forward([chunk])
+    assert called == []
+    hook = runner.model.model.layers[1].mlp.down_proj.register_forward_hook(
+        lambda _module, _inputs, output: seen.append(output.shape)
+    )
+    assert torch.equal(runner.forward([chunk]), plain)
+    assert called == [1]
+    assert seen == [(1, 5, 64)]
+    hook.remove()
+    runner.forward([chunk])
+    assert called == [1]
+
+
+def test_a_hook_on_a_whole_layer_sees_and_changes_what_goes_through_it() -> None:
+    runner = get_runner(FAMILIES["llama"])
+    called, layer = count_calls(runner), runner.model.model.layers[1]
+    chunk = Chunk(tokens=TOKENS[:5], start=0, blocks=(1,), num_wanted=5)
+    plain = runner.forward([chunk])
+    hook = layer.register_forward_hook(lambda _module, _inputs, output: output * 2)
+    changed = runner.forward([chunk])
+    assert called == []
+    hook.remove()
+    assert not torch.allclose(changed, plain)
+    inside = layer.mlp.register_forward_hook(lambda *_: None)
+    hook = layer.register_forward_hook(lambda _module, _inputs, output: output * 2)
+    assert torch.equal(runner.forward([chunk]), changed)
+    inside.remove()
+    hook.remove()
+    assert torch.equal(runner.forward([chunk]), plain)
+
+
+def test_layers_with_other_lines_run_as_modules() -> None:
+    runner = get_runner(Qwen3Config(**SIZES, head_dim=16))  # it norms queries and keys
+    called = count_calls(runner)
+    run_steps(runner)
+    assert len(called) == 3 * len(runner.model.model.layers)
+
+
+def test_a_step_that_fails_leaves_the_modules_as_they_were() -> None:
+    runner = get_runner(FAMILIES["llama"])
+    chunk = Chunk(tokens=TOKENS[:5], start=0, blocks=(1,), num_wanted=5)
+    expected = runner.forward([chunk])
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("in the middle")
+
+    hook = runner.model.model.layers[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        runner.forward([chunk])
+    hook.remove()
+    assert all("forward" not in layer.__dict__ for layer in runner.model.model.layers)
+    assert torch.equal(runner.forward([chunk]), expected)
