@@ -4,22 +4,26 @@ Decisions are timed in seconds of processor time of one process, so that other w
 does not count. The table of policies comes from ``fabric.testing.simulation``: the same world, the
 same requests, the same failures and the same state machine for all; only the choice differs.
 
-    python benchmarks/broker.py [--requests 2000] [--rounds 5] [--scale 1000000] [--json FILE]
+    python benchmarks/broker.py [--requests 2000] [--rounds 5] [--scale 10000] [--json FILE]
+    python benchmarks/broker.py --million [--json FILE]
 
-``--scale`` simulates so many requests on 100 sites with 10,000 replicas, under our choice alone.
+``--scale`` simulates so many requests on 100 sites with 10,000 replicas, under our choice alone;
+``--million`` does so with a million requests and nothing else, and tells how far it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
 import random
 import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fabric.broker.facts import Context, Offer, ReplicaSnapshot
@@ -186,20 +190,36 @@ def against(peer: Report, ours: dict[float, Report]) -> Row:
     }
 
 
+def watched(trace: Iterable[Arrival], num_requests: int) -> Iterator[Arrival]:
+    """Yield the requests, and tell on standard error when each twentieth of them has come."""
+    began, step = time.monotonic(), max(1, num_requests // 20)
+    for number, arrival in enumerate(trace):
+        if number and number % step == 0:
+            seconds, gb = time.monotonic() - began, peak_gb()
+            print(f"{number:,} requests, {seconds:.0f} s, {gb:.2f} GB", file=sys.stderr, flush=True)
+        yield arrival
+
+
+def peak_gb() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+
+
 def time_scale(num_requests: int) -> Row:
     """Simulate a large fleet once; seconds are of the processor, and of what it simulates."""
+    gc.set_threshold(200_000, 50, 100)  # tens of thousands of requests are alive at once
     world = make_world(*SCALE, seed=1)
     trace = iter_trace(world, "poisson", num_requests=num_requests)
-    began = time.process_time()
-    report = simulate(world, trace)
+    began, began_at = time.process_time(), time.monotonic()
+    report = simulate(world, watched(trace, num_requests))
     ends = [end.at_s + end.total_s for end in report.ends]
     return {
         "sites": len(world.sites),
         "replicas": sum(site.num_replicas for site in world.sites),
         "requests": num_requests,
         "processor_s": round(time.process_time() - began, 1),
+        "wall_s": round(time.monotonic() - began_at, 1),
         "simulated_s": round(max(ends), 1),
-        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        "peak_gb": peak_gb(),
         **report.row(),
     }
 
@@ -224,16 +244,18 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2_000, help="of each trace")
     parser.add_argument("--rounds", type=int, default=5, help="of the timed decisions")
     parser.add_argument("--scale", type=int, default=0, help="requests of the large simulation")
+    parser.add_argument("--million", action="store_true", help="only that, of a million requests")
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
-    decisions = time_decisions(options.rounds)
+    decisions = [] if options.million else time_decisions(options.rounds)
     worlds: list[Row] = []
-    for name, make in WORLDS.items():
+    for name, make in [] if options.million else WORLDS.items():
         world = make()
         traces = [compare(world, *trace, options.requests) for trace in TRACES]
         worlds.append({"world": name, "traces": traces})
     show(decisions, worlds)
-    scale = time_scale(options.scale) if options.scale else None
+    num_requests = 1_000_000 if options.million else options.scale
+    scale = time_scale(num_requests) if num_requests else None
     if scale is not None:
         print("\nat scale\n  ", ", ".join(f"{name} {value}" for name, value in scale.items()))
     if options.json:

@@ -88,12 +88,12 @@ class Ticket:
         return self.model.partition("@")[0]
 
 
-# ---- events -------------------------------------------------------------------------------------
-
-
 def adapter_s_bound(request: Request) -> float:
     """Return the most seconds that a request can use an adapter's slot."""
     return 0.0 if request.adapter is None else request.deadline_s
+
+
+# ---- events -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
