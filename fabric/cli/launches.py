@@ -34,7 +34,7 @@ from fabric.launch.jobs import (
 )
 from fabric.launch.jobs.charges import JobAccounts
 from fabric.launch.jobs.history import History
-from fabric.launch.jobs.launcher import Launcher, history_path
+from fabric.launch.jobs.launcher import Launcher
 from fabric.launch.jobs.login import LoginNode
 from fabric.launch.jobs.means import Means, get_means
 from fabric.launch.jobs.plan import get_scheduler
@@ -111,7 +111,7 @@ def prepared(
     way = via or ("endpoint" if isinstance(site.executor, ComputeExecutor) else "login")
     login = get_login(site, way, where, must_answer=True)
     try:
-        plan = get_launch_plan(order, site, History(history_path(where)), ask=login.estimate_wait)
+        plan = get_launch_plan(order, site, History.under(where), ask=login.estimate_wait)
         record = LaunchRecord(
             name="l-00000000",
             order=order,
@@ -147,7 +147,7 @@ def submit(prepared: Prepared, fabric: Fabric) -> LaunchFolder:
     given = click.get_current_context().params
     folder = LaunchFolder.create(root())
     folder.write_launch(prepared.record.model_copy(update={"name": folder.name}))
-    history = History(history_path(folder.path.parent))
+    history = History.under(folder.path.parent)
     with folder.watched() as lock:
         assert lock is not None, "nobody else knows of it yet"
         Launcher(folder, fabric, history, prepared.login, plan=prepared.plan).begin()

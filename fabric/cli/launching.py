@@ -12,7 +12,7 @@ from pathlib import Path
 from fabric.errors import FabricError
 from fabric.launch.jobs import LaunchFolder, LaunchRecord
 from fabric.launch.jobs.history import History
-from fabric.launch.jobs.launcher import Launcher, history_path
+from fabric.launch.jobs.launcher import Launcher
 from fabric.launch.jobs.through import get_login
 from fabric.sdk import Fabric
 
@@ -28,7 +28,7 @@ def watch(folder: LaunchFolder, record: LaunchRecord, fabric: Fabric) -> None:
     root = folder.path.parent
     login = get_login(record.site, record.via, root)
     try:
-        Launcher(folder, fabric, History(history_path(root)), login).run()
+        Launcher(folder, fabric, History.under(root), login).run()
     finally:
         login.close()
 

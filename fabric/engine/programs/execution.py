@@ -32,6 +32,7 @@ from fabric.engine.programs.values import (
     arguments,
     evaluate,
     noise,
+    reduced,
     zeros,
 )
 from fabric.errors import FabricError, ProgramFailed, ProgramTooLarge
@@ -226,7 +227,7 @@ class Execution:
         for k in sorted(self._fresh):
             node = self._nodes[k]
             if isinstance(node, ops.Save) and node.stream and self._step > self._streamed:
-                streamed[node.name] = _reduced(node, self._parts[k][-1])
+                streamed[node.name] = reduced(node, self._parts[k][-1])
         if streamed:
             self._to_send.append((self._step, streamed))
         self._streamed = max(self._streamed, self._step)
@@ -251,7 +252,7 @@ class Execution:
         for k, node in enumerate(self._nodes):
             if isinstance(node, ops.Save) and (streamed or not node.stream) and k in self._parts:
                 joined = self._joined(k, self._parts[k])
-                results[node.name] = _reduced(node, joined)
+                results[node.name] = reduced(node, joined)
         return results
 
     # How.
@@ -482,20 +483,3 @@ def _point(node: ops.Node) -> str | None:
         case ops.Skip(module=module):
             return f"{module}.out"
     return None
-
-
-def _reduced(node: ops.Save, value: Value) -> Value:
-    x = value.data
-    match node.reduce:
-        case None:
-            return value
-        case "last":
-            return Value(x[-1])
-        case "norm":
-            return Value(torch.linalg.vector_norm(x.float(), dim=0).to(x.dtype))
-        case "mean":
-            return Value(x.mean(0) if x.dtype.is_floating_point else x.float().mean(0))
-        case "sum":
-            return Value(x.sum(0))
-        case "max":
-            return Value(x.amax(0))

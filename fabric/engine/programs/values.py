@@ -283,3 +283,21 @@ def _positions(node: ops.Node, args: Sequence[Value], result: Tensor) -> Positio
             return first.at if shape[0] % rank == 0 else None
         case _:
             return first.at
+
+
+def reduced(node: ops.Save, value: Value) -> Value:
+    """Return what a save keeps of a value, [positions, ...]."""
+    x = value.data
+    match node.reduce:
+        case None:
+            return value
+        case "last":
+            return Value(x[-1])
+        case "norm":
+            return Value(torch.linalg.vector_norm(x.float(), dim=0).to(x.dtype))
+        case "mean":
+            return Value(x.mean(0) if x.dtype.is_floating_point else x.float().mean(0))
+        case "sum":
+            return Value(x.sum(0))
+        case "max":
+            return Value(x.amax(0))

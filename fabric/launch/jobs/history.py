@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
+from typing import Self
 
 from pydantic import ValidationError
 
@@ -40,6 +41,11 @@ class History:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+
+    @classmethod
+    def under(cls, launches: Path) -> Self:
+        """Return the history of the launches that are kept in a folder."""
+        return cls(launches / "history.jsonl")
 
     def add(self, passed: Passed) -> None:
         """Remember a job."""

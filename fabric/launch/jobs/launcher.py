@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 
 from fabric.errors import (
     AuthError,
@@ -497,8 +496,3 @@ class Launcher:
 def is_hopeless(error: FabricError) -> bool:
     """Return whether trying again cannot help: nobody but the user can mend it."""
     return isinstance(error, AuthError | UnknownModel | JobRefused)
-
-
-def history_path(root: Path) -> Path:
-    """Return where the history of a user's launches is kept."""
-    return root / "history.jsonl"
