@@ -197,8 +197,7 @@ class Execution:
             x = plain_add(self._nodes[k])
             if x is None or x in self._dynamic:
                 return None
-            vector = added_vector(self._nodes[k], self._values[x].data, like)
-            if vector is None:
+            if (vector := added_vector(self._nodes[k], self._values[x].data, like)) is None:
                 return None
             self._adds[k] = vector
         return self._adds[k]
