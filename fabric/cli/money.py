@@ -7,6 +7,8 @@ from decimal import Decimal, InvalidOperation
 import click
 
 USU_PER_SU = 1_000_000
+MAX_USU = 10**15
+"""The largest amount that the ledger takes at once, a thousand million SU."""
 
 
 def su(amount_usu: int) -> str:
@@ -28,10 +30,13 @@ class SuType(click.ParamType):
         if isinstance(value, int):
             return value
         try:
-            amount_usu = Decimal(str(value).replace(",", "")) * USU_PER_SU
+            amount = Decimal(str(value).replace(",", ""))
         except InvalidOperation:
             self.fail(f"{value!r} is not an amount of SU, such as 10 or 0.5", param, ctx)
-        if not amount_usu.is_finite() or amount_usu != amount_usu.to_integral_value():
+        if not amount.is_finite() or abs(amount) > MAX_USU // USU_PER_SU:
+            self.fail(f"{value!r} is not a number of SU up to {su(MAX_USU)}", param, ctx)
+        amount_usu = amount * USU_PER_SU
+        if amount_usu != amount_usu.to_integral_value():
             self.fail(f"{value!r} is not a whole number of micro-SU (six decimals)", param, ctx)
         return int(amount_usu)
 

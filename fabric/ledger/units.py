@@ -14,6 +14,9 @@ from fabric.errors import RequestInvalid, UnknownUnit
 from fabric.ledger.rates import MILLION, to_million
 from fabric.ledger.tables import units
 
+_LEAST, _MOST = Decimal("1e-15"), Decimal("1e15")
+"""Of one amount but 0: what is outside cannot be meant, and need not be computed."""
+
 _EFFECTIVE = (
     select(units)
     .where(units.c.name == bindparam("unit"), units.c.effective_from <= bindparam("at"))
@@ -34,10 +37,12 @@ class Unit:
         """Return an amount of the unit in whole micro-SU, rounded down, or up.
 
         Raises:
-            RequestInvalid: It is negative or not finite.
+            RequestInvalid: It is not 0 or a number from 1e-15 to 1e15.
         """
-        if (isinstance(amount, Decimal) and not amount.is_finite()) or amount < 0:
-            reason = f"an amount of {self.name} is a number from 0 on"
+        if (isinstance(amount, Decimal) and not amount.is_finite()) or (
+            amount and not _LEAST <= amount <= _MOST
+        ):
+            reason = f"an amount of {self.name} is 0 or a number from {_LEAST} to {_MOST}"
             raise RequestInvalid(param="amount", value=str(amount), reason=reason)
         exact = Fraction(amount) * Fraction(self.usu)
         return ceil(exact) if up else floor(exact)

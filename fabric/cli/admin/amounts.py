@@ -41,10 +41,11 @@ def _take_amount(function: Command, *, is_required: bool) -> Command:
 
 def _exchanged(amount: str, books: Books) -> int:
     """Return ``4 node-hour``, say, in micro-SU at today's worth."""
-    number, _, unit = amount.strip().partition(" ")
     try:
-        return books.ledger.unit(unit.strip()).to_usu(Decimal(number))
-    except InvalidOperation as error:
+        number, unit = amount.split()
+        worth = Decimal(number)
+    except (ValueError, InvalidOperation) as error:
         raise click.UsageError(
             f"{amount!r} is not a number and a unit, such as '4 node-hour'."
         ) from error
+    return books.ledger.unit(unit).to_usu(worth)

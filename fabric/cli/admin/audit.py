@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import click
 
 from fabric.cli.admin.database import UTC_TIME, Books, database_options, day
 from fabric.cli.output import Column, Output, note
+from fabric.errors import RequestInvalid
 
 if TYPE_CHECKING:
     from fabric.audit import AuditEntry
@@ -52,12 +54,15 @@ def show(since: datetime | None, limit: int, books: Books, output: Output) -> No
 def verify(noted: str | None, books: Books, output: Output) -> None:
     """Check that no entry was changed, taken out or put in; print the last hash.
 
-    Note it somewhere else, and give it back later.
+    Note it somewhere else, and give it back later as --noted.
 
     \b
     Example:
-      fabric-admin audit verify --noted 5d3c7e01
+      fabric-admin audit verify > audit.sha256
     """
+    if noted is not None and not re.fullmatch("[0-9a-f]{64}", noted):
+        reason = "it is not a whole hash, 64 digits from 0 to f, as this command prints it"
+        raise RequestInvalid(param="noted", value=noted, reason=reason)
     num_entries, sha256 = books.audit.verify(noted_sha256=noted)
     if output.is_json:
         output.json({"entries": num_entries, "sha256": sha256})

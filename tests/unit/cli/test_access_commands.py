@@ -136,9 +136,11 @@ def test_a_check_of_the_log_is_compared_with_an_earlier_one(admin: Admin) -> Non
     noted = admin.ok("audit", "verify").stdout.strip()
     admin.ok("project", "modify", "astro", "--title", "Stars")
     assert admin.json("audit", "verify", "--noted", noted)["entries"] == 2
-    broken = admin.run("audit", "verify", "--noted", "0123")
+    broken = admin.run("audit", "verify", "--noted", "0123" * 16)
     assert broken.exit_code == 1
-    assert "0123" in broken.stderr
+    assert "0123" * 16 in broken.stderr
+    mistyped = admin.run("audit", "verify", "--noted", noted[:8])
+    assert (mistyped.exit_code, "not a whole hash" in mistyped.stderr) == (3, True)
 
 
 # Each command that works on the database, in an order in which they all can; ``...`` is what the

@@ -94,7 +94,13 @@ def test_amounts_can_be_given_in_a_centres_unit(admin: Books) -> None:
         "allocation:astro:alpha": 2_000_000,
     }
     assert admin.json("rate", "unit", "show")[0]["usu"] == "2500000"
-    for wrong in (["--amount", "many node-hour"], ["--su", "1", "--amount", "1 node-hour"], []):
+    for wrong in (
+        ["--amount", "many node-hour"],
+        ["--amount", "4node-hour"],
+        ["--su", "1e999999999"],
+        ["--su", "1", "--amount", "1 node-hour"],
+        [],
+    ):
         assert admin.run("alloc", "exchange", "astro", "--to", "alpha", *wrong).exit_code == 2
 
 

@@ -40,7 +40,7 @@ def test_what_is_exchanged_back_and_forth_is_never_more(usu: int) -> None:
     assert usu - 3 <= NODE_HOUR.to_usu(NODE_HOUR.from_usu(usu)) <= usu
 
 
-@pytest.mark.parametrize("amount", ["-1", "NaN", "Infinity"])
+@pytest.mark.parametrize("amount", ["-1", "NaN", "Infinity", "1e999999999", "1e-999999999"])
 def test_amount_that_is_none_is_refused(amount: str) -> None:
     with pytest.raises(RequestInvalid):
         NODE_HOUR.to_usu(Decimal(amount))
