@@ -7,8 +7,8 @@ from decimal import Decimal, InvalidOperation
 import click
 
 USU_PER_SU = 1_000_000
-MAX_USU = 10**15
-"""The largest amount that the ledger takes at once, a thousand million SU."""
+MAX_USU = 10**18
+"""What fits 64 bits; the ledger itself takes less at once."""
 
 
 def su(amount_usu: int) -> str:
@@ -33,7 +33,7 @@ class SuType(click.ParamType):
             amount = Decimal(str(value).replace(",", ""))
         except InvalidOperation:
             self.fail(f"{value!r} is not an amount of SU, such as 10 or 0.5", param, ctx)
-        if not amount.is_finite() or abs(amount) > MAX_USU // USU_PER_SU:
+        if not amount.is_finite() or amount.copy_abs() > MAX_USU // USU_PER_SU:
             self.fail(f"{value!r} is not a number of SU up to {su(MAX_USU)}", param, ctx)
         amount_usu = amount * USU_PER_SU
         if amount_usu != amount_usu.to_integral_value():
