@@ -11,9 +11,11 @@ from types import TracebackType
 from typing import Self
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from fabric.errors import FabricError, SettingInvalid, StorageBusy, StorageFull
 
@@ -58,33 +60,36 @@ class Database:
         try:
             if is_sqlite and url.database is not None:
                 os.close(os.open(url.database, os.O_RDWR | os.O_CREAT, 0o600))
-            engine = create_engine(url, pool_pre_ping=not is_sqlite)
+                engine = create_engine(url.set(drivername="sqlite+immediate"))
+                reads = create_engine(url.set(drivername="sqlite+deferred"))
+            else:
+                engine = create_engine(url, pool_pre_ping=True)
+                reads = engine.execution_options(isolation_level="REPEATABLE READ")
         except ImportError as error:
             reason = f"{error}; PostgreSQL needs `pip install fabric-inference[postgres]`"
             raise self._unusable(reason) from error
         except (OSError, ArgumentError, NoSuchModuleError) as error:
             raise self._unusable(str(error)) from error
         if is_sqlite:
-            event.listen(engine, "connect", _configure_sqlite)
-            event.listen(engine, "begin", _begin_sqlite)
-            event.listen(engine, "handle_error", _abandon_undone)
-            reads = engine.execution_options(deferred=True)
-        else:
-            reads = engine.execution_options(isolation_level="REPEATABLE READ")
+            for each in (engine, reads):
+                event.listen(each, "connect", _configure_sqlite)
+                event.listen(each, "handle_error", _abandon_undone)
         try:
             with reads.connect() as connection:
                 if is_sqlite:
                     connection.exec_driver_sql("SELECT count(*) FROM sqlite_master")
         except DBAPIError as error:
             engine.dispose()
+            reads.dispose()
             raise _typed(error) or self._unusable(str(error.orig)) from error
         self._engine, self._reads = engine, reads
         return self
 
     def close(self) -> None:
         """Close the connections. Calling it twice is harmless."""
-        if self._engine is not None:
-            self._engine.dispose()
+        for engine in (self._engine, self._reads):
+            if engine is not None:
+                engine.dispose()
         self._engine = self._reads = None
 
     def __enter__(self) -> Self:
@@ -196,12 +201,35 @@ class Database:
         return SettingInvalid(setting=_SETTING, value=shown, reason=reason)
 
 
-def _configure_sqlite(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
-    """Take BEGIN out of the driver's hands and set what each connection must set.
+class _Immediate(SQLiteDialect_pysqlite):
+    """SQLite whose transactions begin by taking the lock: what is read stays true until they write.
 
-    Source: SQLAlchemy's SQLite dialect, "Using SQLAlchemy to emit BEGIN in lieu of SQLite's
-    transaction control".
+    The driver, told so by ``isolation_level``, begins none of its own.
     """
+
+    driver = "immediate"
+    supports_statement_cache = True
+    begin = "BEGIN IMMEDIATE"
+
+    def do_begin(self, dbapi_connection: PoolProxiedConnection) -> None:
+        """Begin; SQLAlchemy's own trusts in the driver."""
+        dbapi_connection.cursor().execute(self.begin)
+
+
+class _Deferred(_Immediate):
+    """SQLite whose transactions only read."""
+
+    driver = "deferred"
+    supports_statement_cache = True
+    begin = "BEGIN"
+
+
+for _dialect in (_Immediate, _Deferred):
+    registry.register(f"sqlite.{_dialect.driver}", __name__, _dialect.__name__)
+
+
+def _configure_sqlite(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    """Take BEGIN out of the driver's hands and set what each connection must set."""
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000:.0f}")
@@ -210,11 +238,6 @@ def _configure_sqlite(connection: DBAPIConnection, _entry: ConnectionPoolEntry) 
     cursor.execute(f"PRAGMA wal_autocheckpoint = {MAX_LOG_PAGES}")
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    deferred = connection.get_execution_options().get("deferred", False)
-    connection.exec_driver_sql("BEGIN" if deferred else "BEGIN IMMEDIATE")
 
 
 def _abandon_undone(context: ExceptionContext) -> None:
