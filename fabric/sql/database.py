@@ -67,9 +67,9 @@ class Database:
                 reads = engine.execution_options(isolation_level="REPEATABLE READ")
         except ImportError as error:
             reason = f"{error}; PostgreSQL needs `pip install fabric-inference[postgres]`"
-            raise self._unusable(reason) from error
+            raise self.unusable(reason) from error
         except (OSError, ArgumentError, NoSuchModuleError) as error:
-            raise self._unusable(str(error)) from error
+            raise self.unusable(str(error)) from error
         if is_sqlite:
             for each in (engine, reads):
                 event.listen(each, "connect", _configure_sqlite)
@@ -81,7 +81,7 @@ class Database:
         except DBAPIError as error:
             engine.dispose()
             reads.dispose()
-            raise _typed(error) or self._unusable(str(error.orig)) from error
+            raise _typed(error) or self.unusable(str(error.orig)) from error
         self._engine, self._reads = engine, reads
         return self
 
@@ -182,19 +182,20 @@ class Database:
         try:
             url = make_url(self.url)
         except ArgumentError as error:
-            raise self._unusable("it is not a database URL") from error
+            raise self.unusable("it is not a database URL") from error
         if url.get_backend_name() not in ("sqlite", "postgresql"):
-            raise self._unusable("only sqlite and postgresql are supported")
+            raise self.unusable("only sqlite and postgresql are supported")
         if url.drivername == "postgresql":
             url = url.set(drivername="postgresql+psycopg")
         if url.get_backend_name() == "sqlite":
             if url.database in (None, "", ":memory:"):
-                raise self._unusable("a database in memory would be another one in every thread")
+                raise self.unusable("a database in memory would be another one in every thread")
             if not Path(str(url.database)).parent.is_dir():
-                raise self._unusable("its directory does not exist")
+                raise self.unusable("its directory does not exist")
         return url
 
-    def _unusable(self, reason: str) -> SettingInvalid:
+    def unusable(self, reason: str) -> SettingInvalid:
+        """Return the error that this database cannot be used; its password is not shown."""
         shown = self.url
         with suppress(ArgumentError):
             shown = make_url(self.url).render_as_string(hide_password=True)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, func, inspect, select, text
 
-from fabric.errors import SettingInvalid
 from fabric.sql.database import Database
 
 if TYPE_CHECKING:
@@ -44,11 +43,9 @@ def migrate(database: Database, revision: str = "head") -> None:
             connection.execute(select(func.pg_advisory_xact_lock(_LOCK)))
         current = current_revision(connection)
         if current is not None and current not in revisions:
-            raise SettingInvalid(
-                setting="hub.database_url",
-                value=connection.engine.url.render_as_string(hide_password=True),
-                reason=f"its schema is {current}, newer than this release's {revisions[-1]};"
-                " upgrade this installation, or use another database",
+            raise database.unusable(
+                f"its schema is {current}, newer than this release's {revisions[-1]};"
+                " upgrade this installation, or use another database"
             )
         forward = target is not None and (current is None or current < target)
         move = command.upgrade if forward else command.downgrade

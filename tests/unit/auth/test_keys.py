@@ -4,7 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 
 from fabric.auth import Identity, KeyRecord, Keys, require, require_site
 from fabric.errors import (
@@ -133,16 +133,19 @@ def test_key_revoked_by_another_process_lives_on_for_a_minute_at_most(
 
 
 def test_key_revoked_while_it_is_looked_up_is_not_remembered(
-    keys: Keys, database: Database
+    keys: Keys,
 ) -> None:
     record, key = add(keys)
 
-    @event.listens_for(database.engine, "after_cursor_execute")
     def revoke_meanwhile(connection, cursor, statement: str, *_: object) -> None:
         if "secret_sha256" in statement:
             keys.revoke(record.id)
 
-    keys.authenticate(key)
+    event.listen(Engine, "after_cursor_execute", revoke_meanwhile)
+    try:
+        keys.authenticate(key)
+    finally:
+        event.remove(Engine, "after_cursor_execute", revoke_meanwhile)
     with pytest.raises(KeyInvalid):
         keys.authenticate(key)
 
