@@ -194,12 +194,16 @@ class Database:
                 raise self.unusable("its directory does not exist")
         return url
 
-    def unusable(self, reason: str) -> SettingInvalid:
-        """Return the error that this database cannot be used; its password is not shown."""
-        shown = self.url
+    @property
+    def shown_url(self) -> str:
+        """The URL as it was given, without its password."""
         with suppress(ArgumentError):
-            shown = make_url(self.url).render_as_string(hide_password=True)
-        return SettingInvalid(setting=_SETTING, value=shown, reason=reason)
+            return make_url(self.url).render_as_string(hide_password=True)
+        return self.url
+
+    def unusable(self, reason: str) -> SettingInvalid:
+        """Return the error that this database cannot be used."""
+        return SettingInvalid(setting=_SETTING, value=self.shown_url, reason=reason)
 
 
 class _Immediate(SQLiteDialect_pysqlite):

@@ -27,7 +27,7 @@ def migrate(books: Books, output: Output) -> None:
     Example:
       fabric-admin db migrate --database sqlite:////srv/fabric/fabric.db
     """
-    url = books.database.engine.url.render_as_string(hide_password=True)
+    url = books.database.shown_url
     output.json({"database": url}) if output.is_json else note(f"{url} is up to date.")
 
 
