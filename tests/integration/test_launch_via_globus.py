@@ -79,6 +79,7 @@ def login_node(globus: Globus, slurm: Slurm, user: User, home: Path) -> Iterator
 def test_a_launch_through_an_endpoint_lives_its_whole_life(
     globus: Globus, slurm: Slurm, user: User, tmp_path: Path
 ) -> None:
+    before = len(globus.violations())
     with login_node(globus, slurm, user, tmp_path):
         planned = user.try_launch("--dry-run", "--account", "astro")
         assert planned.returncode == 0, planned.stderr
@@ -110,7 +111,7 @@ def test_a_launch_through_an_endpoint_lives_its_whole_life(
         [memo] = [line for line in user.fabric.usage().lines if line.kind == "memo"]
         assert memo.job == job["job_id"]
     # All of the user's commands together kept within what the service allows.
-    assert globus.violations() == []
+    assert globus.violations()[before:] == []
 
 
 @pytest.mark.timeout(600)
