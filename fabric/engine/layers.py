@@ -14,7 +14,7 @@ import ctypes
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -93,9 +93,9 @@ class WholeLayers:
             self._layers[layer].learn(scoring)
 
     @contextmanager
-    def applied(self, attention: StepAttention) -> Iterator[None]:
-        """Run layers whole inside this, but those whose modules someone has hooked."""
-        ready = [layer for layer in self._layers.values() if layer.ready]
+    def applied(self, attention: StepAttention, *, but: Collection[int] = ()) -> Iterator[None]:
+        """Run layers whole inside this, but these and those whose modules someone has hooked."""
+        ready = [layer for at, layer in self._layers.items() if layer.ready and at not in but]
         # The kernel for long chunks is of bfloat16 alone.
         taken = not attention.spans or all(layer.dtype == torch.bfloat16 for layer in ready)
         if not ready or not taken or _has_any_global_hook():

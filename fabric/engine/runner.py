@@ -10,8 +10,8 @@ K key-value heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -45,6 +45,9 @@ class StepHooks(Protocol):
 
     def around(self, attend: Attend) -> Attend:
         """Return the attention that the model shall call."""
+
+    def attended(self) -> Collection[int]:
+        """Return the layers in whose attention it acts."""
 
 
 _attend: ContextVar[Attend] = ContextVar("fabric_attend")
@@ -107,14 +110,17 @@ class Runner:
             return attention(layer - self._first_layer, q_NHD, k_NKD, v_NKD, scoring)
 
         spans = _spans(chunks)
-        if programs is None and not spans:
-            with self._whole.applied(attention):
-                return run_ragged(self.model, chunks, attend)
         with self.lowrank.applied(spans):
             if programs is None:
-                return run_ragged(self.model, chunks, attend)
+                with nullcontext() if spans else self._whole.applied(attention):
+                    return run_ragged(self.model, chunks, attend)
             logits_WV = torch.zeros(0, 1)
-            with programs.hooked():
+            seen = programs.attended()
+            # Hooked first: a layer runs whole only where nobody looks inside.
+            with (
+                programs.hooked(),
+                nullcontext() if spans else self._whole.applied(attention, but=seen),
+            ):
                 logits_WV = run_ragged(self.model, chunks, programs.around(attend))
             return logits_WV  # noqa: RET504 - the programs may end the pass before
 

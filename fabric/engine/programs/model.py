@@ -311,6 +311,8 @@ class RunModel:
             parts.layer.register_forward_hook(leave),
         ]
         chunk = Chunk(tokens=[0] * len(x_TH), start=0, blocks=(), num_wanted=0)
+        # What stands there for the step knows the step's tokens alone.
+        of_step = {layer: vars(layer).pop("forward", None) for layer in (*before, parts.layer)}
         with self._alone(len(x_TH)):
             try:
                 for layer in before:
@@ -319,8 +321,10 @@ class RunModel:
             except _Enough:
                 pass
             finally:
-                for layer in before:
-                    del layer.forward
+                for layer, forward in of_step.items():
+                    vars(layer).pop("forward", None)
+                    if forward is not None:
+                        vars(layer)["forward"] = forward
                 for hook in hooks:
                     hook.remove()
         return made[0]

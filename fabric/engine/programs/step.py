@@ -169,11 +169,14 @@ class ProgramStep:
             with suppress(Stopped):
                 yield
 
+    def attended(self) -> set[int]:
+        """Return the layers that have points inside their attention served."""
+        taps = [self._points.taps[point] for point in self._at]
+        return {tap.layer for tap in taps if tap.side == "attention" and tap.layer is not None}
+
     def around(self, attend: Attend) -> Attend:
         """Return the attention with the points inside it served."""
-        touched = {
-            tap.layer for point in self._at if (tap := self._points.taps[point]).side == "attention"
-        }
+        touched = self.attended()
         if not touched:
             return attend
 
