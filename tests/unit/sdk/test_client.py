@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
+import copy
 import socket
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
@@ -105,10 +107,11 @@ def test_the_hubs_errors_keep_class_and_sentence(
     assert len(hub.paths) == 1
 
 
-def test_an_error_survives_pickling_between_workers() -> None:
-    # Parsl carries a user's own exceptions as pickles; nothing here comes from a peer.
+def test_an_error_survives_the_way_to_a_worker_and_back() -> None:
     error = UnknownModel(model="nope", known=["toy"])
-    again = pickle.loads(pickle.dumps(error))
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        again = pool.submit(copy.copy, error).result(timeout=60)
+    assert again is not error
     assert type(again) is UnknownModel
     assert (again.message, again.detail) == (error.message, error.detail)
 
