@@ -237,6 +237,11 @@ class FairQueue:
         shares = {**self._weights, waiter.project: waiter.weight}
         return own_s + self._projects.before(waiter.project, projects_s, shares)
 
+    def lane_s(self, waiter: Waiter) -> float:
+        """Return the expected seconds of those who wait in a newcomer's lane."""
+        here = (waiter.project, waiter.lane)
+        return sum(one.seconds for one in self if (one.project, one.lane) == here)
+
     def _heads(self) -> Iterator[Waiter]:
         for project in self._projects.in_turn():
             flows = self._flows[project]

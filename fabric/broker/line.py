@@ -7,7 +7,7 @@ is free, and not by who came first. Batch work takes rows only where others leav
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -102,7 +102,7 @@ class Line:
         self._digests[request.id] = digest
         run.in_line = True
         seconds = row_s or self._row_s(request, self._fleet.any_of(digest))
-        return queue.add(self._waiter(request, ticket.project, seconds, run.deadline_at))
+        return queue.add(self._waiter_of(run, seconds))
 
     def leave(self, run: Progress) -> None:
         """A run waits no longer, because it has ended."""
@@ -148,7 +148,7 @@ class Line:
         if not run.in_line:
             return run.waiting_since
         digest = self._digests[run.ticket.request.id]
-        place = self._waiter(run.ticket.request, run.ticket.project, 0.0, 0.0).place
+        place = self._waiter_of(run).place
         return max(run.waiting_since, self._placeable_at.get(digest, {}).get(place, -np.inf))
 
     def waiting(self) -> list[Waiting]:
@@ -170,7 +170,7 @@ class Line:
         A full replica is worth waiting for only as long as nothing free costs less than that wait.
         """
         request, digest = run.ticket.request, run.ticket.digest
-        waiter = self._waiter(request, run.ticket.project, 0.0, run.deadline_at)
+        waiter = self._waiter_of(run)
         if self._room_of(request, decision.chosen) <= 0:
             elsewhere = self._elsewhere(request, decision)
             if elsewhere is None:
@@ -230,7 +230,8 @@ class Line:
             return
         chosen, digest = decision.chosen, context.digest
         row_s, tier = self._row_s(request, chosen, context.lengths), tier_of(request)
-        mine = self._waiter(request, project, row_s, now + context.remaining_s)
+        deadline_at = now + context.remaining_s
+        mine = self._waiter(request, project, context.own, row_s, deadline_at)
         wait_s = self._wait_s(request, mine, decision)
         times = times_s(request, chosen, context.lengths)
         work_s, admit_s = times.first_s + times.rest_s, PROMISES[tier].admit_s
@@ -284,7 +285,8 @@ class Line:
             return 0.0
         before_s = num_before * row_s
         if (queue := self._queues.get(digest)) is not None:
-            before_s += queue.before_s(mine)
+            is_kept = bool(decision.context.kept_by)  # those in other lanes wait for other rows
+            before_s += queue.lane_s(mine) if is_kept else queue.before_s(mine)
         before_s = max(0.0, before_s - num_free * row_s)
         return float(before_s + row_s) / self._num_rows(request, pool, rows_K)
 
@@ -348,14 +350,25 @@ class Line:
         times = times_s(request, snapshot, lengths)
         return BUSY * (times.first_s + times.rest_s) * request.sampling.n
 
-    def _waiter(self, request: Request, project: str, seconds: float, deadline_at: float) -> Waiter:
+    def _waiter_of(self, run: Progress, seconds: float = 0.0) -> Waiter:
+        ticket = run.ticket
+        return self._waiter(ticket.request, ticket.project, ticket.own, seconds, run.deadline_at)
+
+    def _waiter(
+        self,
+        request: Request,
+        project: str,
+        own: Collection[str],
+        seconds: float,
+        deadline_at: float,
+    ) -> Waiter:
         tier = tier_of(request)
         local = request.data_site if request.policy == "local-only" else None
         return Waiter(
             item=request.id,
             project=project,
             tier=tier,
-            lane=(request.sites, local, request.mode, request.adapter is not None),
+            lane=(request.sites, local, request.mode, request.adapter is not None, tuple(own)),
             seconds=seconds,
             due_at=deadline_at,
             weight=self._settings.project_weights.get(project, 1.0),

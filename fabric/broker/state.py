@@ -115,7 +115,9 @@ class BrokerState:
         self._budget = RetryBudget(settings)
         self.line = Line(settings, self.fleet)
         self._races = Races(settings, self.fleet, self._release)
-        self.experience = Experience(settings, self.fleet, self._races.waits, lengths or Lengths())
+        self.experience = Experience(
+            settings, self.fleet, self.arrivals, self._races.waits, lengths
+        )
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
@@ -136,7 +138,7 @@ class BrokerState:
             Overloaded: It would have to wait for too long.
             TierNotHeld: Its tier's promise cannot be held.
         """
-        replicas, context = self.fleet.pool(now), self.experience.informed(now, context)
+        replicas, context = self.fleet.pool(now), self.experience.informed(now, request, context)
         try:
             decision = self._decide(request, replicas, context)
         except NoReplica as error:
