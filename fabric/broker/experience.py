@@ -70,9 +70,16 @@ class Experience:
             bandwidths_bytes_per_s=self._links.bytes_per_s,
             lengths=self._lengths,
             hidden=run.ticket.hidden,
-            own={site: keeps for site, keeps in run.ticket.own.items() if site in offers},
+            own={site: keeps for site, keeps in run.own.items() if site in offers},
         )
         return self._kept(run.ticket.request, context)
+
+    def keep(self, run: Progress, now: float) -> None:
+        """Note what keeps a run that has just been admitted. One that is free now stays so, for it
+        waits among others that are."""
+        run.own = run.ticket.own
+        if run.own and not self.context(run, now).kept_by:
+            run.own = {}
 
     def _kept(self, request: Request, context: Context) -> Context:
         if not context.own:

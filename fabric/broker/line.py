@@ -7,7 +7,7 @@ is free, and not by who came first. Batch work takes rows only where others leav
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -230,8 +230,8 @@ class Line:
             return
         chosen, digest = decision.chosen, context.digest
         row_s, tier = self._row_s(request, chosen, context.lengths), tier_of(request)
-        deadline_at = now + context.remaining_s
-        mine = self._waiter(request, project, context.own, row_s, deadline_at)
+        own, deadline_at = tuple(context.own) if context.kept_by else (), now + context.remaining_s
+        mine = self._waiter(request, project, own, row_s, deadline_at)
         wait_s = self._wait_s(request, mine, decision)
         times = times_s(request, chosen, context.lengths)
         work_s, admit_s = times.first_s + times.rest_s, PROMISES[tier].admit_s
@@ -285,8 +285,7 @@ class Line:
             return 0.0
         before_s = num_before * row_s
         if (queue := self._queues.get(digest)) is not None:
-            is_kept = bool(decision.context.kept_by)  # those in other lanes wait for other rows
-            before_s += queue.lane_s(mine) if is_kept else queue.before_s(mine)
+            before_s += queue.before_s(mine)
         before_s = max(0.0, before_s - num_free * row_s)
         return float(before_s + row_s) / self._num_rows(request, pool, rows_K)
 
@@ -351,24 +350,27 @@ class Line:
         return BUSY * (times.first_s + times.rest_s) * request.sampling.n
 
     def _waiter_of(self, run: Progress, seconds: float = 0.0) -> Waiter:
-        ticket = run.ticket
-        return self._waiter(ticket.request, ticket.project, ticket.own, seconds, run.deadline_at)
+        ticket, own = run.ticket, tuple(run.own)
+        return self._waiter(ticket.request, ticket.project, own, seconds, run.deadline_at)
 
     def _waiter(
         self,
         request: Request,
         project: str,
-        own: Collection[str],
+        own: tuple[str, ...],
         seconds: float,
         deadline_at: float,
     ) -> Waiter:
         tier = tier_of(request)
         local = request.data_site if request.policy == "local-only" else None
+        # Of those that are kept, who has less time is free to leave before the others.
+        kept = (own, request.deadline_s) if own else ()
         return Waiter(
             item=request.id,
             project=project,
             tier=tier,
-            lane=(request.sites, local, request.mode, request.adapter is not None, tuple(own)),
+            lane=(request.sites, local, request.mode, request.adapter is not None, kept),
+            own=own or None,
             seconds=seconds,
             due_at=deadline_at,
             weight=self._settings.project_weights.get(project, 1.0),

@@ -204,6 +204,7 @@ class BrokerState:
             held_usu=ticket.held_usu,
             waiting_since=event.now,
         )
+        self.experience.keep(run, event.now)
         self._budget.deposit()
         if self.line.join(run):
             yield from self._place(run, event.now)
@@ -283,11 +284,9 @@ class BrokerState:
         placement = decision.placement()
         if run.num_sent:
             self._budget.withdraw()
-        run.num_sent += 1
-        run.attempt = run.num_sent
+        run.attempt = run.num_sent = run.num_sent + 1
         run.instance, run.placement = placement.instance, placement
-        run.state = RunState.DISPATCHED
-        run.sent_at, run.attempt_first_at = now, None
+        run.state, run.sent_at, run.attempt_first_at = RunState.DISPATCHED, now, None
         run.num_before = run.num_tokens
         run.predicted = decision.chosen
         run.silent_until = self.experience.silent_until(run, decision.chosen, now)

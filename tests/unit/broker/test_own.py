@@ -164,6 +164,19 @@ def test_one_on_its_way_keeps_what_it_can_still_answer() -> None:
     assert only(rig.join("mine", "mine-2"), SendTask).instance == "mine-2"
 
 
+def test_one_with_less_time_passes_those_that_wait_for_one_on_its_way() -> None:
+    rig = Rig("shared")
+    expect(rig, 60.0)
+    assert admit(rig, "patient") is None
+    assert admit(rig, "urgent", deadline_s=50.0) is None
+    assert moving(rig) == ["urgent"]
+    assert admit(rig, "sooner", deadline_s=70.0) is None
+    rig.tick(5.0)
+    expect(rig, 80.0)  # later than was told before
+    rig.tick(10.0)
+    assert moving(rig) == ["urgent", "sooner"]
+
+
 def test_one_that_is_given_up_keeps_nothing_for_long() -> None:
     rig = Rig("shared", patience_s=2.0)
     expect(rig, 60.0)
