@@ -287,8 +287,8 @@ class Broker:
         """
         context = await self._admission.prospect(identity, request, bounds)
         now = time.monotonic()
-        replicas = self._state.fleet.snapshots(now)
-        return select(request, replicas, self._state.experience.informed(now, context), whole=True)
+        context = self._state.experience.informed(now, request, context)
+        return select(request, self._state.fleet.snapshots(now), context, whole=True)
 
     def standing(self, identity: Identity) -> list[Standing]:
         """Return what is left of a caller's limits of requests and tokens."""
@@ -333,7 +333,7 @@ class Broker:
         def foresee(request: Request, context: Context) -> Placement:
             now = time.monotonic()
             here = [one for one in self._state.fleet.snapshots(now) if one.instance == instance]
-            return select(request, here, self._state.experience.informed(now, context))
+            return select(request, here, self._state.experience.informed(now, request, context))
 
         await self._metering.redeem(
             ticket, request, instance=instance, foresee=foresee, bounds=bounds

@@ -151,7 +151,8 @@ class Request(Wire):
 
     ``deadline_s`` counts seconds from admission. ``data_site`` names the site where the request's
     data lives and ``data_bytes`` its size: the broker weighs moving it. ``sites`` restricts where
-    it may run. ``weights`` replace those of the ``policy``, part by part. The mode ``embed`` takes
+    it may run; ``overflow`` lets it leave instances of the caller's own that would otherwise keep
+    it. ``weights`` replace those of the ``policy``, part by part. The mode ``embed`` takes
     no sampling but ``max_tokens`` 0, and no conversation; ``pooling`` (``None``: as the model was
     made, or the mean) and ``dimensions``, which the vector must have, are for it alone. ``adapter``
     names one of the project's own, made for this version of the model.
@@ -174,6 +175,7 @@ class Request(Wire):
     data_site: SiteName | None = None
     data_bytes: int = Field(default=0, ge=0)
     sites: tuple[SiteName, ...] | None = None
+    overflow: bool = False
     adapter: AdapterName | None = None
 
     @model_validator(mode="after")
