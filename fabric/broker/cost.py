@@ -172,9 +172,8 @@ def rates_from(home: str, sites: Sequence[str], context: Context) -> list[float]
     settings say."""
     settings, usual = context.settings, context.settings.bandwidth_bytes_per_s
     known = settings.bandwidths_bytes_per_s.get(home, _NOTHING)
-    if (seen := context.bandwidths_bytes_per_s.get(home)) is not None:
-        known = {**known, **seen}
-    return [known.get(site, usual) for site in sites]
+    seen = context.bandwidths_bytes_per_s.get(home, _NOTHING)
+    return [seen.get(site) or known.get(site, usual) for site in sites]
 
 
 def price_s(site: str, context: Context) -> float:

@@ -119,8 +119,9 @@ class BrokerState:
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
-        quick = self._on_next_token(event) if isinstance(event, AttemptEvent) else None
-        done = list(self._on_event(event)) if quick is None else quick
+        if isinstance(event, AttemptEvent) and (said := self._on_next_token(event)) is not None:
+            return said
+        done = list(self._on_event(event))
         if self.line.has_freed:
             done += self._take_turns(event.now)
         return done
@@ -335,12 +336,13 @@ class BrokerState:
         return run if run and run.instance is not None and run.attempt == attempt else None
 
     def _on_next_token(self, event: AttemptEvent) -> list[Instruction] | None:
-        """Take what nearly all events are, a token of a run's only attempt; ``None`` of others."""
+        """Take what nearly all events are, a due token of a run's only attempt, which frees no row;
+        ``None`` of others."""
         token, run = event.event, self._live(event.run_id, event.attempt)
         if run is None or run.hedge is not None or not isinstance(token, Token):
             return None
-        if (violation := run.hear(token, event.now)) is not None:
-            return list(self._on_violation(run, event.now, violation))
+        if run.hear(token, event.now) is not None:
+            return None
         return [Emit(run_id=event.run_id, event=token)] if run.cancel_until is None else []
 
     def _on_attempt_event(self, event: AttemptEvent) -> Instructions:
