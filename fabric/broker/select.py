@@ -152,19 +152,21 @@ class _Table:
         pool, cost_N = self._pool, self._ranking.cost_N
         bests, away = {}, Counter[tuple[str, str | None]]()
         first: dict[tuple[str, str | None], int] = {}
+        chosen_site = pool.snapshots[chosen].site
         for site, group in pool.groups[self._context.digest].items():
             if site in self._context.hidden:
                 continue
             rows = pool.rows(group)
-            blocked = pool.column("blocked_s")[rows] > 0 if pool.has_blocked else rows < 0
-            for row in rows[blocked].tolist():
-                key = site, passing(pool.snapshots[row])
-                away[key] += 1
-                first.setdefault(key, row)
-            free = rows[~blocked]
-            if len(free):
-                mine = pool.snapshots[chosen].site == site
-                bests[chosen if mine else int(free[cost_N[free].argmin()])] = len(free)
+            if pool.has_blocked:
+                is_blocked = pool.column("blocked_s")[rows] > 0
+                for row in rows[is_blocked].tolist():
+                    key = site, passing(pool.snapshots[row])
+                    away[key] += 1
+                    first.setdefault(key, row)
+                rows = rows[~is_blocked]
+            if len(rows):
+                best = chosen if site == chosen_site else int(rows[cost_N[rows].argmin()])
+                bests[best] = len(rows)
         limit = self._context.settings.max_table
         ranked = sorted(bests, key=lambda row: (row != chosen, float(cost_N[row])))
         for row in ranked[:limit]:
@@ -183,8 +185,10 @@ class _Table:
         return {f"{first[key]} and {number - 1} more at {key[0]}": key[1] for key, number in most}
 
     def _line(self, row: int, num_alike: int = 1) -> Candidate:
-        snapshot, context = self._pool.at(row), self._context
-        excluded = lasting(self._request, snapshot, context) or passing(snapshot)
+        snapshot, context = self._pool.snapshots[row], self._context
+        ends_in_s = self._pool.ends_in_s(row)
+        excluded = lasting(self._request, snapshot, context, ends_in_s=ends_in_s)
+        excluded = excluded or passing(snapshot)
         if excluded is None:
             num_in_flight = self._pool.in_flight_of[snapshot.site]
             excluded = full_site(snapshot.site, num_in_flight, context)
