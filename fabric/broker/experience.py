@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fabric.broker.coming import Arrivals
 from fabric.broker.cost import times_s
 from fabric.broker.facts import Context, ReplicaSnapshot
 from fabric.broker.hedge import Waits
@@ -25,28 +26,38 @@ class Experience:
         fleet: Hears how replicas did.
         waits: How long first answers take.
         lengths: Where the lengths of answers are noted.
+        arrivals: Replicas that are on their way.
     """
 
     def __init__(
-        self, settings: BrokerSettings, fleet: Fleet, waits: Waits, lengths: Lengths
+        self,
+        settings: BrokerSettings,
+        fleet: Fleet,
+        waits: Waits,
+        lengths: Lengths,
+        arrivals: Arrivals,
     ) -> None:
         self._settings = settings
+        self._arrivals = arrivals
         self._fleet = fleet
         self._waits = waits
         self._lengths = lengths
         self._links = Links()
 
     def informed(self, now: float, context: Context) -> Context:
-        """Return what a choice rests on with the time and what was observed."""
+        """Return what a choice rests on with the time, what was observed and who is on the way."""
         links, lengths = self._links.bytes_per_s, self._lengths
-        return replace(context, now=now, bandwidths_bytes_per_s=links, lengths=lengths)
+        coming = self._arrivals.of(context, now)
+        return replace(
+            context, now=now, bandwidths_bytes_per_s=links, lengths=lengths, coming=coming
+        )
 
     def context(self, run: Progress, now: float) -> Context:
         """Return what the next choice for a run rests on."""
         offers = run.ticket.offers
         if run.refused_sites:
             offers = {site: one for site, one in offers.items() if site not in run.refused_sites}
-        return Context(
+        context = Context(
             model=run.ticket.model,
             digest=run.ticket.digest,
             offers=offers,
@@ -59,6 +70,9 @@ class Experience:
             bandwidths_bytes_per_s=self._links.bytes_per_s,
             lengths=self._lengths,
             hidden=run.ticket.hidden,
+        )
+        return (
+            replace(context, coming=self._arrivals.of(context, now)) if self._arrivals else context
         )
 
     def silent_until(self, run: Progress, chosen: ReplicaSnapshot, now: float) -> float | None:

@@ -131,7 +131,8 @@ class Context:
 
     ``held_usu`` is what the request already holds of ``held_allocation``; ``tried`` are instances
     that failed it before. ``hidden`` are sites and digests of which the caller is told nothing.
-    ``now`` is by the state's clock; ``bandwidths_bytes_per_s``, from a site to others, and the
+    ``coming`` are replicas on their way, cold for as long as they need. ``now`` is by the state's
+    clock; ``bandwidths_bytes_per_s``, from a site to others, and the
     ``lengths`` of answers are those that were observed.
     """
 
@@ -147,6 +148,7 @@ class Context:
     bandwidths_bytes_per_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     lengths: Lengths | None = None
     hidden: frozenset[str] = frozenset()
+    coming: tuple[ReplicaSnapshot, ...] = ()
 
     def tells(self, replica: ReplicaSnapshot) -> bool:
         """Return whether the caller may know of a replica."""

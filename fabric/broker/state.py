@@ -106,7 +106,7 @@ class BrokerState:
         lengths: Lengths | None = None,
     ) -> None:
         self.fleet = Fleet(settings)
-        self.arrivals = Arrivals()
+        self.arrivals = Arrivals(self.fleet)
         self.runs: dict[str, Progress] = {}
         self._settings = settings
         self._started_at = started_at
@@ -115,7 +115,8 @@ class BrokerState:
         self._budget = RetryBudget(settings)
         self.line = Line(settings, self.fleet)
         self._races = Races(settings, self.fleet, self._release)
-        self.experience = Experience(settings, self.fleet, self._races.waits, lengths or Lengths())
+        lengths, waits = lengths or Lengths(), self._races.waits
+        self.experience = Experience(settings, self.fleet, waits, lengths, self.arrivals)
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
@@ -177,9 +178,8 @@ class BrokerState:
                     run.refused_sites.add(run.moving_to.site)
                     run.moving_to = None
                     yield from self._place(run, now)
-            case ReplicaExpected(instance=instance):
-                if self.fleet.get(instance) is None:
-                    self.arrivals.expect(event)
+            case ReplicaExpected():
+                self.arrivals.expect(event)
             case ReplicaGivenUp(instance=instance):
                 self.arrivals.forget(instance)
             case ReplicaJoined(hello=hello):
@@ -336,8 +336,7 @@ class BrokerState:
         return run if run and run.instance is not None and run.attempt == attempt else None
 
     def _on_next_token(self, event: AttemptEvent) -> list[Instruction] | None:
-        """Take what nearly all events are, a due token of a run's only attempt, which frees no row;
-        ``None`` of others."""
+        """Take a run's next token, as nearly all events are; it frees no row. Else ``None``."""
         token, run = event.event, self._live(event.run_id, event.attempt)
         if run is None or run.hedge is not None or not isinstance(token, Token):
             return None
