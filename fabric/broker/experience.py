@@ -48,7 +48,7 @@ class Experience:
     def informed(self, now: float, request: Request, context: Context) -> Context:
         """Return what a choice rests on with the time and what was observed."""
         links, lengths = self._links.bytes_per_s, self._lengths
-        return self._kept(
+        return self._awaiting(
             request, replace(context, now=now, bandwidths_bytes_per_s=links, lengths=lengths)
         )
 
@@ -72,7 +72,7 @@ class Experience:
             hidden=run.ticket.hidden,
             own={site: keeps for site, keeps in run.own.items() if site in offers},
         )
-        return self._kept(run.ticket.request, context)
+        return self._awaiting(run.ticket.request, context)
 
     def keep(self, run: Progress, now: float) -> None:
         """Note what keeps a run that has just been admitted. One that is free now stays so, for it
@@ -81,11 +81,15 @@ class Experience:
         if run.own and not self.context(run, now).kept_by:
             run.own = {}
 
-    def _kept(self, request: Request, context: Context) -> Context:
-        if not context.own:
-            return context
-        pool = self._fleet.pool(context.now)
-        return replace(context, kept_by=get_kept_by(request, context, pool, self._arrivals))
+    def _awaiting(self, request: Request, context: Context) -> Context:
+        """Add the replicas on their way, and the caller's own sites that keep the request."""
+        if self._arrivals:
+            context = replace(context, coming=self._arrivals.of(context, context.now))
+        if context.own:
+            pool = self._fleet.pool(context.now)
+            kept_by = get_kept_by(request, context, pool, self._arrivals)
+            context = replace(context, kept_by=kept_by)
+        return context
 
     def silent_until(self, run: Progress, chosen: ReplicaSnapshot, now: float) -> float | None:
         """Return when a replica is given up for a run if it says nothing; one that cannot stream

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fabric.broker.cost import times_s
+from fabric.broker.cost import HELD_UP, times_s
 from fabric.broker.facts import Context, ReplicaSnapshot
 from fabric.broker.fair import FairQueue, Waiter
 from fabric.broker.lengths import Lengths
@@ -33,9 +33,6 @@ _Decide = Callable[[Request, Replicas, Context], Decision]
 
 BUSY = 2.0
 """How much longer a row of a full batch is expected to take than one alone (see ``times_s``)."""
-HELD_UP = 2.5
-"""What a second in line counts where a row is free elsewhere: those behind wait for it too.
-Found in simulation, where 1 left rows idle at an overload."""
 MAX_RETRY_AFTER_S = 3_600.0
 
 
@@ -167,22 +164,22 @@ class Line:
     def turn(self, run: Progress, decision: Decision, now: float) -> Decision | None:
         """Return where a run in line goes now, or ``None`` if it waits for a row.
 
-        A full replica is worth waiting for only as long as nothing free costs less than that wait.
+        A full replica is worth waiting for only as long as nothing free costs less than that wait,
+        and so is one that is on its way.
         """
         request, digest = run.ticket.request, run.ticket.digest
         waiter = self._waiter_of(run)
-        if self._room_of(request, decision.chosen) <= 0:
-            elsewhere = self._elsewhere(request, decision)
-            if elsewhere is None:
-                self._placeable_at.setdefault(digest, {})[waiter.place] = now
-                return None
-            decision = elsewhere
-        row_s = self._row_s(request, decision.chosen, decision.context.lengths)
+        is_full = self._room_of(request, decision.chosen) <= 0
+        turn = self._elsewhere(request, decision) if is_full else decision
+        if turn is None or turn.awaited(now - run.waiting_since) is not None:
+            self._placeable_at.setdefault(digest, {})[waiter.place] = now
+            return None
+        row_s = self._row_s(request, turn.chosen, turn.context.lengths)
         charged_s = row_s * self._scales.get(digest, 1.0)
         self._queues[digest].take(request.id, charged_s)
         self._left(run)
         self._turns[request.id] = _Turn(digest, replace(waiter, seconds=row_s), charged_s)
-        return decision
+        return turn
 
     def began(self, run: Progress) -> None:
         """An attempt of a run goes to a replica."""

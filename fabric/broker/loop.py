@@ -24,7 +24,7 @@ from fabric.broker.observe import Observer, Silent
 from fabric.broker.programs import ProgramBounds
 from fabric.broker.replicas import ReplicaView
 from fabric.broker.run import Run
-from fabric.broker.select import Context, select
+from fabric.broker.select import Context, decide, select
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import (
     AbandonAttempt,
@@ -288,7 +288,7 @@ class Broker:
         context = await self._admission.prospect(identity, request, bounds)
         now = time.monotonic()
         context = self._state.experience.informed(now, request, context)
-        return select(request, self._state.fleet.snapshots(now), context, whole=True)
+        return decide(request, self._state.fleet.snapshots(now), context).outlook()
 
     def standing(self, identity: Identity) -> list[Standing]:
         """Return what is left of a caller's limits of requests and tokens."""

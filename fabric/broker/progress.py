@@ -142,10 +142,10 @@ class Progress:
             return f"more tokens than the {most} that were asked for"
         self.counts[choice] += 1
         self.finishes[choice] = token.finish_reason
-        self._serve()
         if self.resumable:
             self.token_ids.append(token.token_id)
         if self.attempt_first_at is None:
+            self._serve()
             self.attempt_first_at = now
             self.silent_until, self.hedge_at = None, math.inf
         if self.first_token_at is None:

@@ -182,7 +182,7 @@ class Ranking:
 
     def _excluded(self, row: int) -> bool:
         pool, snapshot = self._pool, self._pool.snapshots[row]
-        ends_in_s = float(pool.column("ends_at")[row]) - pool.now
+        ends_in_s = pool.ends_in_s(row)
         barred = lasting(self._request, snapshot, self._context, ends_in_s=ends_in_s)
         # A full site's rows are infinite already.
         return barred is not None or passing(snapshot) is not None

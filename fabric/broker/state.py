@@ -106,7 +106,7 @@ class BrokerState:
         lengths: Lengths | None = None,
     ) -> None:
         self.fleet = Fleet(settings)
-        self.arrivals = Arrivals()
+        self.arrivals = Arrivals(self.fleet)
         self.runs: dict[str, Progress] = {}
         self._settings = settings
         self._started_at = started_at
@@ -121,8 +121,9 @@ class BrokerState:
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
-        quick = self._on_next_token(event) if isinstance(event, AttemptEvent) else None
-        done = list(self._on_event(event)) if quick is None else quick
+        if isinstance(event, AttemptEvent) and (said := self._on_next_token(event)) is not None:
+            return said
+        done = list(self._on_event(event))
         if self.line.has_freed:
             done += self._take_turns(event.now)
         return done
@@ -178,9 +179,8 @@ class BrokerState:
                     run.refused_sites.add(run.moving_to.site)
                     run.moving_to = None
                     yield from self._place(run, now)
-            case ReplicaExpected(instance=instance):
-                if self.fleet.get(instance) is None:
-                    self.arrivals.expect(event)
+            case ReplicaExpected():
+                self.arrivals.expect(event)
             case ReplicaGivenUp(instance=instance):
                 self.arrivals.forget(instance)
             case ReplicaJoined(hello=hello):
@@ -336,12 +336,12 @@ class BrokerState:
         return run if run and run.instance is not None and run.attempt == attempt else None
 
     def _on_next_token(self, event: AttemptEvent) -> list[Instruction] | None:
-        """Take what nearly all events are, a token of a run's only attempt; ``None`` of others."""
+        """Take a run's next token, as nearly all events are; it frees no row. Else ``None``."""
         token, run = event.event, self._live(event.run_id, event.attempt)
         if run is None or run.hedge is not None or not isinstance(token, Token):
             return None
-        if (violation := run.hear(token, event.now)) is not None:
-            return list(self._on_violation(run, event.now, violation))
+        if run.hear(token, event.now) is not None:
+            return None
         return [Emit(run_id=event.run_id, event=token)] if run.cancel_until is None else []
 
     def _on_attempt_event(self, event: AttemptEvent) -> Instructions:

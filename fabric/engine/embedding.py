@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fabric.engine.encoder import Encoder
+from fabric.engine.encoder import Encoder, load_sentence_model
 from fabric.engine.encoder_batch import EncoderBatch
 from fabric.engine.interface import EngineInfo
 from fabric.engine.torch_engine import VERSIONS, TorchEngine
@@ -26,13 +26,14 @@ class EmbeddingEngine(TorchEngine):
                 reason="sentence-embedding models run in one process, in memory; leave"
                 " tensor_parallel, pipeline_parallel and offload out",
             )
-        encoder = Encoder(
+        sentences = load_sentence_model(
             self._source,
             name=self._name,
             dtype=config.dtype,
             expected_digest=self._expected_digest,
             context_tokens=config.context_tokens,
         )
+        encoder = Encoder(sentences)
         self._info = EngineInfo(
             model=self._name,
             digest=encoder.digest,

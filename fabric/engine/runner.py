@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +25,7 @@ from fabric.engine.attention import Chunk, Scoring, StepAttention
 from fabric.engine.cache import KvCache, LayerShape
 from fabric.engine.layers import WholeLayers
 from fabric.engine.lowrank import LayerSize, LowRankLayers, Span
+from fabric.engine.touches import Touches
 
 if TYPE_CHECKING:
     from fabric.engine.programs.points import Points
@@ -48,6 +50,13 @@ class StepHooks(Protocol):
 
     def attended(self) -> Collection[int]:
         """Return the layers in whose attention it acts."""
+
+    def touches(self, layer: int) -> Touches | None:
+        """Return what it wants done inside a layer that runs whole."""
+
+    def beside(self, whole: Collection[int]) -> AbstractContextManager[None]:
+        """Run the model inside this, too: it does itself what ``touches`` says of layers but these,
+        which run whole."""
 
 
 _attend: ContextVar[Attend] = ContextVar("fabric_attend")
@@ -115,11 +124,14 @@ class Runner:
                 with nullcontext() if spans else self._whole.applied(attention):
                     return run_ragged(self.model, chunks, attend)
             logits_WV = torch.zeros(0, 1)
-            seen = programs.attended()
+            whole = partial(
+                self._whole.applied, attention, but=programs.attended(), touches=programs.touches
+            )
             # Hooked first: a layer runs whole only where nobody looks inside.
             with (
                 programs.hooked(),
-                nullcontext() if spans else self._whole.applied(attention, but=seen),
+                nullcontext(()) if spans else whole() as layers,
+                programs.beside(layers),
             ):
                 logits_WV = run_ragged(self.model, chunks, programs.around(attend))
             return logits_WV  # noqa: RET504 - the programs may end the pass before

@@ -184,8 +184,8 @@ async def test_silent_command_is_ended(install: Callable[[str, str], None], tmp_
     install(
         "accounts", f"import os\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
     )
+    source = CommandBalance(command=accounts.COMMAND, parse=accounts.parse, timeout_s=1.5)
     with pytest.raises(BalanceUnavailable, match=r"did not answer in 1.5 s.*later"):
-        source = CommandBalance(command=accounts.COMMAND, parse=accounts.parse, timeout_s=1.5)
         await source.balance("abcd-delta-gpu")
     if pid.exists():
         with pytest.raises(ProcessLookupError):
