@@ -137,7 +137,7 @@ class Broker:
             lengths=lengths,
         )
         self.programs = ProgramDesk(self._state, self._admission)
-        self.arrivals = ArrivalDesk(self._feed)
+        self.arrivals = ArrivalDesk(self._feed, self._admission.accounts)
         self.tiers = TierDesk(self._state, self._admission)
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()
