@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fabric.engine.device import put
 from fabric.messages import Sampling
 
 Changes = list[tuple[int, NDArray[np.int64], NDArray[np.float32]]]
@@ -59,7 +60,7 @@ def adjust(logits_RV: Tensor, adjustments: Mapping[int, Adjustment]) -> Tensor:
     _add(adjusted_RV, [_penalties(row, asked) for row, asked in adjustments.items()])
     bound = {i: asked.allowed for i, asked in adjustments.items() if asked.allowed is not None}
     if bound:
-        rows_R = torch.tensor(list(bound), device=logits_RV.device)
+        rows_R = put(list(bound), logits_RV.device)
         allowed_RV = torch.from_numpy(np.stack(list(bound.values()))).to(logits_RV.device)
         adjusted_RV[rows_R] = adjusted_RV[rows_R].masked_fill(~allowed_RV, -torch.inf)
     return adjusted_RV
