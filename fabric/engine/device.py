@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fabric.engine.config import CACHE_BYTES, EngineConfig
@@ -49,7 +51,11 @@ def _refusal(setting: str, value: object, reason: str) -> SettingInvalid:
     return SettingInvalid(setting=f"engine.{setting}", value=value, reason=reason)
 
 
-def put(values: Sequence[object], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def put(
+    values: Sequence[object] | NDArray[np.generic],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Return numbers as a tensor on a device."""
     return torch.tensor(values, dtype=dtype).to(device)
 
