@@ -51,8 +51,8 @@ class StepHooks(Protocol):
     def attended(self) -> Collection[int]:
         """Return the layers in whose attention it acts."""
 
-    def touches(self, layer: int) -> Touches | None:
-        """Return what it wants done inside a layer that runs whole."""
+    def touches(self) -> Mapping[int, Touches]:
+        """Return what it wants done inside layers that run whole."""
 
     def beside(self, whole: Collection[int]) -> AbstractContextManager[None]:
         """Run the model inside this, too: it does itself what ``touches`` says of layers but these,
@@ -123,9 +123,9 @@ class Runner:
             if programs is None:
                 with nullcontext() if spans else self._whole.applied(attention):
                     return run_ragged(self.model, chunks, attend)
-            logits_WV = torch.zeros(0, 1)
+            logits_WV: Tensor | None = None
             whole = partial(
-                self._whole.applied, attention, but=programs.attended(), touches=programs.touches
+                self._whole.applied, attention, but=programs.attended(), touches=programs.touches()
             )
             # Hooked first: a layer runs whole only where nobody looks inside.
             with (
@@ -134,7 +134,8 @@ class Runner:
                 programs.beside(layers),
             ):
                 logits_WV = run_ragged(self.model, chunks, programs.around(attend))
-            return logits_WV  # noqa: RET504 - the programs may end the pass before
+            # The programs may have ended the pass before there were any.
+            return torch.zeros(0, 1) if logits_WV is None else logits_WV
 
     def forward_hidden(
         self, chunks: Sequence[Chunk], programs: StepHooks | None = None
