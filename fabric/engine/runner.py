@@ -62,8 +62,8 @@ class StepHooks(Protocol):
     def attended(self) -> Collection[int]:
         """Return the layers in whose attention it acts."""
 
-    def touches(self, layer: int) -> Touches | None:
-        """Return what it wants done inside a layer that runs whole."""
+    def touches(self) -> Mapping[int, Touches]:
+        """Return what it wants done inside layers that run whole."""
 
     def beside(self, whole: Collection[int]) -> AbstractContextManager[None]:
         """Run the model inside this, too: it does itself what ``touches`` says of layers but these,
@@ -147,7 +147,7 @@ class Runner:
         spans = _spans(chunks)
 
         def whole(
-            but: Collection[int] = (), touches: Callable[[int], Touches | None] = lambda _: None
+            but: Collection[int] = (), touches: Mapping[int, Touches] = MappingProxyType({})
         ) -> AbstractContextManager[Collection[int]]:
             if spans or not isinstance(attention, StepAttention):
                 return nullcontext(())
@@ -157,16 +157,17 @@ class Runner:
             if programs is None:
                 with whole():
                     return run_ragged(self.model, chunks, attend)
-            logits_WV = torch.zeros(0, 1)
-            seen = programs.attended()
+            logits_WV: Tensor | None = None
+            seen, touches = programs.attended(), programs.touches()
             # Hooked first: a layer runs whole only where nobody looks inside.
             with (
                 programs.hooked(),
-                whole(seen, programs.touches) as layers,
+                whole(seen, touches) as layers,
                 programs.beside(layers),
             ):
                 logits_WV = run_ragged(self.model, chunks, programs.around(attend))
-            return logits_WV  # noqa: RET504 - the programs may end the pass before
+            # The programs may have ended the pass before there were any.
+            return torch.zeros(0, 1) if logits_WV is None else logits_WV
 
     def graph_decoding(self, *, max_rows: int, num_blocks: int, capture: Capture) -> None:
         """Let steps in which rows only decode run from fixed buffers from now on.
