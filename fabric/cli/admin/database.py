@@ -20,7 +20,7 @@ from fabric.cli.options import output_options
 
 if TYPE_CHECKING:
     from fabric.audit import AuditLog
-    from fabric.auth import Grants, Groups, Keys
+    from fabric.auth import Grants, Groups, Keys, Tiers
     from fabric.catalog import Catalog
     from fabric.ledger import Ledger
     from fabric.sql import Database
@@ -39,6 +39,7 @@ class Books:
     audit: AuditLog
     catalog: Catalog
     ledger: Ledger
+    tiers: Tiers
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def open_books(
 def get_books(database: Database) -> Books:
     """Return the rooms over an open database of this release's schema."""
     from fabric.audit import AuditLog
-    from fabric.auth import Grants, Groups, Keys
+    from fabric.auth import Grants, Groups, Keys, Tiers
     from fabric.catalog import Catalog
     from fabric.ledger import Ledger
 
@@ -90,6 +91,7 @@ def get_books(database: Database) -> Books:
         audit=AuditLog(database),
         catalog=Catalog(database),
         ledger=Ledger(database),
+        tiers=Tiers(database),
     )
 
 
