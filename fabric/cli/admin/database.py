@@ -17,6 +17,8 @@ import click
 
 from fabric.cli.exits import Exit
 from fabric.cli.options import output_options
+from fabric.cli.output import note
+from fabric.errors import RequestInvalid
 
 if TYPE_CHECKING:
     from fabric.audit import AuditLog
@@ -151,6 +153,26 @@ class UtcTime(click.DateTime):
 
 
 UTC_TIME = UtcTime()
+
+
+def check_future(option: str, at: datetime | None) -> None:
+    """Refuse an end that lies in the past.
+
+    Raises:
+        RequestInvalid: It does.
+    """
+    if at is not None and at <= datetime.now(UTC):
+        reason = "it is over; give a time to come, or use `delete` to end it now"
+        raise RequestInvalid(param=option, value=at.isoformat(), reason=reason)
+
+
+def warn_of_absent(books: Books, *, model: str | None = None, site: str | None = None) -> None:
+    """Say which of these is not in the catalog: it may be added later, or be mistyped."""
+    models = {name for one in books.catalog.models() for name in (one.name, one.ref)}
+    sites = {one.name for one in books.catalog.sites()}
+    for kind, name, known in (("model", model, models), ("site", site, sites)):
+        if name not in (None, "*") and name not in known:
+            note(f"There is no {kind} {name!r} yet: this counts once it is added.")
 
 
 def day(at: datetime | None, otherwise: str = "") -> str:
