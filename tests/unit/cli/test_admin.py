@@ -80,12 +80,12 @@ def test_an_allocation_is_not_changed_by_nothing(admin: Admin, project: str) -> 
 
 def test_prices_and_grants_of_what_is_not_there_are_told(admin: Admin, project: str) -> None:
     prices = ("--prompt", "1", "--output", "2")
-    told = admin.ok("rate", "add", "smol@1", "alhpa", *prices).stderr
+    told = admin.ok("rate", "add", "smol@1", "gamma", *prices).stderr
     assert "There is no model 'smol@1' yet" in told
-    assert "There is no site 'alhpa' yet" in told
+    assert "There is no site 'gamma' yet" in told
     assert "There is no" not in admin.ok("rate", "add", "*", "*", *prices).stderr
     grant = ("grant", "add", f"project:{project}", "--site")
-    assert "There is no site 'alhpa' yet" in admin.ok(*grant, "alhpa").stderr
+    assert "There is no site 'gamma' yet" in admin.ok(*grant, "gamma").stderr
     admin.ok("site", "add", "alpha")
     assert "There is no" not in admin.ok(*grant, "alpha").stderr
 
