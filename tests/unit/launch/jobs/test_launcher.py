@@ -22,6 +22,7 @@ from fabric.errors import (
     JobsFailing,
     LaunchImpossible,
     NotFound,
+    RequestInvalid,
     SettingInvalid,
     TaskLost,
 )
@@ -162,6 +163,18 @@ def test_a_job_whose_submission_was_not_answered_is_submitted_once(
     assert only(folder).remark == FULL
     assert len(list(pbs.glob("[0-9]*"))) == 1
     assert hub.expected["inst_1"] > 0
+
+
+def test_the_beginning_of_a_name_is_enough_if_one_launch_has_it(tmp_path: Path) -> None:
+    first, second = begin(tmp_path), begin(tmp_path)
+    assert LaunchFolder.find(tmp_path, second.name).path == second.path
+    with pytest.raises(RequestInvalid) as several:
+        LaunchFolder.find(tmp_path, "l-")
+    assert first.name in several.value.message
+    assert second.name in several.value.message
+    for unknown in ("", "x"):
+        with pytest.raises(NotFound):
+            LaunchFolder.find(tmp_path, unknown)
 
 
 def test_whoever_begins_a_launch_waits_for_the_answer(tmp_path: Path, pbs: Path) -> None:
