@@ -90,8 +90,9 @@ def post(
     if key is not None and is_posted(connection, key, kind, deltas_usu):
         return
     changes = [(account, delta) for account, delta in ordered if delta]
+    numbered = _numbered(changes)
     if changes:
-        _move(connection, changes)
+        _move(connection, changes, numbered)
     row = {
         "kind": kind,
         "at": at,
@@ -106,7 +107,7 @@ def post(
     }
     (written,) = _JOURNAL.all(connection, row)
     if changes:
-        _entries(len(changes)).run(connection, {"journal": written.id, **_numbered(changes)})
+        _entries(len(changes)).run(connection, {"journal": written.id, **numbered})
 
 
 def account_id(connection: Connection, name: str, *, may_go_negative: bool = False) -> int:
@@ -153,9 +154,11 @@ def is_posted(connection: Connection, key: str, kind: str, deltas_usu: Mapping[i
     return True
 
 
-def _move(connection: Connection, changes: Sequence[tuple[int, int]]) -> None:
+def _move(
+    connection: Connection, changes: Sequence[tuple[int, int]], numbered: Mapping[str, int]
+) -> None:
     """Move balances, in order of account; the transaction is undone if one would be overdrawn."""
-    moved = {row.id for row in _moves(len(changes)).all(connection, _numbered(changes))}
+    moved = {row.id for row in _moves(len(changes)).all(connection, numbered)}
     for account, delta in changes:
         if account not in moved:
             _refuse(connection, account, delta)
