@@ -170,14 +170,15 @@ def test_replicas_share_the_work_and_one_more_waits_behind_the_full_cluster(user
     """Of four cores one is somebody else's at first."""
     user.slurm.run("sbatch", "-n1", "-t9", "--wrap", "sleep 540", "-o", "/dev/null")
     name = user.launch("--replicas", "4", model=MODEL)["name"]
-    full = user.wait(name, lambda shown: sorted(states(shown)) == ["pending"] + 3 * ["ready"])
+    user.wait(name, lambda shown: sorted(states(shown)) == ["pending"] + 3 * ["ready"])
     full = user.wait(name, lambda shown: any("Resources" in job["detail"] for job in shown["jobs"]))
     assert len({job["job_id"] for job in full["jobs"]}) == 4
     three = {job["instance"] for job in full["jobs"] if job["state"] == "ready"}
     assert {one.instance for one in user.fabric.instances() if one.connected} == three
     with ThreadPoolExecutor(6) as pool:
         asking = [
-            pool.submit(user.fabric.complete, "hello", model=MODEL, max_tokens=50) for _ in range(6)
+            pool.submit(user.fabric.complete, "hello", model=MODEL, max_tokens=150)
+            for _ in range(6)
         ]
         assert {one.result().instance for one in asking} == three
 
