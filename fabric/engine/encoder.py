@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fabric.engine.device import CPU
 from fabric.engine.model import LoadedModel, load_model
 from fabric.engine.pooling import Kind, check_dimensions, pool
 from fabric.engine.source import ModelSource
@@ -97,6 +98,7 @@ def load_sentence_model(
     dtype: str,
     expected_digest: str | None = None,
     context_tokens: int | None = None,
+    device: torch.device = CPU,
 ) -> SentenceModel:
     """Load what a sentence-transformers directory describes.
 
@@ -106,6 +108,7 @@ def load_sentence_model(
         dtype: ``float32`` or ``bfloat16``.
         expected_digest: Of the tensors in this dtype; ``None`` takes any.
         context_tokens: The longest text; ``None``: as long as the model allows.
+        device: Where it goes.
 
     Raises:
         ModelNotLoadable: Files are missing, damaged or of a kind that cannot be served.
@@ -113,7 +116,12 @@ def load_sentence_model(
     """
     form = SentenceFormat.read(source.resolve())
     loaded = load_model(
-        source, name=name, dtype=dtype, expected_digest=expected_digest, headless=True
+        source,
+        name=name,
+        dtype=dtype,
+        expected_digest=expected_digest,
+        headless=True,
+        device=device,
     )
     tokenizer = loaded.tokenizer
     stated = (form.context_tokens, loaded.context_tokens, context_tokens)
@@ -176,5 +184,6 @@ class Encoder:
             ids_BT[row, : len(ids)] = torch.tensor(ids)
             mask_BT[row, : len(ids)] = 1
         with torch.inference_mode():
+            ids_BT, mask_BT = ids_BT.to(self._model.device), mask_BT.to(self._model.device)
             hidden_BTH = self._model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
             return pool(hidden_BTH, mask_BT, [kind or self._pooling for _, kind in texts])

@@ -15,9 +15,10 @@ import ctypes
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class WholeLayers:
         attention: StepAttention,
         *,
         but: Collection[int] = (),
-        touches: Callable[[int], Touches | None] = lambda _: None,
+        touches: Mapping[int, Touches] = MappingProxyType({}),
     ) -> Iterator[Collection[int]]:
         """Run layers whole inside this, but these and those whose modules someone has hooked; gives
         the layers that run so. What ``touches`` says of those is done, of others it is not."""
@@ -115,7 +116,7 @@ class WholeLayers:
         step = _WholeStep(attention, most, next(iter(layers)).dtype)
         for at, layer in ready.items():
             # Past nn.Module's own bookkeeping, which takes longer than all the rest of this.
-            layer.module.__dict__["forward"] = partial(layer.forward, step, touches(at))
+            layer.module.__dict__["forward"] = partial(layer.forward, step, touches.get(at))
         try:
             yield ready
         finally:

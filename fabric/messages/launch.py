@@ -40,6 +40,9 @@ class EngineOptions(Wire):
 
     backend: Literal["fabric", "vllm"] = "fabric"
     vllm: VllmOptions = VllmOptions()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["auto", "flex", "gathered"] = "auto"
+    graphs: bool = True
     dtype: str | None = None
     num_threads: int | None = Field(default=None, ge=1)
     cache_bytes: int | None = Field(default=None, ge=1)

@@ -360,9 +360,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int)
     parser.add_argument("--dtype", default="float32")
-    for sized in ("max-num-seqs", "kv-cache-memory-bytes"):
-        parser.add_argument(f"--{sized}", type=int, required=True)
-    for sized in ("max-num-batched-tokens", "max-model-len"):
+    parser.add_argument("--max-num-seqs", type=int, required=True)
+    for sized in ("max-num-batched-tokens", "kv-cache-memory-bytes", "max-model-len"):
         parser.add_argument(f"--{sized}", type=int)
     parser.add_argument("--runner", choices=["generate", "pooling"], default="generate")
     parser.add_argument("--pooler-config", default="{}")

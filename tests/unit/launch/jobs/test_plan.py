@@ -63,7 +63,7 @@ def test_what_a_queue_refuses_is_refused_before_it_is_asked(
 
 def test_a_queue_must_be_named_where_none_is_the_default(history: History) -> None:
     two = site(queues={"a": {}, "b": {}})
-    with pytest.raises(LaunchImpossible, match="name one of a, b"):
+    with pytest.raises(LaunchImpossible, match="without a queue: name one of a, b"):
         get_launch_plan(order(), two, history)
     assert get_launch_plan(order(queue="b"), two, history).queue == "b"
 
