@@ -10,12 +10,7 @@ from decimal import Decimal
 
 from fabric.errors import BalanceUnavailable
 from fabric.launch.balances import sreport
-from fabric.launch.balances.command import (
-    TIMEOUT_S,
-    ask,
-    check_project,
-    no_allocation,
-)
+from fabric.launch.balances.command import TIMEOUT_S, ask, check_project, no_allocation
 from fabric.launch.balances.protocol import Balance
 
 _COMMAND = ("scontrol", "show", "assoc_mgr", "flags=assoc,qos")
@@ -60,9 +55,9 @@ def parse(output: str, project: str, tres: str = "billing") -> Balance:
         BalanceUnavailable: The account is not there, or nothing limits it.
     """
     shown = " ".join((*_COMMAND, f"accounts={project}"))
-    limits = _get_limits(output, project, tres)
-    if not limits and not any(_records(output, project)):
+    if not any(_records(output, project)):
         raise no_allocation(shown, project)
+    limits = _get_limits(output, project, tres)
     if not limits:
         raise BalanceUnavailable(
             command=shown,

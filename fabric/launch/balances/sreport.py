@@ -20,7 +20,9 @@ USED = (
     "sreport -P -t Minutes -T {tres} cluster AccountUtilizationByUser Accounts={project}"
     " Start={start} End=now format=Account,Login,Used"
 )
-_UNTIL = re.compile(r"^Cluster/Account/User Utilization \S+ - ([\d-]+T[\d:]+) ", re.MULTILINE)
+_UNTIL = re.compile(
+    r"^Cluster/Account/User Utilization \S+ - (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d) ", re.MULTILINE
+)
 
 
 async def get_balance(
