@@ -11,7 +11,7 @@ K key-value heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import partial
 from types import MappingProxyType
@@ -92,7 +92,9 @@ class Runner:
         self.points: Points | None = None
         """Where programs may act, if they may."""
         self.cache = KvCache(layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
-        self._whole = WholeLayers(model, self.cache, first_layer=first_layer)
+        self._whole = WholeLayers(
+            model, self.cache, linears=self.lowrank.indices, first_layer=first_layer
+        )
 
     def forward(self, chunks: Sequence[Chunk], programs: StepHooks | None = None) -> Tensor:
         """Run one step.
@@ -118,10 +120,9 @@ class Runner:
             self._whole.learn(layer, scoring)
             return attention(layer - self._first_layer, q_NHD, k_NKD, v_NKD, scoring)
 
-        spans = _spans(chunks)
-        with self.lowrank.applied(spans):
+        with self.lowrank.applied(_spans(chunks)) as changes:
             if programs is None:
-                with nullcontext() if spans else self._whole.applied(attention):
+                with self._whole.applied(attention, changes=changes):
                     return run_ragged(self.model, chunks, attend)
             logits_WV: Tensor | None = None
             whole = partial(
@@ -130,7 +131,7 @@ class Runner:
             # Hooked first: a layer runs whole only where nobody looks inside.
             with (
                 programs.hooked(),
-                nullcontext(()) if spans else whole() as layers,
+                whole(changes=changes) as layers,
                 programs.beside(layers),
             ):
                 logits_WV = run_ragged(self.model, chunks, programs.around(attend))
