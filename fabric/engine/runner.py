@@ -112,7 +112,9 @@ class Runner:
         self.cache = KvCache(
             layers, num_blocks=num_blocks + scratch, dtype=model.dtype, device=model.device
         )
-        self._whole = WholeLayers(model, self.cache, first_layer=first_layer)
+        self._whole = WholeLayers(
+            model, self.cache, linears=self.lowrank.indices, first_layer=first_layer
+        )
 
     def forward(self, chunks: Sequence[Chunk], programs: StepHooks | None = None) -> Tensor:
         """Run one step.
@@ -144,16 +146,14 @@ class Runner:
             self._whole.learn(layer, scoring)
             return attention(layer - self._first_layer, q_NHD, k_NKD, v_NKD, scoring)
 
-        spans = _spans(chunks)
-
         def whole(
             but: Collection[int] = (), touches: Mapping[int, Touches] = MappingProxyType({})
         ) -> AbstractContextManager[Collection[int]]:
-            if spans or not isinstance(attention, StepAttention):
+            if not isinstance(attention, StepAttention):
                 return nullcontext(())
-            return self._whole.applied(attention, but=but, touches=touches)
+            return self._whole.applied(attention, but=but, touches=touches, changes=changes)
 
-        with self.lowrank.applied(spans):
+        with self.lowrank.applied(_spans(chunks)) as changes:
             if programs is None:
                 with whole():
                     return run_ragged(self.model, chunks, attend)
