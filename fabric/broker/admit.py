@@ -15,6 +15,7 @@ from fabric.auth import Identity, Permits, Rulebook, require
 from fabric.broker.lengths import Lengths
 from fabric.broker.limits import Limiter, Standing, Turn
 from fabric.broker.offers import Offers
+from fabric.broker.own import get_own
 from fabric.broker.programs import MARGIN, ProgramBounds
 from fabric.broker.records import Facts, Records, get_permitted
 from fabric.broker.select import MAX_SCARCITY, Context, Offer, expected_tokens
@@ -240,6 +241,7 @@ class Admission:
             max_output_tokens=checked.max_output_tokens,
             bounds=bounds,
             hidden=facts.hidden,
+            own=checked.context.own,
         )
         num_tokens = checked.prompt_tokens_bound + request.sampling.n * checked.max_output_tokens
         limits = self._rules.known.limits_of(identity)
@@ -310,6 +312,7 @@ class Admission:
             settings=self._settings,
             now=time.monotonic(),
             hidden=facts.hidden,
+            own=get_own(request, facts.own, offers),
         )
         return _Checked(
             context=context,

@@ -131,8 +131,10 @@ class Context:
 
     ``held_usu`` is what the request already holds of ``held_allocation``; ``tried`` are instances
     that failed it before. ``hidden`` are sites and digests of which the caller is told nothing.
-    ``now`` is by the state's clock; ``bandwidths_bytes_per_s``, from a site to others, and the
-    ``lengths`` of answers are those that were observed.
+    ``coming`` are replicas on their way, cold for as long as they need. ``now`` is by the state's
+    clock; ``bandwidths_bytes_per_s``, from a site to others, and the ``lengths`` of answers are
+    those that were observed. ``own`` are sites of the caller's own, and whether they keep the
+    request; ``kept_by`` are those that do so now.
     """
 
     model: str
@@ -147,6 +149,13 @@ class Context:
     bandwidths_bytes_per_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     lengths: Lengths | None = None
     hidden: frozenset[str] = frozenset()
+    coming: tuple[ReplicaSnapshot, ...] = ()
+    own: Mapping[str, bool] = field(default_factory=dict)
+    kept_by: tuple[str, ...] = ()
+
+    def keeps_from(self, site: str) -> bool:
+        """Return whether the caller's own instances keep the request from a site."""
+        return bool(self.kept_by) and site not in self.own
 
     def tells(self, replica: ReplicaSnapshot) -> bool:
         """Return whether the caller may know of a replica."""

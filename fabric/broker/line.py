@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fabric.broker.cost import times_s
+from fabric.broker.cost import HELD_UP, times_s
 from fabric.broker.facts import Context, ReplicaSnapshot
 from fabric.broker.fair import FairQueue, Waiter
 from fabric.broker.lengths import Lengths
@@ -33,9 +33,6 @@ _Decide = Callable[[Request, Replicas, Context], Decision]
 
 BUSY = 2.0
 """How much longer a row of a full batch is expected to take than one alone (see ``times_s``)."""
-HELD_UP = 2.5
-"""What a second in line counts where a row is free elsewhere: those behind wait for it too.
-Found in simulation, where 1 left rows idle at an overload."""
 MAX_RETRY_AFTER_S = 3_600.0
 
 
@@ -102,7 +99,7 @@ class Line:
         self._digests[request.id] = digest
         run.in_line = True
         seconds = row_s or self._row_s(request, self._fleet.any_of(digest))
-        return queue.add(self._waiter(request, ticket.project, seconds, run.deadline_at))
+        return queue.add(self._waiter_of(run, seconds))
 
     def leave(self, run: Progress) -> None:
         """A run waits no longer, because it has ended."""
@@ -148,7 +145,7 @@ class Line:
         if not run.in_line:
             return run.waiting_since
         digest = self._digests[run.ticket.request.id]
-        place = self._waiter(run.ticket.request, run.ticket.project, 0.0, 0.0).place
+        place = self._waiter_of(run).place
         return max(run.waiting_since, self._placeable_at.get(digest, {}).get(place, -np.inf))
 
     def waiting(self) -> list[Waiting]:
@@ -167,22 +164,22 @@ class Line:
     def turn(self, run: Progress, decision: Decision, now: float) -> Decision | None:
         """Return where a run in line goes now, or ``None`` if it waits for a row.
 
-        A full replica is worth waiting for only as long as nothing free costs less than that wait.
+        A full replica is worth waiting for only as long as nothing free costs less than that wait,
+        and so is one that is on its way.
         """
         request, digest = run.ticket.request, run.ticket.digest
-        waiter = self._waiter(request, run.ticket.project, 0.0, run.deadline_at)
-        if self._room_of(request, decision.chosen) <= 0:
-            elsewhere = self._elsewhere(request, decision)
-            if elsewhere is None:
-                self._placeable_at.setdefault(digest, {})[waiter.place] = now
-                return None
-            decision = elsewhere
-        row_s = self._row_s(request, decision.chosen, decision.context.lengths)
+        waiter = self._waiter_of(run)
+        is_full = self._room_of(request, decision.chosen) <= 0
+        turn = self._elsewhere(request, decision) if is_full else decision
+        if turn is None or turn.awaited(now - run.waiting_since) is not None:
+            self._placeable_at.setdefault(digest, {})[waiter.place] = now
+            return None
+        row_s = self._row_s(request, turn.chosen, turn.context.lengths)
         charged_s = row_s * self._scales.get(digest, 1.0)
         self._queues[digest].take(request.id, charged_s)
         self._left(run)
         self._turns[request.id] = _Turn(digest, replace(waiter, seconds=row_s), charged_s)
-        return decision
+        return turn
 
     def began(self, run: Progress) -> None:
         """An attempt of a run goes to a replica."""
@@ -230,7 +227,8 @@ class Line:
             return
         chosen, digest = decision.chosen, context.digest
         row_s, tier = self._row_s(request, chosen, context.lengths), tier_of(request)
-        mine = self._waiter(request, project, row_s, now + context.remaining_s)
+        own, deadline_at = tuple(context.own) if context.kept_by else (), now + context.remaining_s
+        mine = self._waiter(request, project, own, row_s, deadline_at)
         wait_s = self._wait_s(request, mine, decision)
         times = times_s(request, chosen, context.lengths)
         work_s, admit_s = times.first_s + times.rest_s, PROMISES[tier].admit_s
@@ -348,14 +346,28 @@ class Line:
         times = times_s(request, snapshot, lengths)
         return BUSY * (times.first_s + times.rest_s) * request.sampling.n
 
-    def _waiter(self, request: Request, project: str, seconds: float, deadline_at: float) -> Waiter:
+    def _waiter_of(self, run: Progress, seconds: float = 0.0) -> Waiter:
+        ticket, own = run.ticket, tuple(run.own)
+        return self._waiter(ticket.request, ticket.project, own, seconds, run.deadline_at)
+
+    def _waiter(
+        self,
+        request: Request,
+        project: str,
+        own: tuple[str, ...],
+        seconds: float,
+        deadline_at: float,
+    ) -> Waiter:
         tier = tier_of(request)
         local = request.data_site if request.policy == "local-only" else None
+        # Of those that are kept, who has less time is free to leave before the others.
+        kept = (own, request.deadline_s) if own else ()
         return Waiter(
             item=request.id,
             project=project,
             tier=tier,
-            lane=(request.sites, local, request.mode, request.adapter is not None),
+            lane=(request.sites, local, request.mode, request.adapter is not None, kept),
+            own=own or None,
             seconds=seconds,
             due_at=deadline_at,
             weight=self._settings.project_weights.get(project, 1.0),

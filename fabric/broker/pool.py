@@ -95,7 +95,11 @@ class Pool:
         snapshot = self.snapshots[row]
         if snapshot.ends_in_s is None:
             return snapshot
-        return replace(snapshot, ends_in_s=float(self.column("ends_at")[row]) - self.now)
+        return replace(snapshot, ends_in_s=self.ends_in_s(row))
+
+    def ends_in_s(self, row: int) -> float:
+        """Return the seconds until the block of a row ends; infinite if that is not known."""
+        return float(self.column("ends_at")[row]) - self.now
 
     def rows(self, group: int) -> Rows:
         """Return the rows of a group; shape (K,)."""

@@ -37,7 +37,8 @@ class Facts:
     ``rates`` has the enabled sites that have a price; ``sites`` all that the caller may know of, by
     the rules of ``rules_version``, and ``hidden`` the other sites and the digests of other models.
     ``closures`` are the sites' maintenance by the broker's clock, ``max_in_flight`` their limits
-    where they have any, and ``burns`` what each allocation is charged a day.
+    where they have any, and ``burns`` what each allocation is charged a day. ``own`` are the sites
+    of the caller's own, and whether they keep requests.
     """
 
     version: ModelVersion
@@ -51,6 +52,7 @@ class Facts:
     max_in_flight: Mapping[str, int | None] = field(default_factory=dict)
     closures: Mapping[str, tuple[Closure, ...]] = field(default_factory=dict)
     burns: Mapping[str, float] = field(default_factory=dict)
+    own: Mapping[str, bool] = field(default_factory=dict)
 
     def days_left(self, allocation: AllocationBalance | None) -> float | None:
         """Return the days until an allocation ends, if it does."""
@@ -140,6 +142,11 @@ class Records:
             max_in_flight={site: one.max_in_flight for site, one in site_rules.items()},
             closures={site: tuple(_closures(one, now, now_s)) for site, one in site_rules.items()},
             burns=self._burn(permits.project),
+            own={
+                site.name: site.own.keeps
+                for site in sites
+                if site.own is not None and site.own.belongs_to(permits.project, permits.key_id)
+            },
         )
 
     def _burn(self, project: str) -> Mapping[str, float]:

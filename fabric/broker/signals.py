@@ -6,7 +6,7 @@ Every event carries ``now``, seconds on a monotonic clock: the state has none of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from fabric.broker.programs import ProgramBounds
@@ -47,6 +47,7 @@ class Ticket:
         max_output_tokens: The most tokens of one choice, or of all runs of a program.
         bounds: What a program may take.
         hidden: Sites and digests of which the caller is told nothing.
+        own: Sites of the caller's own, and whether they keep the request.
     """
 
     request: Request
@@ -64,6 +65,7 @@ class Ticket:
     adapter: str | None = None
     bounds: ProgramBounds | None = None
     hidden: frozenset[str] = frozenset()
+    own: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def program(self) -> str | None:

@@ -138,27 +138,15 @@ def get_multiplier(
         native = None
     if native is not None and weight_NK.dtype == torch.bfloat16 and num_inputs % 2:
         native = None
+    weight = partial(NativeWeight, bias=bias_N, num_inputs=num_inputs, num_outputs=num_outputs)
     if int8:
         levels_NK, scales_N = quantize(weight_NK)
         if native is not None and weight_NK.dtype == torch.bfloat16:
             scales = F.pad(scales_N, (0, -num_outputs % PANEL))
-            return NativeWeight(
-                native=native,
-                packed=native.pack(levels_NK),
-                bias=bias_N,
-                num_inputs=num_inputs,
-                num_outputs=num_outputs,
-                scales=scales,
-            )
+            return weight(native=native, packed=native.pack(levels_NK), scales=scales)
         multiply: Multiplier = partial(_multiply_levels, levels_NK, scales_N, bias_N)
     elif native is not None:
-        return NativeWeight(
-            native=native,
-            packed=native.pack(weight_NK),
-            bias=bias_N,
-            num_inputs=num_inputs,
-            num_outputs=num_outputs,
-        )
+        return weight(native=native, packed=native.pack(weight_NK))
     elif weight_NK.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK, _TYPICAL_ROWS)
         multiply = partial(_multiply_by_onednn, packed, bias_N)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +28,7 @@ from fabric.engine.flex import FlexAttention
 from fabric.engine.graphs import Capture, GraphedDecode
 from fabric.engine.layers import WholeLayers
 from fabric.engine.lowrank import LayerSize, LowRankLayers, Span
+from fabric.engine.touches import Touches
 
 if TYPE_CHECKING:
     from fabric.engine.programs.points import Points
@@ -60,6 +62,13 @@ class StepHooks(Protocol):
 
     def attended(self) -> Collection[int]:
         """Return the layers in whose attention it acts."""
+
+    def touches(self, layer: int) -> Touches | None:
+        """Return what it wants done inside a layer that runs whole."""
+
+    def beside(self, whole: Collection[int]) -> AbstractContextManager[None]:
+        """Run the model inside this, too: it does itself what ``touches`` says of layers but these,
+        which run whole."""
 
 
 _attend: ContextVar[Attend] = ContextVar("fabric_attend")
@@ -137,20 +146,20 @@ class Runner:
             return attention(layer - self._first_layer, q_NHD, k_NKD, v_NKD, scoring)
 
         spans = _spans(chunks)
-
-        def whole(but: Collection[int] = ()) -> AbstractContextManager[None]:
-            if spans or not isinstance(attention, StepAttention):
-                return nullcontext()
-            return self._whole.applied(attention, but=but)
-
+        # What runs layers whole knows this attention alone, and no deltas.
+        own = attention if isinstance(attention, StepAttention) and not spans else None
         with self.lowrank.applied(spans):
             if programs is None:
-                with whole():
+                with nullcontext() if own is None else self._whole.applied(own):
                     return run_ragged(self.model, chunks, attend)
             logits_WV = torch.zeros(0, 1)
-            seen = programs.attended()
+            whole = partial(self._whole.applied, but=programs.attended(), touches=programs.touches)
             # Hooked first: a layer runs whole only where nobody looks inside.
-            with programs.hooked(), whole(seen):
+            with (
+                programs.hooked(),
+                nullcontext(()) if own is None else whole(own) as layers,
+                programs.beside(layers),
+            ):
                 logits_WV = run_ragged(self.model, chunks, programs.around(attend))
             return logits_WV  # noqa: RET504 - the programs may end the pass before
 

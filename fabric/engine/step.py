@@ -17,7 +17,7 @@ from torch import Tensor
 from fabric.engine.adjustments import Adjustment, adjust, changes_logits
 from fabric.engine.constraints import Matcher
 from fabric.engine.device import put
-from fabric.engine.programs.gathering import programs_of
+from fabric.engine.programs.gathering import Gathering
 from fabric.engine.programs.step import ProgramStep
 from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.runner import Chunk, Runner
@@ -61,7 +61,9 @@ class _Place:
     guess: int | None = None
 
 
-def run_step(runs: Sequence[Run], runner: Runner, scheduler: Scheduler) -> Outcome:
+def run_step(
+    runs: Sequence[Run], runner: Runner, scheduler: Scheduler, gathering: Gathering
+) -> Outcome:
     """Run the model over ``runs``, advance their rows' caches and choose tokens.
 
     Tokens are chosen, not yet appended to the rows.
@@ -76,7 +78,7 @@ def run_step(runs: Sequence[Run], runner: Runner, scheduler: Scheduler) -> Outco
         )
         for run in runs
     ]
-    programs = programs_of(runs, runner)
+    programs = gathering.programs_of(runs)
     if any(run.row.active.embeds for run in runs):
         logits_WV, hidden_NH = runner.forward_hidden(chunks, programs)
         _gather(runs, hidden_NH)

@@ -15,7 +15,7 @@ from pydantic import AwareDatetime, Field
 
 from fabric.auth import Decision, Identity
 from fabric.catalog import LaunchRecord, OwnSite
-from fabric.errors import Duplicate, NotFound, NotGranted
+from fabric.errors import Duplicate, NotFound, NotGranted, RequestInvalid
 from fabric.gateway.access import Needs
 from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.fabric_routes import Listing
@@ -35,11 +35,16 @@ router = APIRouter(
 
 
 class InstanceBody(Wire):
-    """``POST /v1/fabric/instances``: one instance on a machine, and who may use it."""
+    """``POST /v1/fabric/instances``: one instance on a machine, and who may use it.
+
+    Without ``overflow``, requests of those whose it is go nowhere else while it is there. One that
+    is shared with all keeps nobody's.
+    """
 
     model: ModelRef
     machine: SiteName
     sharing: Literal["private", "project", "shared"] = "project"
+    overflow: bool | None = None
     lifetime_s: float = Field(default=7 * 86_400.0, gt=0, le=MAX_LIFETIME_S)
 
 
@@ -82,6 +87,7 @@ class OwnInstance:
     site: str
     model: str
     sharing: str
+    overflow: bool
     state: str
     connected: bool
     num_running: int
@@ -97,6 +103,9 @@ async def add_instance(request: Request) -> Launch:
     """
     body = await read_body(request, InstanceBody)
     hub, caller = hub_of(request), caller_of(request)
+    if body.sharing == "shared" and body.overflow is False:
+        reason = "an instance for all keeps nobody's requests; leave it out, or share it with less"
+        raise RequestInvalid(param="overflow", value=body.overflow, reason=reason)
     await _check_model(hub, caller, body.model)
     return await hub.offload(_add, hub, caller, body)
 
@@ -117,6 +126,7 @@ async def list_instances(request: Request) -> Listing[OwnInstance]:
                 site=launch.site,
                 model=launch.model,
                 sharing=own.sharing,
+                overflow=not own.keeps,
                 state=launch.state if view is None else view.state,
                 connected=view is not None,
                 num_running=0 if view is None else view.load.num_running,
@@ -199,7 +209,11 @@ async def _check_model(hub: Hub, caller: Identity, model: str) -> None:
 
 def _add(hub: Hub, caller: Identity, body: InstanceBody) -> Launch:
     own = OwnSite(
-        machine=body.machine, project=caller.project, key_id=caller.key_id, sharing=body.sharing
+        machine=body.machine,
+        project=caller.project,
+        key_id=caller.key_id,
+        sharing=body.sharing,
+        overflow=bool(body.overflow),
     )
     site = _site_name(own)
     with suppress(Duplicate):
@@ -224,6 +238,7 @@ def _site_name(own: OwnSite) -> str:
     words = [own.machine, re.sub(r"[^a-z0-9]+", "-", own.project.lower()).strip("-")]
     # What the readable part leaves out: other projects may be spelt alike.
     told = f"{own.project}/{own.sharing}/{own.key_id if own.sharing == 'private' else ''}"
+    told += "/overflow" if own.overflow else ""
     words.append(hashlib.sha256(told.encode()).hexdigest()[:8])
     return "-".join(filter(None, (words[0][:30], words[1][:20], words[2])))
 
@@ -232,7 +247,7 @@ def _own_launches(hub: Hub, caller: Identity) -> list[tuple[LaunchRecord, OwnSit
     found = []
     for site in hub.catalog.sites():
         own = site.own
-        if own is not None and _is_owner(own, caller):
+        if own is not None and own.belongs_to(caller.project, caller.key_id):
             found += [(launch, own) for launch in hub.catalog.launches(site=site.name)]
     return sorted(found, key=lambda pair: pair[0].created_at, reverse=True)
 
@@ -245,12 +260,6 @@ def _find(hub: Hub, caller: Identity, instance: str) -> LaunchRecord:
     """
     launch = hub.catalog.launch(instance)
     own = hub.catalog.get_site(launch.site).own
-    if own is None or not _is_owner(own, caller):
+    if own is None or not own.belongs_to(caller.project, caller.key_id):
         raise NotFound(kind="instance", name=instance)
     return launch
-
-
-def _is_owner(own: OwnSite, caller: Identity) -> bool:
-    if own.sharing == "private":
-        return own.admits(caller.project, caller.key_id)
-    return own.project == caller.project

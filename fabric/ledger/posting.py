@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from sqlalchemy import (
     BigInteger,
@@ -20,16 +20,25 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.sql.dml import ReturningUpdate
 
 from fabric.errors import Duplicate, InsufficientBalance, RequestInvalid
 from fabric.ledger.tables import accounts, entries, journal
+from fabric.sql import Prepared, Query
 
 MAX_AMOUNT_USU = 10**15
 """The largest single amount, a thousand million SU: sums stay far inside 64 bits."""
 
-_JOURNAL = insert(journal).returning(journal.c.id)
-_ENTRIES = insert(entries)
+
+class _Row(NamedTuple):
+    id: int
+
+
+_JOURNAL = Query(
+    insert(journal).returning(journal.c.id),
+    _Row,
+    columns=[column.name for column in journal.c if column.name != "id"],
+)
+_ENTRIES = Prepared(insert(entries))
 _OPEN = {
     "sqlite": sqlite.insert(accounts).on_conflict_do_nothing(),
     "postgresql": postgresql.insert(accounts).on_conflict_do_nothing(),
@@ -96,13 +105,12 @@ def post(
         "model": model,
         "memo": memo,
     }
-    journal_id = connection.execute(_JOURNAL, row).scalar_one()
+    (written,) = _JOURNAL.all(connection, row)
     lines = [
-        {"journal_id": journal_id, "account_id": account, "amount_usu": delta}
+        {"journal_id": written.id, "account_id": account, "amount_usu": delta}
         for account, delta in changes
     ]
-    if lines:
-        connection.execute(_ENTRIES, lines)
+    _ENTRIES.run_many(connection, lines)
 
 
 def account_id(connection: Connection, name: str, *, may_go_negative: bool = False) -> int:
@@ -154,14 +162,14 @@ def _move(connection: Connection, changes: Sequence[tuple[int, int]]) -> None:
     values: dict[str, int] = {}
     for number, (account, delta) in enumerate(changes):
         values |= {f"account_{number}": account, f"delta_{number}": delta}
-    moved = set(connection.scalars(_moves(len(changes)), values))
+    moved = {row.id for row in _moves(len(changes)).all(connection, values)}
     for account, delta in changes:
         if account not in moved:
             _refuse(connection, account, delta)
 
 
 @cache
-def _moves(num: int) -> ReturningUpdate[int]:
+def _moves(num: int) -> Query[_Row]:
     """Return the statement that moves so many balances, and returns which it moved."""
     named: list[tuple[BindParameter[int], BindParameter[int]]] = [
         (bindparam(f"account_{number}", type_=BigInteger), bindparam(f"delta_{number}"))
@@ -176,11 +184,12 @@ def _moves(num: int) -> ReturningUpdate[int]:
         .order_by(accounts.c.id)
         .with_for_update()
     )
-    return (
+    return Query(
         update(accounts)
         .where(accounts.c.id.in_(locked), or_(moved >= 0, accounts.c.may_go_negative))
         .values(balance_usu=moved)
-        .returning(accounts.c.id)
+        .returning(accounts.c.id),
+        _Row,
     )
 
 

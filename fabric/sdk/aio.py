@@ -313,11 +313,22 @@ class AsyncFabric:
         return Batch.from_reply(await self._transport.post(f"/v1/batches/{batch_id}/cancel", {}))
 
     async def add_instance(
-        self, model: str, machine: str, *, sharing: str, lifetime_s: float
+        self,
+        model: str,
+        machine: str,
+        *,
+        sharing: str,
+        overflow: bool | None = None,
+        lifetime_s: float,
     ) -> Json:
         """Ask for the permission to start an instance; see ``Fabric.add_instance``."""
         return await instances.add(
-            self._transport, model=model, machine=machine, sharing=sharing, lifetime_s=lifetime_s
+            self._transport,
+            model=model,
+            machine=machine,
+            sharing=sharing,
+            overflow=overflow,
+            lifetime_s=lifetime_s,
         )
 
     async def instances(self) -> tuple[OwnInstance, ...]:

@@ -380,7 +380,13 @@ class Fabric:
         return self._background.run(self._fabric.cancel_batch(batch_id))
 
     def add_instance(
-        self, model: str, machine: str, *, sharing: str = "project", lifetime_s: float = 604_800.0
+        self,
+        model: str,
+        machine: str,
+        *,
+        sharing: str = "project",
+        overflow: bool | None = None,
+        lifetime_s: float = 604_800.0,
     ) -> Json:
         """Ask for the permission to start one instance in a job of one's own.
 
@@ -388,13 +394,17 @@ class Fabric:
             model: What it runs, as ``name@revision``.
             machine: What the machine is called.
             sharing: Who may use it: ``private``, ``project`` or ``shared``.
+            overflow: Whether requests of those whose it is may go elsewhere while it is there; by
+                default they may if it is shared with all.
             lifetime_s: Seconds in which it may join.
 
         Returns:
             A ``Launch`` (``fabric.messages``) as JSON. It has the instance's token.
         """
         return self._background.run(
-            self._fabric.add_instance(model, machine, sharing=sharing, lifetime_s=lifetime_s)
+            self._fabric.add_instance(
+                model, machine, sharing=sharing, overflow=overflow, lifetime_s=lifetime_s
+            )
         )
 
     def instances(self) -> tuple[OwnInstance, ...]:

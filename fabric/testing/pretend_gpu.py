@@ -140,7 +140,7 @@ def main() -> None:
         mock.patch.object(module, "put", put).start()
     # Its name is none that torch knows for flex attention, whose shapes are any device's.
     mock.patch.object(flex_attention, "_validate_device").start()
-    mock.patch.object(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True).start()  # noqa: FBT003
+    mock.patch.object(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True).start()
     mock.patch.object(flex, "_get_flex", return_value=flex_attention.flex_attention).start()
     with FakeTensorMode():
         told["what must fail"] = {step.__name__: attempt(step) for step in (mix, read)}

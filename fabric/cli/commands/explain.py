@@ -62,8 +62,12 @@ def _row(
         *(_seconds(candidate.cost_s.get(part)) for part in parts),
         *([f"{candidate.correction:.2f}"] if corrected else []),
         _seconds(candidate.total_s),
-        candidate.excluded,
+        candidate.excluded or _ready(candidate.ready_in_s),
     )
+
+
+def _ready(ready_in_s: float | None) -> str:
+    return "" if ready_in_s is None else f"(on its way, ready in about {ready_in_s:.0f} s)"
 
 
 def _seconds(value: float | None) -> str:

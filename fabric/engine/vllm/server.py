@@ -96,7 +96,14 @@ class VllmServer:
             try:
                 return self._reach()
             except ModelNotLoadable:
-                if self.how_it_ended() is None or not _is_taken(self._port):
+                if self.how_it_ended() is None:
+                    raise
+                if (meeting := self._config.rendezvous) and _is_taken(*_split(meeting)):
+                    raise self._refusal(
+                        f"{meeting}, where its nodes should meet, was taken by another process;"
+                        " launch it again"
+                    ) from None
+                if not _is_taken("127.0.0.1", self._port):
                     raise
                 _logger.warning("port %d was taken meanwhile, another is tried", self._port)
                 self.close()
@@ -214,11 +221,16 @@ class VllmServer:
         return ModelNotLoadable(model=self._name, reason=reason)
 
 
-def _is_taken(port: int) -> bool:
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
+def _is_taken(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError:
             return True
     return False

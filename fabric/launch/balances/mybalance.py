@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from fabric.errors import BalanceUnavailable
-from fabric.launch.balances.command import (
-    TIMEOUT_S,
-    ask,
-    check_project,
-    get_now,
-    no_allocation,
-    to_amount,
-)
+from fabric.launch.balances.command import no_allocation, to_amount
 from fabric.launch.balances.protocol import Balance
 
-_COMMAND = "mybalance"
+COMMAND = "mybalance"
 _HEAD = re.compile(r"^\s*Project\s+Limit\s+Used\s+Balance\b", re.MULTILINE)
 _AMOUNT = r"[ \t]+(-?[\d,.]+)"
 _ROW = re.compile(rf"^[ \t]*(\S+){_AMOUNT}{_AMOUNT}{_AMOUNT}(?=\s|$)", re.MULTILINE)
 _UNLIMITED = re.compile(rf"^[ \t]*(\S+){_AMOUNT}(?=\s|$)", re.MULTILINE)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MybalanceBalance:
-    """The accounts of the user who asks; one is a project here."""
-
-    timeout_s: float = TIMEOUT_S
-
-    async def balance(self, project: str) -> Balance:
-        """Return an account's balance in hours: of cores, as Slurm's own limit there has it."""
-        check_project(project)
-        return parse(await ask(_COMMAND, timeout_s=self.timeout_s), project)
 
 
 def parse(output: str, project: str) -> Balance:
@@ -43,7 +23,7 @@ def parse(output: str, project: str) -> Balance:
     """
     if _HEAD.search(output) is None:
         raise BalanceUnavailable(
-            command=_COMMAND,
+            command=COMMAND,
             reason="its table has not the columns Project, Limit, Used and Balance",
             remedy="read it yourself, and take `balance` out of the machine's site file",
         )
@@ -54,12 +34,11 @@ def parse(output: str, project: str) -> Balance:
                 granted=to_amount(granted),
                 used=to_amount(used),
                 available=to_amount(available),
-                as_of=get_now(),
             )
     if project in (name for name, _ in _UNLIMITED.findall(output)):
         raise BalanceUnavailable(
-            command=_COMMAND,
+            command=COMMAND,
             reason=f"{project!r} has no limit there",
             remedy="there is nothing to run out of",
         )
-    raise no_allocation(_COMMAND, project)
+    raise no_allocation(COMMAND, project)

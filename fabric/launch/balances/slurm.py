@@ -12,7 +12,6 @@ from fabric.launch.balances.command import (
     TIMEOUT_S,
     ask,
     check_project,
-    get_now,
     no_allocation,
 )
 from fabric.launch.balances.protocol import Balance
@@ -72,7 +71,6 @@ def parse(output: str, project: str, tres: str = "billing") -> Balance:
         granted=Decimal(granted) / 60,
         used=Decimal(used) / 60,
         available=Decimal(granted - used) / 60,
-        as_of=get_now(),
     )
 
 

@@ -30,7 +30,13 @@ class InstanceHub(Protocol):
     """The hub, as somebody who brings instances sees it (``fabric.sdk.Fabric``)."""
 
     def add_instance(
-        self, model: str, machine: str, *, sharing: str, lifetime_s: float
+        self,
+        model: str,
+        machine: str,
+        *,
+        sharing: str,
+        overflow: bool | None,
+        lifetime_s: float,
     ) -> Mapping[str, object]:
         """Return the permission to start an instance, a ``Launch`` as JSON."""
 

@@ -284,7 +284,11 @@ class Launcher:
     def _submit(self, replica: int, generation: int) -> None:
         order, division = self._record.order, self._get_plan().division
         reply = self._hub.add_instance(
-            order.model, order.machine, sharing=order.sharing, lifetime_s=LIFETIME_S
+            order.model,
+            order.machine,
+            sharing=order.sharing,
+            overflow=order.overflow,
+            lifetime_s=LIFETIME_S,
         )
         launch = Launch.model_validate(reply)
         spec = InstanceSpec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -155,6 +156,18 @@ def test_a_port_that_somebody_takes_first_is_chosen_anew(tiny: Path, tmp_path: P
         assert first != second
     finally:
         os.close(held)
+
+
+def test_a_meeting_point_that_somebody_takes_first_is_told(tiny: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as thief:
+        meeting = "127.0.0.1:{1}".format(*thief.getsockname())
+        config = dataclasses.replace(
+            CONFIG, tensor_parallel=2, local_ranks=1, rendezvous=meeting, context_tokens=64
+        )
+        options = VllmOptions(command=(sys.executable, "-c", "raise SystemExit(1)"))
+        engine = VllmEngine(ModelSource.parse(str(tiny)), config, options, name="tiny")
+        with pytest.raises(ModelNotLoadable, match=f"{meeting}, where its nodes should meet, was"):
+            engine.start()
 
 
 def test_options_reach_an_instance_as_text() -> None:

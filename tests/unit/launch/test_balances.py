@@ -15,10 +15,10 @@ import pytest
 from fabric.config import SiteSpec, find_site, load_site
 from fabric.errors import BalanceUnavailable, RequestInvalid, SettingInvalid
 from fabric.launch.balances import (
-    AccountsBalance,
     Balance,
+    BalanceSource,
+    CommandBalance,
     FacilityBalance,
-    SbankBalance,
     SlurmBalance,
     accounts,
     command,
@@ -154,13 +154,17 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
     return put
 
 
+def source_of(site: str) -> BalanceSource:
+    return get_balance_source(load_site(find_site(site)), token="secret")
+
+
 async def test_command_gets_the_project_as_one_argument(
     install: Callable[[str, str], None],
 ) -> None:
     text = read("sbank-polaris.txt")
     wanted = ["-p", "neutrinoGPU", "-r", "polaris"]
     install("sbank-list-allocations", f"assert sys.argv[1:] == {wanted}\nprint({text!r})")
-    balance = await SbankBalance(resource="polaris").balance("neutrinoGPU")
+    balance = await source_of("alcf-polaris").balance("neutrinoGPU")
     assert balance.available == Decimal("-394.1")
 
 
@@ -171,7 +175,7 @@ async def test_failing_command_is_told_with_what_it_said(
     with pytest.raises(
         BalanceUnavailable, match=r"'accounts'.* 1 .*the database is down"
     ) as caught:
-        await AccountsBalance().balance("abcd-delta-gpu")
+        await source_of("ncsa-delta").balance("abcd-delta-gpu")
     assert caught.value.detail["command"] == "accounts"
 
 
@@ -180,8 +184,9 @@ async def test_silent_command_is_ended(install: Callable[[str, str], None], tmp_
     install(
         "accounts", f"import os\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
     )
+    source = CommandBalance(command=accounts.COMMAND, parse=accounts.parse, timeout_s=1.5)
     with pytest.raises(BalanceUnavailable, match=r"did not answer in 1.5 s.*later"):
-        await AccountsBalance(timeout_s=1.5).balance("abcd-delta-gpu")
+        await source.balance("abcd-delta-gpu")
     if pid.exists():
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid.read_text()), 0)
@@ -196,7 +201,7 @@ async def test_missing_command_says_where_it_is(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("project", ["", "-x", "a b", "a;b", "a" * 65, "../etc", "a\n"])
 async def test_name_that_is_no_project_is_never_run(project: str) -> None:
     with pytest.raises(RequestInvalid, match="project"):
-        await SbankBalance(resource="polaris").balance(project)
+        await source_of("alcf-polaris").balance(project)
     with pytest.raises(RequestInvalid, match="project"):
         await FacilityBalance(url="http://127.0.0.1:1", token="t").balance(project)
 
@@ -288,25 +293,37 @@ async def test_facility_answer_that_is_not_clear_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("site", "kind"),
+    ("site", "name", "recorded", "project", "available"),
     [
-        ("alcf-polaris", "SbankBalance"),
-        ("ncsa-delta", "AccountsBalance"),
-        ("olcf-frontier", "ShowusageBalance"),
-        ("tacc-vista", "TaccinfoBalance"),
-        ("nersc-perlmutter", "FacilityBalance"),
+        ("ncsa-delta", "accounts", "accounts-delta", "bbka-delta-gpu", 5_000_000),
+        ("olcf-frontier", "showusage", "showusage", "ABC123", Decimal("19873.7")),
     ],
 )
-def test_site_file_names_the_source(site: str, kind: str) -> None:
-    source = get_balance_source(load_site(find_site(site)), token="secret")
-    assert type(source).__name__ == kind
+async def test_site_file_names_the_command(
+    install: Callable[[str, str], None],
+    site: str,
+    name: str,
+    recorded: str,
+    project: str,
+    available: int | Decimal,
+) -> None:
+    install(name, f"assert not sys.argv[1:]\nprint({read(recorded + '.txt')!r})")
+    assert (await source_of(site).balance(project)).available == available
 
 
-def test_a_users_own_file_may_name_mybalance() -> None:
+def test_site_file_names_what_is_no_command_on_the_path() -> None:
+    frontera = source_of("tacc-frontera")
+    assert isinstance(frontera, CommandBalance)
+    assert (frontera.command, frontera.parse) == (taccinfo.COMMAND, taccinfo.parse)
+    assert isinstance(source_of("nersc-perlmutter"), FacilityBalance)
+
+
+async def test_a_users_own_file_may_name_mybalance(install: Callable[[str, str], None]) -> None:
     fields = load_site(find_site("local-slurm")).model_dump(mode="json", exclude_defaults=True)
     fields["system"]["charge"] = {"unit": "core hour", "balance": {"kind": "mybalance"}}
+    install("mybalance", f"print({read('mybalance-roar.txt')!r})")
     source = get_balance_source(SiteSpec.model_validate(fields))
-    assert type(source).__name__ == "MybalanceBalance"
+    assert (await source.balance("dml129-engagement")).used == Decimal("11530.7")
 
 
 def test_site_without_a_source_says_what_to_run_by_hand() -> None:
