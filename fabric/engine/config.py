@@ -17,7 +17,7 @@ class EngineConfig:
     """Limits and choices of one engine.
 
     Args:
-        dtype: Of the weights and the KV cache.
+        dtype: Of the weights and the KV cache; ``float16`` is for GPUs without bfloat16.
         device: Where the model is: ``cuda`` a GPU, ``auto`` one where torch sees it.
         attention: How rows find their keys: ``auto`` is the kernels' way on a CPU and ``flex`` on a
             GPU, which reads them where they lie; ``gathered`` copies a row's together first.
@@ -56,7 +56,7 @@ class EngineConfig:
         SettingInvalid: A number is out of range.
     """
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "flex", "gathered"] = "auto"
     graphs: bool = True

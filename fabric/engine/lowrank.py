@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -87,8 +86,8 @@ class LowRankLayers:
         self.sizes = dict(sizes)
         self._indices = {name: i for i, name in enumerate(sizes)}
         self._modules: list[nn.Module] = [model.get_submodule(name) for name in sizes]
-        parameter = next(model.parameters())
-        self.dtype, self._device = parameter.dtype, parameter.device
+        self._like = next(model.parameters())
+        self.dtype = self._like.dtype
         self.indices = {module: i for i, module in enumerate(self._modules)}
         """Their places in a delta's table."""
         self._wrapped = False
@@ -130,14 +129,18 @@ class LowRankLayers:
         before = self._step
         if spans:
             self._wrap()
-        self._step = _Step(spans, self._device) if spans else None
+        self._step = _Step(spans, self._get_native()) if spans else None
         try:
             yield () if self._step is None else self._step.changes
         finally:
             self._step = before
 
+    def _get_native(self) -> Native | None:
+        native = load_native()
+        return native if native is not None and native.takes(self._like) else None
+
     def _move(self, x: Tensor) -> Tensor:
-        return x.detach().to(self._device, self.dtype).contiguous()
+        return x.detach().to(self._like).contiguous()
 
     def _wrap(self) -> None:
         if self._wrapped:
@@ -155,8 +158,7 @@ class LowRankLayers:
 class _Step:
     """The spans of one step, laid out for all layers."""
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
-        native = load_native() if device.type == "cpu" else None
+    def __init__(self, spans: Sequence[Span], native: Native | None) -> None:
         self._native = native
         self._long = [s for s in spans if native is None or s.stop - s.start >= _LONG]
         short = [s for s in spans if native is not None and s.stop - s.start < _LONG]

@@ -77,7 +77,8 @@ def load_model(
     Args:
         source: Where its files are.
         name: What errors call it.
-        dtype: ``float32`` or ``bfloat16``, of all tensors. The digest is of tensors in this dtype.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of all tensors. The digest is of tensors in
+            this dtype.
         expected_digest: As ``digest_of`` gives it; ``None`` takes any.
         weights: How they will be computed; see ``digest_of``.
         headless: Whether only its hidden states are wanted; encoders can be loaded so too.

@@ -25,7 +25,7 @@ LEAST_BLOCKS = -(-_NUM_TOKENS // BLOCK_TOKENS)
 """The smallest cache that ``verify_runner`` can run in."""
 _NOT_COMPUTED = {"s_aux": "attention sinks"}
 _ROTATIONS_OF_THE_BATCH = ("dynamic", "longrope")
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of the logits' distance to the model's own attention, relative to their norm."""
 _INT8_TOLERANCE = 0.2
 """The same, where weights of 8 bits take the place of the model's."""

@@ -123,7 +123,9 @@ class Until(click.ParamType):
 )
 @click.option("--backend", type=click.Choice(["fabric", "vllm"]), help="What computes.")
 @click.option("--max-rows", type=click.IntRange(1), help="Rows of the engine.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Of the weights.")
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of the weights."
+)
 @click.option(
     "--via",
     type=click.Choice(["login", "endpoint"]),

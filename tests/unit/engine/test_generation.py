@@ -37,13 +37,15 @@ def test_greedy_equals_generate_alone_and_together(tiny, reference):
     assert together == expected
 
 
-def test_bfloat16_engine_runs_close_to_float32(tiny_dir, drive, tiny):
-    bf16 = drive(tiny_dir, dtype="bfloat16")
+@pytest.mark.parametrize(("dtype", "distance"), [("bfloat16", 0.2), ("float16", 0.02)])
+def test_an_engine_of_16_bits_runs_close_to_float32(tiny_dir, drive, tiny, dtype, distance):
+    half = drive(tiny_dir, dtype=dtype)
     exact = tiny.ask(LONG, temperature=0.0, max_tokens=1, logprobs=0).wait().tokens()[0]
-    rough = bf16.ask(LONG, temperature=0.0, max_tokens=1, logprobs=20).wait().tokens()[0]
-    near = {top.token_id: top.logprob for top in rough.top_logprobs}
-    assert near[exact.token_id] == pytest.approx(exact.logprob, abs=0.2)
-    assert bf16.engine.info.digest != tiny.engine.info.digest
+    heard = half.ask(LONG, temperature=0.0, max_tokens=8, logprobs=20, ignore_eos=True).wait()
+    near = {top.token_id: top.logprob for top in heard.tokens()[0].top_logprobs}
+    assert near[exact.token_id] == pytest.approx(exact.logprob, abs=distance)
+    assert len(heard.tokens()) == 8
+    assert half.engine.info.digest != tiny.engine.info.digest
 
 
 def test_end_of_sequence_ends_the_row_as_generate_does(tiny, tiny_dir, drive, reference, tmp_path):
