@@ -156,6 +156,14 @@ def test_what_could_not_serve_it_delays_nothing(busy: Rig, other: dict[str, str]
     assert busy.admit() is not None
 
 
+def test_a_trial_is_not_put_off_for_one_that_comes() -> None:
+    rig = Rig("alpha", "beta", explore=1.0)
+    expect(rig, 0.3)
+    sent = rig.admit(offers=(offer("alpha"), offer("beta", expected_charge_usu=3_000)))
+    assert sent is not None
+    assert sent.instance == "beta-1"
+
+
 def test_the_outlook_names_the_one_that_is_waited_for(busy: Rig) -> None:
     assert outlook(busy).instance == "alpha-1"
     expect(busy, 4)
