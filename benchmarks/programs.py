@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from fabric import recipes
-from fabric.engine import step as engine_step
 from fabric.engine.gguf import load_gguf
+from fabric.engine.programs.gathering import Gathering
 from fabric.engine.source import ModelSource
 from fabric.messages import Program, Request, Sampling, TokensInput
 
@@ -133,14 +133,14 @@ def batches(engines: Sequence[Ours], rounds: int) -> Json:
     few = [steer(4, "v0"), save_all(), [*steer(2, "v1"), *save_at(6)]]
     mixed = [run_of(f"r{i}", few[i] if i < len(few) else ()) for i in range(8)]
     distinct = [run_of(f"r{i}", steer(4, f"v{i}")) for i in range(16)]
-    knowing = engine_step.programs_of
+    knowing = Gathering.programs_of
 
     def know() -> None:
-        engine_step.programs_of = knowing
+        Gathering.programs_of = knowing  # type: ignore[method-assign]
 
     def forget() -> None:
         # The engine as it would be if it knew no programs at all.
-        engine_step.programs_of = lambda *_: None  # type: ignore[assignment]
+        Gathering.programs_of = lambda *_: None  # type: ignore[assignment,method-assign]
 
     def plain(num: int) -> Program:
         return program([run_of(f"r{i}") for i in range(num)])

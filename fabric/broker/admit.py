@@ -12,9 +12,11 @@ from functools import partial
 from typing import Protocol, TypedDict
 
 from fabric.auth import Identity, Permits, Rulebook, require
+from fabric.broker.accounts import OwnAccounts
 from fabric.broker.lengths import Lengths
 from fabric.broker.limits import Limiter, Standing, Turn
 from fabric.broker.offers import Offers
+from fabric.broker.own import get_own
 from fabric.broker.programs import MARGIN, ProgramBounds
 from fabric.broker.records import Facts, Records, get_permitted
 from fabric.broker.select import MAX_SCARCITY, Context, Offer, expected_tokens
@@ -101,6 +103,8 @@ class Admission:
         self._rules = rules
         self._find_adapter = find_adapter
         self._lengths = lengths
+        self.accounts = OwnAccounts()
+        """What pays for users' own instances."""
         self._limiter = Limiter()
         self._turns: dict[str, Turn] = {}
         self._records = Records(
@@ -247,6 +251,7 @@ class Admission:
             max_output_tokens=checked.max_output_tokens,
             bounds=bounds,
             hidden=facts.hidden,
+            own=checked.context.own,
             factors=checked.factors,
         )
         num_tokens = checked.prompt_tokens_bound + request.sampling.n * checked.max_output_tokens
@@ -319,6 +324,7 @@ class Admission:
             settings=self._settings,
             now=time.monotonic(),
             hidden=facts.hidden,
+            own=get_own(request, facts.own, offers),
         )
         return _Checked(
             context=context,
@@ -362,7 +368,10 @@ class Admission:
             likely = likely.model_copy(update={"output_tokens": output_tokens} | most)
             likely_device_s = bounds.device_s / MARGIN
         kept_s = kv_block_s_bound(n, prompt_tokens + output_tokens, request.deadline_s)
-        total_usu = sum(one.available_usu for one in facts.allocations)
+        total_usu, now_s = sum(one.available_usu for one in facts.allocations), time.monotonic()
+        short, usual_usu = self.accounts.shortfalls(allowed, now_s), 0
+        if short and facts.usual_rate is not None:
+            usual_usu = charge_usu(facts.usual_rate, tier, likely, device_s=likely_device_s)
         offers = {}
         for site in allowed:
             if (rate := facts.rates.get(site)) is None:
@@ -389,6 +398,7 @@ class Admission:
                 days_left=facts.days_left(payer),
                 max_in_flight=facts.max_in_flight.get(site),
                 closures=facts.closures.get(site, ()),
+                lacking_usu=usual_usu * short.get(site, 0.0),
             )
         if not offers:
             raise RateMissing(model=facts.version.ref, site=allowed[0])

@@ -101,7 +101,7 @@ class Line:
         self._digests[request.id] = digest
         run.in_line = True
         seconds = row_s or self._row_s(request, self._fleet.any_of(digest))
-        return queue.add(self._waiter(request, ticket.project, seconds, run.deadline_at))
+        return queue.add(self._waiter_of(run, seconds))
 
     def leave(self, run: Progress) -> None:
         """A run waits no longer, because it has ended."""
@@ -147,7 +147,7 @@ class Line:
         if not run.in_line:
             return run.waiting_since
         digest = self._digests[run.ticket.request.id]
-        place = self._waiter(run.ticket.request, run.ticket.project, 0.0, 0.0).place
+        place = self._waiter_of(run).place
         return max(run.waiting_since, self._placeable_at.get(digest, {}).get(place, -np.inf))
 
     def waiting(self) -> list[Waiting]:
@@ -183,7 +183,7 @@ class Line:
         and so is one that is on its way.
         """
         request, digest = run.ticket.request, run.ticket.digest
-        waiter = self._waiter(request, run.ticket.project, 0.0, run.deadline_at)
+        waiter = self._waiter_of(run)
         is_full = self._room_of(request, decision.chosen) <= 0
         turn = self._elsewhere(request, decision) if is_full else decision
         if turn is None or turn.awaited(now - run.waiting_since) is not None:
@@ -242,7 +242,8 @@ class Line:
             return
         chosen, digest = decision.chosen, context.digest
         row_s, tier = self._row_s(request, chosen, context.lengths), tier_of(request)
-        mine = self._waiter(request, project, row_s, now + context.remaining_s)
+        own, deadline_at = tuple(context.own) if context.kept_by else (), now + context.remaining_s
+        mine = self._waiter(request, project, own, row_s, deadline_at)
         wait_s = self._wait_s(request, mine, decision)
         times = times_s(request, chosen, context.lengths)
         work_s, admit_s = times.first_s + times.rest_s, self.promises[tier].admit_s
@@ -360,14 +361,28 @@ class Line:
         times = times_s(request, snapshot, lengths)
         return BUSY * (times.first_s + times.rest_s) * request.sampling.n
 
-    def _waiter(self, request: Request, project: str, seconds: float, deadline_at: float) -> Waiter:
+    def _waiter_of(self, run: Progress, seconds: float = 0.0) -> Waiter:
+        ticket, own = run.ticket, tuple(run.own)
+        return self._waiter(ticket.request, ticket.project, own, seconds, run.deadline_at)
+
+    def _waiter(
+        self,
+        request: Request,
+        project: str,
+        own: tuple[str, ...],
+        seconds: float,
+        deadline_at: float,
+    ) -> Waiter:
         tier = tier_of(request)
         local = request.data_site if request.policy == "local-only" else None
+        # Of those that are kept, who has less time is free to leave before the others.
+        kept = (own, request.deadline_s) if own else ()
         return Waiter(
             item=request.id,
             project=project,
             tier=tier,
-            lane=(request.sites, local, request.mode, request.adapter is not None),
+            lane=(request.sites, local, request.mode, request.adapter is not None, kept),
+            own=own or None,
             seconds=seconds,
             due_at=deadline_at,
             weight=self._settings.project_weights.get(project, 1.0),

@@ -137,7 +137,7 @@ class Broker:
             lengths=lengths,
         )
         self.programs = ProgramDesk(self._state, self._admission)
-        self.arrivals = ArrivalDesk(self._feed)
+        self.arrivals = ArrivalDesk(self._feed, self._admission.accounts)
         self.tiers = TierDesk(self._state, self._admission, self.rules)
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()
@@ -287,8 +287,8 @@ class Broker:
         """
         context = await self._admission.prospect(identity, request, bounds)
         now = time.monotonic()
-        informed = self._state.experience.informed(now, context)
-        return decide(request, self._state.fleet.snapshots(now), informed).outlook()
+        context = self._state.experience.informed(now, request, context)
+        return decide(request, self._state.fleet.snapshots(now), context).outlook()
 
     def standing(self, identity: Identity) -> list[Standing]:
         """Return what is left of a caller's limits of requests and tokens."""
@@ -333,7 +333,7 @@ class Broker:
         def foresee(request: Request, context: Context) -> Placement:
             now = time.monotonic()
             here = [one for one in self._state.fleet.snapshots(now) if one.instance == instance]
-            return select(request, here, self._state.experience.informed(now, context))
+            return select(request, here, self._state.experience.informed(now, request, context))
 
         await self._metering.redeem(
             ticket, request, instance=instance, foresee=foresee, bounds=bounds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from fabric.broker.cost import times_s
@@ -27,6 +28,7 @@ class Progress:
     have returned all they save. The choices of a program are its runs. ``attempt`` numbers the live
     attempt, of ``num_sent``; ``hedge`` is one beside it as long as neither has said anything, and
     is sent at ``hedge_at``; ``expected_s`` is when the first word was expected after ``sent_at``.
+    ``own`` are the caller's own sites, if they kept the run when it came.
     """
 
     ticket: Ticket
@@ -49,6 +51,7 @@ class Progress:
     seen_version: int = -1
     tried: set[str] = field(default_factory=set)
     refused_sites: set[str] = field(default_factory=set)
+    own: Mapping[str, bool] = field(default_factory=dict)
     last_error: FabricError | None = None
     cancel_until: float | None = None
     silent_until: float | None = None

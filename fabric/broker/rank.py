@@ -126,7 +126,8 @@ class Ranking:
             if request.data_site in context.offers:
                 moving_S[columns.sites.index(request.data_site)] = 0.0
             cost_S += weights["data"] * moving_S
-        chooses = request.sites is not None or request.policy == "local-only"
+        chooses = bool(request.sites is not None or context.kept_by)
+        chooses |= request.policy == "local-only"
         for number in range(len(cost_S)) if chooses else columns.odd:
             site = columns.sites[number]
             is_full = full_site(site, pool.in_flight_of[site], context) is not None

@@ -48,6 +48,7 @@ class Ticket:
         max_output_tokens: The most tokens of one choice, or of all runs of a program.
         bounds: What a program may take.
         hidden: Sites and digests of which the caller is told nothing.
+        own: Sites of the caller's own, and whether they keep the request.
         factors: What each tier multiplies a charge by.
     """
 
@@ -66,6 +67,7 @@ class Ticket:
     adapter: str | None = None
     bounds: ProgramBounds | None = None
     hidden: frozenset[str] = frozenset()
+    own: Mapping[str, bool] = field(default_factory=dict)
     factors: Factors = field(default_factory=lambda: TIERS)
 
     @property

@@ -115,8 +115,9 @@ class BrokerState:
         self.line = Line(settings, self.fleet)
         self._decide = self.line.keeping_promises(decide)
         self._races = Races(settings, self.fleet, self._release)
-        lengths, waits = lengths or Lengths(), self._races.waits
-        self.experience = Experience(settings, self.fleet, waits, lengths, self.arrivals)
+        self.experience = Experience(
+            settings, self.fleet, self.arrivals, self._races.waits, lengths
+        )
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
@@ -138,7 +139,7 @@ class BrokerState:
             Overloaded: It would have to wait for too long.
             TierNotHeld: Its tier's promise cannot be held.
         """
-        replicas, context = self.fleet.pool(now), self.experience.informed(now, context)
+        replicas, context = self.fleet.pool(now), self.experience.informed(now, request, context)
         try:
             decision = self._decide(request, replicas, context)
         except NoReplica as error:
@@ -203,6 +204,7 @@ class BrokerState:
             held_usu=ticket.held_usu,
             waiting_since=event.now,
         )
+        self.experience.keep(run, event.now)
         self._budget.deposit()
         if self.line.join(run):
             yield from self._place(run, event.now)
@@ -282,11 +284,9 @@ class BrokerState:
         placement = decision.placement()
         if run.num_sent:
             self._budget.withdraw()
-        run.num_sent += 1
-        run.attempt = run.num_sent
+        run.attempt = run.num_sent = run.num_sent + 1
         run.instance, run.placement = placement.instance, placement
-        run.state = RunState.DISPATCHED
-        run.sent_at, run.attempt_first_at = now, None
+        run.state, run.sent_at, run.attempt_first_at = RunState.DISPATCHED, now, None
         run.num_before = run.num_tokens
         run.predicted = decision.chosen
         run.silent_until = self.experience.silent_until(run, decision.chosen, now)

@@ -63,5 +63,6 @@ class TierDesk:
         Raises:
             FabricError: As ``Broker.submit`` does, but for the balance.
         """
-        context = await self._admission.prospect(identity, request)
-        return estimate(request, num_requests, context, self._state.fleet, now=time.monotonic())
+        context, now = await self._admission.prospect(identity, request), time.monotonic()
+        context = self._state.experience.informed(now, request, context)
+        return estimate(request, num_requests, context, self._state.fleet, now=now)

@@ -13,6 +13,7 @@ from fabric.engine.costs import StepCosts
 from fabric.engine.drafts import Drafter
 from fabric.engine.intake import Intake
 from fabric.engine.interface import EventSink
+from fabric.engine.programs.gathering import Gathering
 from fabric.engine.programs.programs import Programs
 from fabric.engine.reports import Reports
 from fabric.engine.rows import ActiveTask
@@ -77,6 +78,7 @@ class Batch:
         self._speculator = drafter and Speculator(drafter, self._scheduler, self._costs)
         self._slowdown = config.slowdown
         self._programs = programs
+        self._gathering = Gathering(runner)
         if programs is not None:
             programs.attach(self._scheduler, tell)
         self._prefill, self._decode = _Rate(), _Rate()
@@ -171,7 +173,7 @@ class Batch:
             if self._speculator:
                 runs = self._speculator.extend(runs)
             model_started = time.perf_counter()
-            outcome = run_step(runs, self._runner, self._scheduler)
+            outcome = run_step(runs, self._runner, self._scheduler, self._gathering)
         except RankLost:
             raise  # no further step is possible
         except Exception as error:

@@ -1,7 +1,7 @@
 /* A whole decoder layer of Llama's kind in one call, made of the parts in native.c, which stands before
  * this in one source. Every part rounds where its module rounds: the bits are those of the modules.
  *
- * The structures are those of fabric/engine/layers.py. Shapes: N tokens of the step, E hidden size,
+ * The structures are those of fabric/engine/layers.py and touches.py. Shapes: N tokens of the step, E hidden size,
  * I inner size of the MLP, H query heads, K key-value heads, D head size. */
 
 typedef struct {
@@ -36,22 +36,51 @@ typedef struct {
     void *room; /* for N (2 E + (2 H + 2 K) D + H D + 3 I) numbers */
 } Step;
 
+/* Points of a layer as it comes by them: TOUCHED in touches.py. */
+enum {
+    IN, ATTN_IN, ATTN_Q, ATTN_K, ATTN_V, ATTN_OUT, MID, MLP_IN, MLP_GATE, MLP_UP, MLP_ACT, MLP_OUT,
+    OUT, END
+};
+
+typedef struct { /* at a point a vector is added to one token, or its numbers are kept */
+    long point, row;
+    const void *vector; /* or none: kept */
+    char **room;        /* where, after so many bytes */
+    long offset;
+} Touch;
+
+static const Touch untouched = {.point = END};
+
 #define FOR_LAYER(T, NAME, WIDEN, NARROW, MULTIPLY, ATTEND_SPAN)                                   \
-    static void add_to_##NAME(T *to, const T *x, long num) {                                          \
+    static void add_to_##NAME(T *to, const T *x, long num) {                                       \
         _Pragma("omp parallel for simd if (num > 65536)")                                          \
         for (long i = 0; i < num; i++) to[i] = NARROW(WIDEN(to[i]) + WIDEN(x[i]));                 \
     }                                                                                              \
                                                                                                    \
+    /* Do to rows of x what is next at a point; return what comes after it. */                     \
+    static const Touch *touch_##NAME(const Touch *next, long point, T *x, long stride,             \
+                                     long width) {                                                 \
+        for (; next->point == point; next++) {                                                     \
+            T *at = x + next->row * stride;                                                        \
+            if (next->vector)                                                                      \
+                add_to_##NAME(at, next->vector, width);                                            \
+            else                                                                                   \
+                memcpy(*next->room + next->offset, at, sizeof(T) * (size_t)width);                 \
+        }                                                                                          \
+        return next;                                                                               \
+    }                                                                                              \
+                                                                                                   \
     /* to [M, K] times x, of whose rows the strides are given. */                                  \
-    static void multiply_by_##NAME(T *to, const T *x, long x_stride, long M, long K) {                   \
+    static void multiply_by_##NAME(T *to, const T *x, long x_stride, long M, long K) {             \
         _Pragma("omp parallel for if (M * K > 65536)") for (long m = 0; m < M; m++)                \
             _Pragma("omp simd") for (long k = 0; k < K; k++)                                       \
                 to[m * K + k] = NARROW(WIDEN(to[m * K + k]) * WIDEN(x[m * x_stride + k]));         \
     }                                                                                              \
                                                                                                    \
-    /* y [N, E] = the layer's output for x [N, E]; cosine and sine are [N, D]. */                  \
-    int layer_##NAME(const Layer *layer, const Step *step, const T *x, const T *cosine,            \
-                     const T *sine, T *y) {                                                        \
+    /* y [N, E] = the layer's output for x [N, E]; cosine and sine are [N, D]. Touches are in the  \
+     * order of points, the last one at END. */                                                    \
+    int layer_##NAME(const Layer *layer, const Step *step, const Touch *touches, T *x,             \
+                     const T *cosine, const T *sine, T *y) {                                       \
         long N = step->num, E = layer->qkv.inputs, I = layer->down.inputs;                         \
         long H = layer->heads, K = layer->kv_heads, D = layer->head_size;                          \
         long width = (H + 2 * K) * D;                                                              \
@@ -59,9 +88,15 @@ typedef struct {
         T *q = qkv + N * width, *k = q + N * H * D, *mixed = k + N * K * D;                        \
         T *gate_up = mixed + N * H * D, *inner = gate_up + 2 * N * I;                              \
         T *keys = layer->keys, *values = layer->values;                                            \
+        const Touch *next = touches ? touches : &untouched;                                        \
                                                                                                    \
+        next = touch_##NAME(next, IN, x, E, E);                                                    \
         rms_norm_##NAME(x, E, layer->before.weight, layer->before.eps, N, E, normed);              \
+        next = touch_##NAME(next, ATTN_IN, normed, E, E);                                          \
         MULTIPLY(&layer->qkv, normed, N, qkv);                                                     \
+        next = touch_##NAME(next, ATTN_Q, qkv, width, H * D);                                      \
+        next = touch_##NAME(next, ATTN_K, qkv + H * D, width, K * D);                              \
+        next = touch_##NAME(next, ATTN_V, qkv + (H + K) * D, width, K * D);                        \
         rotate_##NAME(qkv, width, D, cosine, sine, N, H, D, q);                                    \
         rotate_##NAME(qkv + H * D, width, D, cosine, sine, N, K, D, k);                            \
         for (long n = 0; n < N; n++) {                                                             \
@@ -80,14 +115,22 @@ typedef struct {
                             mixed + span->begin * H * D))                                          \
                 return 1;                                                                          \
         MULTIPLY(&layer->out, mixed, N, y);                                                        \
-        add_to_##NAME(y, x, N * E);                                                                   \
+        next = touch_##NAME(next, ATTN_OUT, y, E, E);                                              \
+        add_to_##NAME(y, x, N * E);                                                                \
+        next = touch_##NAME(next, MID, y, E, E);                                                   \
                                                                                                    \
         rms_norm_##NAME(y, E, layer->between.weight, layer->between.eps, N, E, normed);            \
+        next = touch_##NAME(next, MLP_IN, normed, E, E);                                           \
         MULTIPLY(&layer->gate_up, normed, N, gate_up);                                             \
+        next = touch_##NAME(next, MLP_GATE, gate_up, 2 * I, I);                                    \
+        next = touch_##NAME(next, MLP_UP, gate_up + I, 2 * I, I);                                  \
         gate_##NAME(gate_up, 2 * I, N, I, layer->gate_a, layer->gate_b, inner);                    \
-        multiply_by_##NAME(inner, gate_up + I, 2 * I, N, I);                                             \
+        multiply_by_##NAME(inner, gate_up + I, 2 * I, N, I);                                       \
+        next = touch_##NAME(next, MLP_ACT, inner, I, I);                                           \
         MULTIPLY(&layer->down, inner, N, branch);                                                  \
-        add_to_##NAME(y, branch, N * E);                                                              \
+        next = touch_##NAME(next, MLP_OUT, branch, E, E);                                          \
+        add_to_##NAME(y, branch, N * E);                                                           \
+        next = touch_##NAME(next, OUT, y, E, E);                                                   \
         return 0;                                                                                  \
     }
 

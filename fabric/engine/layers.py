@@ -1,8 +1,9 @@
 """Decoder layers of Llama's kind run by one call of the kernels each, where nobody looks inside.
 
 A step in which a hook or a delta acts inside a layer runs that layer's modules, as ever; the others
-are spared their calls. The bits are the same. Which layers compute what Llama's do is decided by
-their source, as in ``fused.py``; attention may see a window as well.
+are spared their calls. What only adds a vector to a token, or keeps what stands there, the kernels
+do on their way (``touches.py``). The bits are the same. Which layers compute what Llama's do is
+decided by their source, as in ``fused.py``; attention may see a window as well.
 
 Shapes: N tokens of the step, E hidden size, D head size.
 """
@@ -14,9 +15,10 @@ import ctypes
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from fabric.engine.cache import KvCache
 from fabric.engine.fused import Gate, RmsNorm, rotates_natively
 from fabric.engine.linear import NativeWeight, get_native_weight
 from fabric.engine.native import Native, load_native
+from fabric.engine.touches import Touches
 
 _WINDOW = "sliding_window"
 """The option of the attention interface by which families with Llama's lines differ."""
@@ -93,23 +96,31 @@ class WholeLayers:
             self._layers[layer].learn(scoring)
 
     @contextmanager
-    def applied(self, attention: StepAttention, *, but: Collection[int] = ()) -> Iterator[None]:
-        """Run layers whole inside this, but these and those whose modules someone has hooked."""
-        ready = [layer for at, layer in self._layers.items() if layer.ready and at not in but]
+    def applied(
+        self,
+        attention: StepAttention,
+        *,
+        but: Collection[int] = (),
+        touches: Mapping[int, Touches] = MappingProxyType({}),
+    ) -> Iterator[Collection[int]]:
+        """Run layers whole inside this, but these and those whose modules someone has hooked; gives
+        the layers that run so. What ``touches`` says of those is done, of others it is not."""
+        ready = {at: one for at, one in self._layers.items() if one.ready and at not in but}
+        layers = ready.values()
         # The kernel for long chunks is of bfloat16 alone.
-        taken = not attention.spans or all(layer.dtype == torch.bfloat16 for layer in ready)
+        taken = not attention.spans or all(layer.dtype == torch.bfloat16 for layer in layers)
         if not ready or not taken or _has_any_global_hook():
-            yield
+            yield ()
             return
-        most = max(layer.token_numbers for layer in ready)
-        step = _WholeStep(attention, most, ready[0].dtype)
-        for layer in ready:
+        most = max(layer.token_numbers for layer in layers)
+        step = _WholeStep(attention, most, next(iter(layers)).dtype)
+        for at, layer in ready.items():
             # Past nn.Module's own bookkeeping, which takes longer than all the rest of this.
-            layer.module.__dict__["forward"] = partial(layer.forward, step)
+            layer.module.__dict__["forward"] = partial(layer.forward, step, touches.get(at))
         try:
-            yield
+            yield ready
         finally:
-            for layer in ready:
+            for layer in layers:
                 del layer.module.__dict__["forward"]
 
 
@@ -192,6 +203,7 @@ class _WholeLayer:
     def forward(
         self,
         step: _WholeStep,
+        touches: Touches | None,
         hidden_states: Tensor,
         *more: object,
         position_embeddings: tuple[Tensor, Tensor],
@@ -200,19 +212,19 @@ class _WholeLayer:
         """Return what the module's ``forward`` returns, [1, N, E]."""
         cosine, sine = position_embeddings
         if not self._takes(step, hidden_states, cosine, sine):
+            assert touches is None, "other tokens than the step's, and they would be touched"
             forward = type(self.module).forward
             named["position_embeddings"] = position_embeddings
             return forward(self.module, hidden_states, *more, **named)
-        return self._native.run_layer(self._c, step.c, hidden_states, cosine, sine)
+        touched = None if touches is None else touches.address
+        x, cosine, sine = hidden_states.contiguous(), cosine.contiguous(), sine.contiguous()
+        return self._native.run_layer(self._c, step.c, touched, x, cosine, sine)
 
     def _takes(self, step: _WholeStep, x: Tensor, cosine: Tensor, sine: Tensor) -> bool:
         return bool(
             x.shape[:2] == (1, step.num)
             and cosine.shape == sine.shape == (1, step.num, self._head_size)
             and x.dtype == cosine.dtype == sine.dtype == step.room.dtype
-            and x.is_contiguous()
-            and cosine.is_contiguous()
-            and sine.is_contiguous()
         )
 
 

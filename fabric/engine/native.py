@@ -92,7 +92,7 @@ class Native:
                 ctypes.c_int,
             )
             self._layers[dtype] = _declare(
-                getattr(library, f"layer_{name}"), [_POINTER] * 6, ctypes.c_int
+                getattr(library, f"layer_{name}"), [_POINTER] * 7, ctypes.c_int
             )
 
     def multiplies(self, dtype: torch.dtype) -> bool:
@@ -284,6 +284,7 @@ class Native:
         self,
         layer: ctypes.Structure,
         step: ctypes.Structure,
+        touches: int | None,
         x_1NE: Tensor,
         cosine: Tensor,
         sine: Tensor,
@@ -293,7 +294,8 @@ class Native:
         Args:
             layer: ``Layer`` of ``layer.c``.
             step: ``Step`` of ``layer.c``.
-            x_1NE: The hidden states, dense.
+            touches: The address of a list of its ``Touch``; ``None``: nothing is touched.
+            x_1NE: The hidden states, dense; changed where something is added to them.
             cosine: Of the tokens' positions, dense, [N, D] in the dtype of ``x``.
             sine: The same.
 
@@ -302,8 +304,8 @@ class Native:
         """
         y_1NE = torch.empty_like(x_1NE)
         failed = self._layers[x_1NE.dtype](
-            ctypes.addressof(layer), ctypes.addressof(step), x_1NE.data_ptr(), cosine.data_ptr(),
-            sine.data_ptr(), y_1NE.data_ptr(),
+            ctypes.addressof(layer), ctypes.addressof(step), touches, x_1NE.data_ptr(),
+            cosine.data_ptr(), sine.data_ptr(), y_1NE.data_ptr(),
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the scores of a step")

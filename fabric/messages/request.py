@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import uuid
+import secrets
 from functools import cached_property
 from typing import Annotated, Literal, Self
 
@@ -51,7 +51,7 @@ AdapterDigest = Annotated[str, StringConstraints(pattern=r"^blake3:[0-9a-f]{64}$
 
 def new_id(kind: str) -> str:
     """Return a fresh identifier such as ``run_3f0c…``: ``kind``, then 32 hexadecimal digits."""
-    return f"{kind}_{uuid.uuid4().hex}"
+    return f"{kind}_{secrets.token_hex(16)}"
 
 
 class TextInput(Wire):
@@ -172,7 +172,8 @@ class Request(Wire):
 
     ``deadline_s`` counts seconds from admission. ``data_site`` names the site where the request's
     data lives and ``data_bytes`` its size: the broker weighs moving it. ``sites`` restricts where
-    it may run. ``weights`` replace those of the ``policy``, part by part. The mode ``embed`` takes
+    it may run; ``overflow`` lets it leave instances of the caller's own that would otherwise keep
+    it. ``weights`` replace those of the ``policy``, part by part. The mode ``embed`` takes
     no sampling but ``max_tokens`` 0, and no conversation; ``pooling`` (``None``: as the model was
     made, or the mean) and ``dimensions``, which the vector must have, are for it alone. ``adapter``
     names one of the project's own, made for this version of the model.
@@ -195,6 +196,7 @@ class Request(Wire):
     data_site: SiteName | None = None
     data_bytes: int = Field(default=0, ge=0)
     sites: tuple[SiteName, ...] | None = None
+    overflow: bool = False
     adapter: AdapterName | None = None
 
     @model_validator(mode="after")

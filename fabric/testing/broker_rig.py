@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -84,6 +84,7 @@ def make_ticket(
     sampling: Sampling | None = None,
     offers: Sequence[Offer] = (),
     project: str = "astro",
+    own: Mapping[str, bool] | None = None,
     **changes: Any,
 ) -> Ticket:
     """Return an admitted request; ``changes`` are fields of the request."""
@@ -105,6 +106,7 @@ def make_ticket(
         held_usu=500,
         prompt_tokens_bound=5,
         max_output_tokens=4,
+        own=own or {},
     )
 
 
@@ -135,6 +137,7 @@ class Rig:
             limits=Limits(context_tokens=64, max_rows=4, cache_tokens=256),
             dtype="float32",
             engine="test",
+            deadline_s=changes.pop("deadline_s", None),
         )
         return self.feed(
             ReplicaJoined(
@@ -249,4 +252,5 @@ def informed(rig: Rig, **changes: Any) -> tuple[Request, Context]:
         remaining_s=ticket.request.deadline_s,
         settings=rig.settings,
     )
-    return ticket.request, rig.state.experience.informed(rig.now, context)
+    request = ticket.request
+    return request, rig.state.experience.informed(rig.now, request, context)

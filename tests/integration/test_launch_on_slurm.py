@@ -146,13 +146,27 @@ def test_jobs_that_keep_failing_are_not_submitted_for_ever(user: User) -> None:
     assert user.slurm.run("squeue", "-h") == ""
 
 
-def test_a_launch_waits_behind_a_full_cluster_and_says_why(user: User) -> None:
-    user.slurm.run("sbatch", "-N2", "--exclusive", "-t1", "--wrap", "sleep 600", "-o", "/dev/null")
-    launch = user.launch(model=MODEL)
-    waiting = user.wait(launch["name"], lambda shown: "Resources" in shown["jobs"][0]["detail"])
-    assert states(waiting) == ["pending"]
+def test_replicas_share_the_work_and_one_more_waits_behind_the_full_cluster(user: User) -> None:
+    """Of four cores one is somebody else's at first."""
+    user.slurm.run("sbatch", "-n1", "-t9", "--wrap", "sleep 540", "-o", "/dev/null")
+    name = user.launch("--replicas", "4", model=MODEL)["name"]
+    full = user.wait(name, lambda shown: sorted(states(shown)) == ["pending"] + 3 * ["ready"])
+    full = user.wait(name, lambda shown: any("Resources" in job["detail"] for job in shown["jobs"]))
+    assert len({job["job_id"] for job in full["jobs"]}) == 4
+    three = {job["instance"] for job in full["jobs"] if job["state"] == "ready"}
+    assert {one.instance for one in user.fabric.instances() if one.connected} == three
+    with ThreadPoolExecutor(6) as pool:
+        asking = [
+            pool.submit(user.fabric.complete, "hello", model=MODEL, max_tokens=50) for _ in range(6)
+        ]
+        assert {one.result().instance for one in asking} == three
+
     user.slurm.run("scancel", "-n", "wrap")
-    user.wait(launch["name"], lambda shown: states(shown) == ["ready"])
+    user.wait(name, lambda shown: states(shown) == 4 * ["ready"])
+    stopped = user.run("stop", name)
+    assert "its owner ended it" in stopped.stderr, stopped.stderr
+    assert states(user.shown(name)) == 4 * ["stopped"]
+    assert user.slurm.run("squeue", "-h") == ""
 
 
 def test_a_launcher_that_was_killed_finds_its_jobs_again(user: User) -> None:

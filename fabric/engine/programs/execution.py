@@ -17,14 +17,7 @@ from torch import Tensor
 from fabric.engine.programs.cells import WHOLE, Cell, TensorCell
 from fabric.engine.programs.edits import changed
 from fabric.engine.programs.selection import Reach
-from fabric.engine.programs.steady import (
-    IDLE,
-    Steady,
-    StepPlan,
-    added_vector,
-    plain_add,
-    simplified,
-)
+from fabric.engine.programs.steady import IDLE, Steady, StepPlan, plain_add, simplified
 from fabric.engine.programs.values import (
     DTYPES,
     MAX_VALUE_BYTES,
@@ -73,10 +66,18 @@ class Execution:
         sources: What comes from outside.
         max_bytes: Of all its saves.
         single: Indices of the saves that act in one step only, by the static count.
+        hooked: Points that can be served without asking its nodes, once they are known to do
+            nothing but add and save there; none where they must be asked in every step.
     """
 
     def __init__(
-        self, run: ProgramRun, sources: Sources, *, max_bytes: int, single: frozenset[int]
+        self,
+        run: ProgramRun,
+        sources: Sources,
+        *,
+        max_bytes: int,
+        single: frozenset[int],
+        hooked: frozenset[str] = frozenset(),
     ) -> None:
         self.run = run
         self.num_prompt = len(run.ids or ())
@@ -92,10 +93,15 @@ class Execution:
         self._nodes = run.nodes
         self._args = [arguments(node) for node in run.nodes]
         self._points = [_point(node) for node in run.nodes]
-        self._steady: StepPlan | None = None
+        self._hooked = hooked
+        self.steady: Steady | None = None
+        """What every step of decoding does from now on, if that needs none of its nodes."""
+        self._always: StepPlan | None = None
         """Of every step of decoding, where they are all alike."""
+        self._learning = False
+        """Whether this step shows what all others will be."""
         self._adds: dict[int, Tensor] = {}
-        self._simple: Steady | None = None
+        """By node that has added the same vector to a token as it would to any, the vector."""
         self._plans: dict[tuple[frozenset[int], bool], StepPlan] = {}
         self._streamed = -1
         self._to_send: list[tuple[int, dict[str, Value]]] = []
@@ -106,6 +112,8 @@ class Execution:
         self._values: dict[int, Value] = {}
         self._latched: dict[int, bool] = {}
         self._parts: dict[int, list[Value]] = {}
+        self._kept: list[tuple[Tensor, int]] = []
+        """What steps saved that did what ``steady`` says, and the positions of their tokens."""
         self._num_bytes = 0
         self._marked: dict[str, tuple[Tensor, int]] = {}
         self._slopes: dict[int, dict[str, Tensor]] = {}
@@ -159,14 +167,15 @@ class Execution:
         self._fresh = set()
         if not self._prepared:
             self._prepare()
-        if self._steady is not None and self._step:
-            self._plan = self._steady
+        if self._always is not None and self._step:
+            self._plan = self._always
         else:
             active = frozenset(self._active(start, count)), self._step == 0
             if active not in self._plans:
                 self._plans[active] = self._plan_of(active[0])
             self._plan = self._plans[active]
-            self._steady = self._plan if self._step and self._is_steady else None
+            self._always = self._plan if self._step and self._is_steady else None
+            self._learning = self._always is not None
         self._evaluate(self._plan.opening)
         return self._plan
 
@@ -186,39 +195,20 @@ class Execution:
         self._marked[point] = cell.mark(), base
         self._evaluate(nodes[num_before:], cell, base)
 
-    def added(self, point: str, like: Tensor) -> Tensor | None:
-        """Return what this step adds to its one token at a point, if no more happens there: a
-        vector that is the same in all steps. Then nobody need visit the point."""
-        nodes = self._plan.at[point]
-        if len(nodes) != 1 or point == self._entry:
-            return None
-        k = nodes[0]
-        if k not in self._adds:
-            x = plain_add(self._nodes[k])
-            if x is None or x in self._dynamic:
-                return None
-            if (vector := added_vector(self._nodes[k], self._values[x].data, like)) is None:
-                return None
-            self._adds[k] = vector
-        return self._adds[k]
+    def keep(self, position: int) -> Tensor:
+        """Return room for what a step saves of a token, as ``steady`` lays it out.
 
-    @property
-    def steady(self) -> Steady | None:
-        """What every step of decoding does, where the next one needs no plan, no values and no
-        nodes of its own."""
-        if self._simple is None and self._steady is not None:
-            self._simple = simplified(self._steady, self._nodes, self._adds)
-        return self._simple
-
-    def save(self, point: str, x: Tensor, position: int) -> None:
-        """Do what ``steady`` says is saved at a point; ``x`` is the run's own copy."""
-        assert self._simple is not None
-        value = Value(x, (position,))
-        for k in self._simple.saves[point]:
-            node = self._nodes[k]
-            assert isinstance(node, ops.Save)
-            self._values[node.x] = value
-            self._save(k, node)
+        Raises:
+            ProgramTooLarge: That is more than it may.
+        """
+        assert self.steady is not None
+        for kept in self.steady.saves.values():
+            for node in kept.nodes.values():
+                dtype = self.steady.dtype if node.dtype is None else DTYPES[node.dtype]
+                self._count(node, (kept.span.stop - kept.span.start) * dtype.itemsize)
+        room = torch.empty(self.steady.num_kept, dtype=self.steady.dtype)
+        self._kept.append((room, position))
+        return room
 
     def end(self) -> None:
         """End a step."""
@@ -230,6 +220,9 @@ class Execution:
         if streamed:
             self._to_send.append((self._step, streamed))
         self._streamed = max(self._streamed, self._step)
+        if self._learning and self._hooked and self._hooked.issuperset(self._plan.at):
+            self.steady = simplified(self._plan, self._nodes, self._adds, self._values)
+        self._learning = False
         self._marked.clear()
         self._slopes.clear()
 
@@ -247,6 +240,7 @@ class Execution:
         """Return the saves, joined over the steps; ``streamed`` ones only if asked for."""
         if not self._prepared:
             self._prepare()
+        self._unpack()
         results = {}
         for k, node in enumerate(self._nodes):
             if isinstance(node, ops.Save) and (streamed or not node.stream) and k in self._parts:
@@ -381,6 +375,9 @@ class Execution:
                 run=self.run.id, node=k, reason=f"what it writes at {self._points[k]} is not finite"
             )
         cell.put(place, new.to(h.dtype))
+        if self._learning and isinstance(node, ops.Write) and node.x not in self._dynamic:
+            vector_F = plain_add(node, args.get("x"), h)
+            self._adds |= {} if vector_F is None else {k: vector_F}
 
     def _save(self, k: int, node: ops.Save) -> None:
         value = self._values[node.x]
@@ -388,11 +385,28 @@ class Execution:
         # What was read is a copy already, and values are never changed in place.
         read = isinstance(self._nodes[node.x], ops.Read)
         data = data.detach() if read else data.detach().clone()
-        self._num_bytes += data.nbytes
+        self._count(node, data.nbytes)
+        self._parts.setdefault(k, []).append(Value(data, value.at))
+
+    def _count(self, node: ops.Save, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
         limit = self._max_bytes if node.reduce is None else MAX_VALUE_BYTES
         if self._num_bytes > limit:
             raise ProgramTooLarge(cap="saved bytes", value=self._num_bytes, limit=limit)
-        self._parts.setdefault(k, []).append(Value(data, value.at))
+
+    def _unpack(self) -> None:
+        """Make parts of what steps have kept."""
+        if not self._kept:
+            return
+        assert self.steady is not None
+        rooms, at = zip(*self._kept, strict=True)
+        self._kept = []
+        kept_TX = torch.stack(rooms)
+        for kept in self.steady.saves.values():
+            data = kept_TX[:, kept.span].reshape(-1, *kept.shape)
+            for k, node in kept.nodes.items():
+                own = data if node.dtype is None else data.to(DTYPES[node.dtype])
+                self._parts.setdefault(k, []).append(Value(own, at))
 
     def _joined(self, k: int, values: Sequence[Value]) -> Value:
         if k in self._single or k not in self._dynamic:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -56,6 +57,11 @@ class Tap:
         return x_NF.unflatten(-1, (self.heads, -1)) if self.heads else x_NF
 
 
+def flat(x: Tensor) -> Tensor:
+    """Return a module's tensor without its batch axis of one: [N, ...]."""
+    return x[0] if x.dim() > 2 else x
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Site:
     """A point of one layer (or of none) as it was found: where, in what shape; or why not."""
@@ -85,6 +91,15 @@ class Points:
         self._model = model
         self._dtype = str(model.dtype).removeprefix("torch.")
         self._hidden: int = model.get_input_embeddings().weight.shape[1]
+
+    @cached_property
+    def hooked(self) -> frozenset[str]:
+        """Points that are served by a hook on one module which changes nothing but its tensor."""
+        return frozenset(
+            point
+            for point, tap in self.taps.items()
+            if tap.module is not None and tap.route is None and not point.endswith(".head_out")
+        )
 
     def manifest(
         self,

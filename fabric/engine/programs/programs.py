@@ -264,10 +264,12 @@ class Programs:
             seed=run.gen.seed,
             ignore_eos=run.gen.ignore_eos,
         )
+        # A run with weights of its own is asked for them in every step.
+        hooked = frozenset[str]() if model.private else points.hooked
         program = RunProgram(
             owner=owner,
             index=owner.index_of(run.id),
-            execution=self._execution(owner, checked, model),
+            execution=self._execution(owner, checked, model, hooked=hooked),
             model=model,
             sampling=sampling,
             variant=owner.variant(run),
@@ -290,7 +292,14 @@ class Programs:
         active.rows = [Row(active=active, choice=program.index, tokens=list(prompt), stream=stream)]
         return active
 
-    def _execution(self, owner: ProgramTask, checked: CheckedRun, model: RunModel) -> Execution:
+    def _execution(
+        self,
+        owner: ProgramTask,
+        checked: CheckedRun,
+        model: RunModel,
+        *,
+        hooked: frozenset[str] = frozenset(),
+    ) -> Execution:
         constants = owner.prepared.constants
         run = checked.run
         entry = None if run.start_at is None else _entry(run.start_at.x, checked, owner)
@@ -302,6 +311,7 @@ class Programs:
             ),
             max_bytes=owner.prepared.checked.program.limits.result_bytes,
             single=frozenset(k for k, node in enumerate(checked.nodes) if node.num_steps <= 1),
+            hooked=hooked,
         )  # fmt: skip
 
     def _begin_alone(self, owner: ProgramTask) -> _Alone:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from fabric.engine.programs.values import Value
 from fabric.messages import nodes as ops
 
 
@@ -25,17 +27,34 @@ IDLE = StepPlan((), {})
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What a step saves at a point."""
+
+    nodes: dict[int, ops.Save]
+    """Those that save it, by their indices."""
+    span: slice
+    """Which of the step's numbers it is."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Steady:
     """What a run does in every step of decoding, by point, where it is this and nothing else."""
 
-    adds: dict[str, Tensor]
-    """Vectors that are added to its token, [F] each."""
-    saves: dict[str, tuple[int, ...]]
-    """The nodes that save what stands there."""
+    adds: Mapping[str, Tensor]
+    """Vectors that are added to its token, [F] each and dense."""
+    saves: Mapping[str, Kept]
+    num_kept: int
+    """Numbers that a step keeps."""
+    dtype: torch.dtype
+    """Of those."""
 
 
 def simplified(
-    plan: StepPlan, nodes: Sequence[ops.Node], adds: Mapping[int, Tensor]
+    plan: StepPlan,
+    nodes: Sequence[ops.Node],
+    adds: Mapping[int, Tensor],
+    values: Mapping[int, Value],
 ) -> Steady | None:
     """Return a plan as plain additions and saves, if it is nothing else.
 
@@ -43,47 +62,42 @@ def simplified(
         plan: Of every step of decoding.
         nodes: The run's.
         adds: By node that adds the same vector in all steps, the vector.
+        values: Those of a step of decoding, by node.
     """
-    added, saved = {}, {}
-    for point, here in plan.at.items():
-        if len(here) == 1 and here[0] in adds:
-            added[point] = adds[here[0]]
-        elif (kept := _only_saves(here, nodes)) is not None:
-            saved[point] = kept
+    added: dict[str, Tensor] = {}
+    saved: dict[str, Kept] = {}
+    of_read: dict[int, Kept] = {}
+    dtypes = set()
+    end = 0
+    for point, (first, *others) in plan.at.items():
+        node = nodes[first]
+        if first in adds:
+            added[point] = adds[first]
+        elif isinstance(node, ops.Read) and node.sel.heads is node.sel.dims is None:
+            x = values[first].data
+            shape = x.shape[1:]
+            begin, end = end, end + shape.numel()
+            saved[point] = of_read[first] = Kept({}, slice(begin, end), shape)
+            dtypes.add(x.dtype)
         else:
             return None
-    return None if plan.opening else Steady(added, saved)
-
-
-def plain_add(node: ops.Node) -> int | None:
-    """Return the value that a node adds as it is to every token it takes; ``None``: it does more
-    than that."""
-    match node:
-        case ops.Write(mode="add", norm="none", gate=None, mask=None, x=x, sel=sel):
-            return x if sel.heads is None and sel.dims is None else None
-    return None
-
-
-def added_vector(node: ops.Node, x: Tensor, like: Tensor) -> Tensor | None:
-    """Return what a plain addition adds to a token, [F] in the dtype of ``like`` [..., F].
-
-    ``None`` where it is no vector, or not finite: then the node itself has to say what is wrong.
-    """
-    assert isinstance(node, ops.Write)
-    if x.dim() >= 2:
+        for k in others:
+            node = nodes[k]
+            if not isinstance(node, ops.Save) or node.stream or node.x not in of_read:
+                return None
+            of_read[node.x].nodes[k] = node
+    if plan.opening or len(dtypes) > 1:
         return None
-    vector_F = (x.to(like) * node.alpha).expand(1, like.shape[-1])[0]
+    dtype = dtypes.pop() if dtypes else torch.float32
+    return Steady(adds=added, saves=saved, num_kept=end, dtype=dtype)
+
+
+def plain_add(node: ops.Write, x: Tensor | None, h: Tensor) -> Tensor | None:
+    """Return what a write of ``x`` adds to one token ``h`` [1, F], if it is the same for any token:
+    a vector [F]. ``None`` where it does more than that, or what it adds is not finite."""
+    plain = node.mode == "add" and node.norm == "none" and node.gate is node.mask is None
+    part = node.sel.heads is not None or node.sel.dims is not None
+    if not plain or part or x is None or x.dim() > 1 or h.dim() != 2:
+        return None
+    vector_F = (x.to(h) * node.alpha).expand(h.shape[1]).contiguous()
     return vector_F if bool(vector_F.isfinite().all()) else None
-
-
-def _only_saves(here: Sequence[int], nodes: Sequence[ops.Node]) -> tuple[int, ...] | None:
-    """Return the saves among nodes that read a token and save it, if there is no more."""
-    read, *saves = here
-    match nodes[read]:
-        case ops.Read(sel=sel) if sel.heads is None and sel.dims is None:
-            for k in saves:
-                node = nodes[k]
-                if not isinstance(node, ops.Save) or node.x != read or node.stream:
-                    return None
-            return tuple(saves)
-    return None

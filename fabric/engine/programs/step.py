@@ -10,7 +10,7 @@ V vocabulary, H query heads, K key-value heads, D head size, S keys of one run, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,15 +22,17 @@ from torch import Tensor, nn
 
 from fabric.engine.attention import Scoring
 from fabric.engine.programs.cells import Cell, HeadsCell, TensorCell
+from fabric.engine.programs.composition import Composition
 from fabric.engine.programs.execution import Execution
 from fabric.engine.programs.model import RunModel, nested
-from fabric.engine.programs.points import Points, Tap
+from fabric.engine.programs.points import Points, Tap, flat
 from fabric.engine.programs.recompute import scores_of, visible_of, weighted_of
 from fabric.engine.programs.routing import Route
 from fabric.engine.programs.steady import IDLE, StepPlan
 from fabric.engine.programs.values import MAX_VALUE_BYTES
 from fabric.engine.programs.watch import given
 from fabric.engine.runner import Attend
+from fabric.engine.touches import Touches
 from fabric.errors import FabricError, ProgramFailed, ProgramTooLarge
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 Keys = Callable[[int, "RunStep"], tuple[Tensor, Tensor]]
 """(layer, run) -> the run's keys and values in the cache, [S, K, D] each."""
+
+Serve = Callable[[str, Tap, Tensor], "Tensor | None"]
+"""(point, its tap, a module's tensor) -> another one where it was changed."""
 
 
 _T = TypeVar("_T")
@@ -59,8 +64,6 @@ class RunStep:
         start: The position of the first.
         wanted: Where its logits begin among the wanted ones, and how many they are.
         row: Of the batch; ``None`` where it shares none.
-        saving: Where it saves what stands there, if it does no more in this step; see
-            ``Execution.steady``.
     """
 
     execution: Execution
@@ -70,7 +73,6 @@ class RunStep:
     start: int
     wanted: tuple[int, int]
     row: Row | None = None
-    saving: Collection[str] = ()
     plan: StepPlan = IDLE
     error: FabricError | None = None
 
@@ -87,7 +89,7 @@ class RunStep:
     @property
     def acts(self) -> bool:
         """Whether nodes may act on its tokens, one by one."""
-        return not self.saving and self.start + self.count > self.execution.first_touched
+        return self.start + self.count > self.execution.first_touched
 
     def attempt(self, action: Callable[..., _T], *args: object) -> _T | None:
         """Do something for the run; what goes wrong is kept and ends it. Its time is its own."""
@@ -114,7 +116,8 @@ class ProgramStep:
         points: Of the model that runs.
         keys: Finds a run's keys and values.
         alone: Whether all rows of the step are among ``runs``.
-        adds: By point, the tokens of other runs that a vector is added to, and no more.
+        steady: By token, the rows of runs that do what they do in all steps.
+        composition: What those do.
     """
 
     def __init__(
@@ -124,50 +127,62 @@ class ProgramStep:
         keys: Keys,
         *,
         alone: bool = False,
-        adds: Mapping[str, Mapping[int, Tensor]] = MappingProxyType({}),
+        steady: Mapping[int, Row] = MappingProxyType({}),
+        composition: Composition | None = None,
     ) -> None:
         self.runs = list(runs)
         self._points = points
         self._keys = keys
         self._alone = alone
-        self._adds = adds
-        self._at: dict[str, list[RunStep]] = {point: [] for point in adds}
-        self._saving: dict[str, list[RunStep]] = {}
-        for run in runs:
-            for point in run.saving:
-                self._at.setdefault(point, [])
-                self._saving.setdefault(point, []).append(run)
+        self._steady = steady
+        self._composition = composition or Composition({})
+        self._at: dict[str, list[RunStep]] = {}
+        self._failed: dict[ActiveTask, FabricError] = {}
         self._of_row = {run.row: run for run in runs if run.row is not None}
 
     def begin(self) -> None:
         """Evaluate what comes before any point."""
         for run in self.runs:
             run.attempt(self._open, run)
+        for token, room in self._composition.rooms.items():
+            row = self._steady[token]
+            assert row.active.program is not None
+            try:
+                room.use(row.active.program.execution.keep(row.num_cached))
+            except FabricError as error:
+                self._failed[row.active] = error
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Run the model inside this: its touched points are served."""
-        by_module: dict[tuple[nn.Module, str], list[tuple[str, Tap]]] = {}
-        for point in self._at:
-            tap = self._points.taps[point]
-            if tap.module is not None:
-                by_module.setdefault((tap.module, tap.side), []).append((point, tap))
+        if not self.runs:
+            yield
+            return
         with ExitStack() as stack:
             for module, at in self._private().items():
                 stack.callback(module.register_forward_hook(self._replacing(at)).remove)
-            for (module, side), served in by_module.items():
-                handle = (
-                    module.register_forward_pre_hook(self._entering(served), with_kwargs=True)
-                    if side == "in"
-                    else module.register_forward_hook(self._leaving(served))
-                )
-                stack.callback(handle.remove)
+            self._hook(stack, self._at, self._serve_tap)
             for module in self._layers_below():
                 stack.enter_context(_passed_by(module, as_tuple=module in self._points.tuples))
             if (last := self._last_layer()) is not None:
                 stack.callback(last.register_forward_pre_hook(_stop).remove)
             with suppress(Stopped):
                 yield
+
+    @contextmanager
+    def beside(self, whole: Collection[int]) -> Iterator[None]:
+        """Run the model inside this, too: serves what runs do in all steps, but in these layers,
+        which do it themselves."""
+        if not (points := self._composition.outside(whole)):
+            yield
+            return
+        with ExitStack() as stack:
+            self._hook(stack, points, self._composition.serve)
+            yield
+
+    def touches(self) -> Mapping[int, Touches]:
+        """Return what runs do in layers in all steps."""
+        return self._composition.touches
 
     def attended(self) -> set[int]:
         """Return the layers that have points inside their attention served."""
@@ -225,7 +240,7 @@ class ProgramStep:
 
     def failed(self) -> dict[ActiveTask, FabricError]:
         """Return the tasks whose run failed, with its error."""
-        return {
+        return self._failed | {
             run.row.active: run.error
             for run in self.runs
             if run.row is not None and run.error is not None
@@ -255,58 +270,34 @@ class ProgramStep:
 
     def _serve_tap(self, point: str, tap: Tap, x: Tensor) -> Tensor | None:
         """Serve a point of a module's tensor; return another one where it was changed."""
-        for run in self._saving.get(point, ()):
-            run.attempt(_save, run, point, tap, x)
         result: Tensor | None = x if tap.shared else None
-        adding = self._adding(point, tap, x)
-        own = {run.begin: vector for run, vector in adding.items()}
-        vectors = {**own, **self._adds.get(point, {})}
-        if changed := bool(vectors):
-            result = x.clone() if result is None else result
-            x_NF = _flat(result)
-            for row, vector in vectors.items():
-                x_NF[row].add_(vector)
         for run in self._at[point]:
-            if run in adding:
-                continue
-            x_NF = _flat(x if result is None else result)
+            x_NF = flat(x if result is None else result)
             cell = TensorCell(tap.view(x_NF[run.rows]))
             self._visit(run, point, cell, run.start)
             if cell.changed is None or run.error is not None:
                 continue
             if result is None:
                 result = x.clone()
-            tap.view(_flat(result)[run.rows]).copy_(cell.changed)
-            changed = True
-        return result if changed and not tap.shared else None
+            tap.view(flat(result)[run.rows]).copy_(cell.changed)
+        return None if tap.shared else result
 
-    def _adding(self, point: str, tap: Tap, x: Tensor) -> dict[RunStep, Tensor]:
-        """Return the runs that only add a vector to their one token here, and what they add."""
-        if tap.heads or tap.columns is not None or torch.is_grad_enabled():
-            return {}
-        found = {}
-        for run in self._at[point]:
-            if run.count == 1 and run.error is None:
-                vector = run.execution.added(point, x)
-                if vector is not None:
-                    found[run] = vector
-        return found
+    def _hook(self, stack: ExitStack, points: Iterable[str], serve: Serve) -> None:
+        """Have the points of modules served as long as the stack lasts."""
+        by_module: dict[tuple[nn.Module, str], list[tuple[str, Tap]]] = {}
+        for point in points:
+            tap = self._points.taps[point]
+            if tap.module is not None:
+                by_module.setdefault((tap.module, tap.side), []).append((point, tap))
+        for (module, side), served in by_module.items():
+            handle = (
+                module.register_forward_pre_hook(_entering(served, serve), with_kwargs=True)
+                if side == "in"
+                else module.register_forward_hook(self._leaving(served, serve))
+            )
+            stack.callback(handle.remove)
 
-    def _entering(self, served: Sequence[tuple[str, Tap]]) -> Callable[..., object]:
-        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-            if nested():
-                return None
-            x = given(args, kwargs)
-            before = x
-            for point, tap in served:
-                x = _or(self._serve_tap(point, tap, x), x)
-            if x is before:
-                return None
-            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-
-        return hook
-
-    def _leaving(self, served: Sequence[tuple[str, Tap]]) -> Callable[..., object]:
+    def _leaving(self, served: Sequence[tuple[str, Tap]], serve: Serve) -> Callable[..., object]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: object) -> object:
             if nested():
                 return None
@@ -318,7 +309,7 @@ class ProgramStep:
                 if point.endswith(".head_out"):
                     parts[0] = self._serve_heads(point, tap, module, args[0], x)
                 else:
-                    parts[tap.item] = _or(self._serve_tap(point, tap, x), x)
+                    parts[tap.item] = _or(serve(point, tap, x), x)
                 if tap.route is not None and parts[0] is not x:
                     self._route(point, tap.route, parts)
             if all(part is old for part, old in zip(parts, before, strict=True)):
@@ -340,13 +331,13 @@ class ProgramStep:
     def _serve_heads(self, point: str, tap: Tap, module: nn.Module, z: Tensor, y: Tensor) -> Tensor:
         result = y
         for run in self._at[point]:
-            z_nHD = tap.view(_flat(z)[run.rows])
+            z_nHD = tap.view(flat(z)[run.rows])
             cell = HeadsCell(z_nHD, partial(run.model.apply, module))
             self._visit(run, point, cell, run.start)
             if cell.delta_nO is not None and run.error is None:
                 result = y.clone() if result is y else result
-                own_nO = _flat(result)[run.rows]
-                _flat(result)[run.rows] = own_nO + cell.delta_nO
+                own_nO = flat(result)[run.rows]
+                flat(result)[run.rows] = own_nO + cell.delta_nO
         return result
 
     def _score(self, layer: int, q_NHD: Tensor, out_NHD: Tensor, scoring: Scoring) -> Tensor:
@@ -409,7 +400,7 @@ class ProgramStep:
                 )
                 for part, new in zip(parts, _parts_of(own), strict=False):
                     if isinstance(part, Tensor) and isinstance(new, Tensor):
-                        _flat(part)[rows] = _flat(new)
+                        flat(part)[rows] = flat(new)
             return tuple(parts) if isinstance(output, tuple) else parts[0]
 
         return hook
@@ -433,8 +424,19 @@ class ProgramStep:
         return anatomy.layers[last].layer if last < len(anatomy.layers) else None
 
 
-def _save(run: RunStep, point: str, tap: Tap, x: Tensor) -> None:
-    run.execution.save(point, tap.view(_flat(x)[run.rows]).clone(), run.start)
+def _entering(served: Sequence[tuple[str, Tap]], serve: Serve) -> Callable[..., object]:
+    def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        if nested():
+            return None
+        x = given(args, kwargs)
+        before = x
+        for point, tap in served:
+            x = _or(serve(point, tap, x), x)
+        if x is before:
+            return None
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+    return hook
 
 
 @contextmanager
@@ -459,11 +461,6 @@ def _stop(*_: object) -> None:
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
-
-
-def _flat(x: Tensor) -> Tensor:
-    """Return a module's tensor without its batch axis of one: [N, ...]."""
-    return x[0] if x.dim() > 2 else x
 
 
 def _cut(module: nn.Module, arg: object, rows: slice) -> object:

@@ -190,6 +190,10 @@ class LaunchFolder:
         """Return the launch's record; ``None`` if it cannot be read."""
         return _read(self.path / "launch.json", LaunchRecord)
 
+    def is_deleted(self) -> bool:
+        """Return whether somebody has deleted the folder; a file system that is away has not."""
+        return self.path.parent.exists() and not self.path.exists()
+
     def write_launch(self, record: LaunchRecord) -> None:
         """Keep the launch's record."""
         self._write("launch.json", record.model_dump_json(indent=1))

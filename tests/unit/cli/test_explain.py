@@ -9,7 +9,18 @@ from click.testing import CliRunner
 
 from fabric.cli.commands.explain import explain
 from fabric.messages import Candidate, Placement
-from fabric.sdk import Fabric
+from fabric.sdk import Fabric, Site
+
+
+def site(name: str) -> Site:
+    return Site(
+        name=name,
+        display=name,
+        channel="session",
+        state="ready",
+        detail="account m1: 3 node-hours left, asked 4 min ago",
+        replicas=(),
+    )
 
 
 @pytest.fixture
@@ -33,6 +44,7 @@ def corrections(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         )
 
     monkeypatch.setattr(Fabric, "explain", answer)
+    monkeypatch.setattr(Fabric, "sites", lambda _: tuple(map(site, ("s0", "elsewhere"))))
     return found
 
 
@@ -45,6 +57,8 @@ def test_what_observation_corrected_is_told_where_it_did(
     assert told.exit_code == 0, told.output
     assert ("OBSERVED/PREDICTED" in told.output) == is_told
     assert ("1.70" in told.output) == is_told
+    assert "\ns0: account m1: 3 node-hours left, asked 4 min ago\n" in told.output
+    assert "elsewhere" not in told.output
 
 
 def test_when_one_on_its_way_should_be_ready_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,5 +67,7 @@ def test_when_one_on_its_way_should_be_ready_is_told(monkeypatch: pytest.MonkeyP
     coming = Candidate(**fields, **costs, ready_in_s=12.3)
     placement = Placement(**fields, reason="s0: why", candidates=(coming,))
     monkeypatch.setattr(Fabric, "explain", lambda *_, **__: placement)
+    monkeypatch.setattr(Fabric, "sites", lambda _: ())
     told = CliRunner().invoke(explain, ["hello", "--model", "smol"], terminal_width=200)
+    assert told.exit_code == 0, told.output
     assert "(on its way, ready in about 12 s)" in told.output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -18,7 +20,12 @@ from fabric.engine.fused import fuse
 from fabric.engine.linear import pack_linears
 from fabric.engine.native import load_native
 from fabric.engine.probe import observe_layers, reference_logits, verify_runner
+from fabric.engine.programs.composition import Composition
+from fabric.engine.programs.points import Points
+from fabric.engine.programs.steady import Kept, Steady
+from fabric.engine.programs.step import ProgramStep
 from fabric.engine.runner import Runner
+from fabric.engine.touches import TOUCHED
 
 SIZES = {
     "vocab_size": 128,
@@ -172,3 +179,55 @@ def test_a_step_that_fails_leaves_the_modules_as_they_were() -> None:
     hook.remove()
     assert all("forward" not in layer.__dict__ for layer in runner.model.model.layers)
     assert torch.equal(runner.forward([chunk]), expected)
+
+
+def compose(points: list[str], sizes: dict[str, tuple[int, ...]], dtype: torch.dtype):
+    """Return what two runs do in all steps: one adds to every point, the other saves them all."""
+    torch.manual_seed(4)
+    adds = {at: torch.randn(*sizes[at]).to(dtype) for at in points if len(sizes[at]) == 1}
+    saves, end = {}, 0
+    for at in points:
+        begin, end = end, end + math.prod(sizes[at])
+        saves[at] = Kept({}, slice(begin, end), sizes[at])
+    adding = Steady(adds=adds, saves={}, num_kept=0, dtype=dtype)
+    return Composition({0: adding, 1: Steady(adds={}, saves=saves, num_kept=end, dtype=dtype)})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "int8"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ids=["float32", "bfloat16", "8 bits"],
+)
+def test_what_is_added_and_kept_inside_whole_layers_has_the_bits_of_hooks(dtype, int8) -> None:
+    runner = get_runner(FAMILIES["llama"], dtype, int8=int8)
+    model, points = runner.model, Points(runner.model)
+    sizes = {
+        spec.pattern.replace("{i}", "1"): spec.shape[1:]
+        for spec in points.find()
+        if spec.pattern.replace("{i}", "1") in points.hooked
+    }
+    inside = [point for point in sizes if point.startswith("layers.1.")]
+    assert {point.removeprefix("layers.1.") for point in inside} == set(TOUCHED)
+    chunks = [
+        Chunk(tokens=TOKENS[40:41], start=0, blocks=(1,), num_wanted=1),
+        Chunk(tokens=TOKENS[10:11], start=0, blocks=(2,), num_wanted=1),
+        Chunk(tokens=TOKENS[20:21], start=0, blocks=(3,), num_wanted=1),
+    ]
+    plain = runner.forward(chunks)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        made = compose(list(sizes), sizes, dtype)
+        logits = runner.forward(chunks, ProgramStep([], points, None, composition=made))
+        return logits, made.rooms[1].numbers
+
+    called = count_calls(runner)
+    logits, kept = run()
+    assert called == []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: None)
+    by_hooks = run()
+    assert len(called) == len(model.model.layers)
+    assert torch.equal(logits, by_hooks[0])
+    assert torch.equal(kept, by_hooks[1])
+    assert torch.equal(logits[1:], plain[1:])
+    assert not torch.allclose(logits[0], plain[0], atol=0.1)
