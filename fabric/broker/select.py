@@ -74,9 +74,11 @@ class Decision:
         """Return the replica on its way that is worth more than the chosen one, if any is.
 
         What the request has waited counts too, so that it does not wait for ever for one that
-        falls behind again and again; it is done in half the time that is left.
+        falls behind again and again; it is done in half the time that is left. Trials go at once.
         """
         request, context = self.request, self.context
+        if self.is_trial:
+            return None
         costs = {
             sum(cost_s(request, _later(one, waited_s), context).values()): one
             for one in context.coming

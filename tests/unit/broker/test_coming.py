@@ -156,6 +156,22 @@ def test_what_could_not_serve_it_delays_nothing(busy: Rig, other: dict[str, str]
     assert busy.admit() is not None
 
 
+def test_a_trial_is_not_put_off_for_one_that_comes() -> None:
+    offers = offer("alpha"), offer("beta", expected_charge_usu=3_000)
+
+    def goes_to(run_id: str, *, is_one_coming: bool) -> str | None:
+        rig = Rig("alpha", "beta", explore=1.0)
+        if is_one_coming:
+            expect(rig, 0.3)
+        sent = rig.admit(run_id, offers=offers)
+        return None if sent is None else sent.instance
+
+    runs = [f"run_{number}" for number in range(20)]
+    trials = [run for run in runs if goes_to(run, is_one_coming=False) == "beta-1"]
+    assert trials
+    assert {goes_to(run, is_one_coming=True) for run in trials} == {"beta-1"}
+
+
 def test_the_outlook_names_the_one_that_is_waited_for(busy: Rig) -> None:
     assert outlook(busy).instance == "alpha-1"
     expect(busy, 4)

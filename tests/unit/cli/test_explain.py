@@ -59,3 +59,15 @@ def test_what_observation_corrected_is_told_where_it_did(
     assert ("1.70" in told.output) == is_told
     assert "\ns0: account m1: 3 node-hours left, asked 4 min ago\n" in told.output
     assert "elsewhere" not in told.output
+
+
+def test_when_one_on_its_way_should_be_ready_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"cost_s": {"cold": 12.3}, "total_s": 12.3}
+    fields = {"site": "s0", "instance": "inst_0", "digest": "sha256:aa"}
+    coming = Candidate(**fields, **costs, ready_in_s=12.3)
+    placement = Placement(**fields, reason="s0: why", candidates=(coming,))
+    monkeypatch.setattr(Fabric, "explain", lambda *_, **__: placement)
+    monkeypatch.setattr(Fabric, "sites", lambda _: ())
+    told = CliRunner().invoke(explain, ["hello", "--model", "smol"], terminal_width=200)
+    assert told.exit_code == 0, told.output
+    assert "(on its way, ready in about 12 s)" in told.output
