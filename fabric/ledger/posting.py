@@ -38,6 +38,7 @@ _JOURNAL = Query(
     _Row,
     columns=[column.name for column in journal.c if column.name != "id"],
 )
+_ENTRIES = Prepared(insert(entries))
 _OPEN = {
     "sqlite": sqlite.insert(accounts).on_conflict_do_nothing(),
     "postgresql": postgresql.insert(accounts).on_conflict_do_nothing(),
@@ -90,9 +91,8 @@ def post(
     if key is not None and is_posted(connection, key, kind, deltas_usu):
         return
     changes = [(account, delta) for account, delta in ordered if delta]
-    numbered = _numbered(changes)
     if changes:
-        _move(connection, changes, numbered)
+        _move(connection, changes)
     row = {
         "kind": kind,
         "at": at,
@@ -106,8 +106,11 @@ def post(
         "memo": memo,
     }
     (written,) = _JOURNAL.all(connection, row)
-    if changes:
-        _entries(len(changes)).run(connection, {"journal": written.id, **numbered})
+    lines = [
+        {"journal_id": written.id, "account_id": account, "amount_usu": delta}
+        for account, delta in changes
+    ]
+    _ENTRIES.run_many(connection, lines)
 
 
 def account_id(connection: Connection, name: str, *, may_go_negative: bool = False) -> int:
@@ -154,36 +157,15 @@ def is_posted(connection: Connection, key: str, kind: str, deltas_usu: Mapping[i
     return True
 
 
-def _move(
-    connection: Connection, changes: Sequence[tuple[int, int]], numbered: Mapping[str, int]
-) -> None:
+def _move(connection: Connection, changes: Sequence[tuple[int, int]]) -> None:
     """Move balances, in order of account; the transaction is undone if one would be overdrawn."""
-    moved = {row.id for row in _moves(len(changes)).all(connection, numbered)}
-    for account, delta in changes:
-        if account not in moved:
-            _refuse(connection, account, delta)
-
-
-def _numbered(changes: Sequence[tuple[int, int]]) -> dict[str, int]:
-    """Return changes as the values of a statement for as many."""
     values: dict[str, int] = {}
     for number, (account, delta) in enumerate(changes):
         values |= {f"account_{number}": account, f"delta_{number}": delta}
-    return values
-
-
-@cache
-def _entries(num: int) -> Prepared:
-    """Return the statement that writes so many entries of a journal row."""
-    lines: list[dict[str, object]] = [
-        {
-            "journal_id": bindparam("journal"),
-            "account_id": bindparam(f"account_{number}"),
-            "amount_usu": bindparam(f"delta_{number}"),
-        }
-        for number in range(num)
-    ]
-    return Prepared(insert(entries).values(lines))
+    moved = {row.id for row in _moves(len(changes)).all(connection, values)}
+    for account, delta in changes:
+        if account not in moved:
+            _refuse(connection, account, delta)
 
 
 @cache

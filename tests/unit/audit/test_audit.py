@@ -117,6 +117,8 @@ def test_money_is_told_from_the_journal_on(database: Database, log: AuditLog) ->
     assert {"allocations", "accounts"} <= set(tables(opened.after))
     assert {"journal", "entries", "accounts"} == set(tables(granted.after))
     assert set(tables(granted.before)) == {"accounts"}
+    moved = [row["amount_usu"] for row in granted.after if row["table"] == "entries"]
+    assert sorted(moved) == [-5, 5]
     assert "for a year" in {row.get("memo") for row in granted.after}
     with database.read() as connection:
         known = {name for (name,) in connection.execute(text("SELECT name FROM accounts"))}
