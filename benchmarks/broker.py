@@ -8,7 +8,8 @@ same requests, the same failures and the same state machine for all; only the ch
     python benchmarks/broker.py --million [--json FILE]
 
 ``--scale`` simulates so many requests on 100 sites with 10,000 replicas, under our choice alone;
-``--million`` does so with a million requests and nothing else, and tells how far it is.
+``--million`` does so with a million requests and nothing else, and tells how far it is. What is not
+measured stays in the file as it was.
 """
 
 from __future__ import annotations
@@ -192,16 +193,25 @@ def against(peer: Report, ours: dict[float, Report]) -> Row:
 
 def watched(trace: Iterable[Arrival], num_requests: int) -> Iterator[Arrival]:
     """Yield the requests, and tell on standard error when each twentieth of them has come."""
-    began, step = time.monotonic(), max(1, num_requests // 20)
+    began, step = time.process_time(), max(1, num_requests // 20)
     for number, arrival in enumerate(trace):
         if number and number % step == 0:
-            seconds, gb = time.monotonic() - began, peak_gb()
-            print(f"{number:,} requests, {seconds:.0f} s, {gb:.2f} GB", file=sys.stderr, flush=True)
+            done = f"{number:,} requests, {time.process_time() - began:.0f} s of the processor"
+            print(f"{done}, {peak_gb():.2f} GB", file=sys.stderr, flush=True)
         yield arrival
 
 
 def peak_gb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+
+
+def get_machine() -> Row:
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "num_cpus": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
+    }
 
 
 def time_scale(num_requests: int) -> Row:
@@ -211,12 +221,14 @@ def time_scale(num_requests: int) -> Row:
     trace = iter_trace(world, "poisson", num_requests=num_requests)
     began, began_at = time.process_time(), time.monotonic()
     report = simulate(world, watched(trace, num_requests))
+    processor_s = time.process_time() - began
     ends = [end.at_s + end.total_s for end in report.ends]
     return {
         "sites": len(world.sites),
         "replicas": sum(site.num_replicas for site in world.sites),
         "requests": num_requests,
-        "processor_s": round(time.process_time() - began, 1),
+        "processor_s": round(processor_s, 1),
+        "requests_per_s": round(num_requests / processor_s),
         "wall_s": round(time.monotonic() - began_at, 1),
         "simulated_s": round(max(ends), 1),
         "peak_gb": peak_gb(),
@@ -254,24 +266,20 @@ def main() -> None:
         traces = [compare(world, *trace, options.requests) for trace in TRACES]
         worlds.append({"world": name, "traces": traces})
     show(decisions, worlds)
-    num_requests = 1_000_000 if options.million else options.scale
-    scale = time_scale(num_requests) if num_requests else None
-    if scale is not None:
-        print("\nat scale\n  ", ", ".join(f"{name} {value}" for name, value in scale.items()))
-    if options.json:
+    result: dict[str, object] = {}
+    if not options.million:
         result = {
-            "machine": {
-                "cpu": platform.processor() or platform.machine(),
-                "num_cpus": os.cpu_count(),
-                "load_average": os.getloadavg(),
-                "python": platform.python_version(),
-            },
+            "machine": get_machine(),
             "num_requests": options.requests,
             "decisions": decisions,
             "worlds": worlds,
-            "scale": scale,
         }
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    if num_requests := 1_000_000 if options.million else options.scale:
+        scale = result["scale"] = {"machine": get_machine(), **time_scale(num_requests)}
+        print("\nat scale\n  ", ", ".join(f"{name} {value}" for name, value in scale.items()))
+    if options.json:
+        kept = json.loads(options.json.read_text()) if options.json.exists() else {}
+        options.json.write_text(json.dumps(kept | result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

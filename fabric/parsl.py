@@ -40,6 +40,7 @@ def instance(
     executor: str | None = None,
     machine: str = "parsl",
     sharing: str = "private",
+    overflow: bool | None = None,
     options: EngineOptions = EngineOptions(),  # noqa: B008
     base_url: str | None = None,
     api_key: str | None = None,
@@ -57,6 +58,8 @@ def instance(
         executor: The label of the executor; ``None`` takes any.
         machine: What the place is called in replies.
         sharing: Who may use the instance: ``private``, ``project`` or ``shared``.
+        overflow: Whether requests of those whose it is may go elsewhere while it is there; by
+            default they may if it is shared with all.
         options: How the engine is sized.
         base_url: The hub's address; as in ``Fabric``.
         api_key: The credential; it needs the scope ``launch``.
@@ -75,7 +78,9 @@ def instance(
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="fabric-instance-")))
         client = stack.enter_context(Fabric(base_url, api_key))
         version = next((one.id for one in client.models() if model in (one.id, one.name)), model)
-        permitted = client.add_instance(version, machine, sharing=sharing, lifetime_s=LIFETIME_S)
+        permitted = client.add_instance(
+            version, machine, sharing=sharing, overflow=overflow, lifetime_s=LIFETIME_S
+        )
         launch = Launch.model_validate(permitted)
         spec = InstanceSpec(
             launch=launch,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fabric.broker.cost import barred_site
-from fabric.broker.facts import Context
+from fabric.broker.facts import Context, ReplicaSnapshot
+from fabric.broker.replicas import Fleet
 from fabric.broker.signals import ReplicaExpected
 from fabric.errors import NoReplica
 from fabric.messages import Request
@@ -17,17 +18,24 @@ MIN_RETRY_S = 1.0
 
 
 class Arrivals:
-    """All replicas that are on their way, by instance."""
+    """All replicas that are on their way, by instance.
 
-    def __init__(self) -> None:
+    Args:
+        fleet: Those that are there, which others of their version will be like.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
         self._coming: dict[str, ReplicaExpected] = {}
 
     def __bool__(self) -> bool:
         return bool(self._coming)
 
     def expect(self, told: ReplicaExpected) -> None:
-        """Note when a replica is expected, in place of what was told of it before."""
-        self._coming[told.instance] = told
+        """Note when a replica is expected, in place of what was told of it before; one that is
+        there is not expected."""
+        if self._fleet.get(told.instance) is None:
+            self._coming[told.instance] = told
 
     def forget(self, instance: str) -> None:
         """It is here, or will not come; one that was not expected is no error."""
@@ -38,6 +46,18 @@ class Arrivals:
         for instance, one in list(self._coming.items()):
             if now - one.now > MEMORY_S:
                 del self._coming[instance]
+
+    def of(self, context: Context, now: float) -> tuple[ReplicaSnapshot, ...]:
+        """Return those of a choice's version as they should be once they are there.
+
+        One that is overdue is left out: nobody knows when it comes.
+        """
+        newcomers = (
+            self._fleet.newcomer(told.instance, told.site, context.digest, due_in_s)
+            for told in self._coming.values()
+            if told.model == context.model and (due_in_s := told.now + told.ready_in_s - now) > 0
+        )
+        return tuple(one for one in newcomers if one is not None)
 
     def waits_s(self, request: Request, context: Context, now: float) -> Mapping[str, float]:
         """Return in how many seconds each replica is expected that could serve the request.

@@ -87,7 +87,8 @@ def estimate(
         now: The fleet's time.
     """
     tier, output_tokens = tier_of(request), request.sampling.max_tokens or 0
-    share, offers = context.settings.batch_share if tier == "batch" else 1.0, context.offers
+    share = context.settings.batch_share if tier == "batch" else 1.0
+    offers = {site: one for site, one in context.offers.items() if not context.keeps_from(site)}
     replicas = [one for one in fleet if one.hello.digest == context.digest]
     ratios = {one.hello.instance: one.ratios for one in replicas}
     ready: dict[str, list[ReplicaSnapshot]] = {site: [] for site in offers}

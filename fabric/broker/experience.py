@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fabric.broker.coming import Arrivals
 from fabric.broker.cost import times_s
 from fabric.broker.facts import Context, ReplicaSnapshot
 from fabric.broker.hedge import Waits
 from fabric.broker.lengths import Lengths
 from fabric.broker.links import Links
+from fabric.broker.own import get_kept_by
 from fabric.broker.progress import Progress
 from fabric.broker.replicas import Fleet
 from fabric.broker.settings import BrokerSettings
-from fabric.messages import Finished
+from fabric.messages import Finished, Request
 
 SILENCE_FACTOR = 4.0
 
@@ -23,30 +25,39 @@ class Experience:
     Args:
         settings: Limits.
         fleet: Hears how replicas did.
+        arrivals: The replicas that are on their way.
         waits: How long first answers take.
         lengths: Where the lengths of answers are noted.
     """
 
     def __init__(
-        self, settings: BrokerSettings, fleet: Fleet, waits: Waits, lengths: Lengths
+        self,
+        settings: BrokerSettings,
+        fleet: Fleet,
+        arrivals: Arrivals,
+        waits: Waits,
+        lengths: Lengths | None,
     ) -> None:
         self._settings = settings
         self._fleet = fleet
+        self._arrivals = arrivals
         self._waits = waits
-        self._lengths = lengths
+        self._lengths = lengths or Lengths()
         self._links = Links()
 
-    def informed(self, now: float, context: Context) -> Context:
+    def informed(self, now: float, request: Request, context: Context) -> Context:
         """Return what a choice rests on with the time and what was observed."""
         links, lengths = self._links.bytes_per_s, self._lengths
-        return replace(context, now=now, bandwidths_bytes_per_s=links, lengths=lengths)
+        return self._awaiting(
+            request, replace(context, now=now, bandwidths_bytes_per_s=links, lengths=lengths)
+        )
 
     def context(self, run: Progress, now: float) -> Context:
         """Return what the next choice for a run rests on."""
         offers = run.ticket.offers
         if run.refused_sites:
             offers = {site: one for site, one in offers.items() if site not in run.refused_sites}
-        return Context(
+        context = Context(
             model=run.ticket.model,
             digest=run.ticket.digest,
             offers=offers,
@@ -59,7 +70,26 @@ class Experience:
             bandwidths_bytes_per_s=self._links.bytes_per_s,
             lengths=self._lengths,
             hidden=run.ticket.hidden,
+            own={site: keeps for site, keeps in run.own.items() if site in offers},
         )
+        return self._awaiting(run.ticket.request, context)
+
+    def keep(self, run: Progress, now: float) -> None:
+        """Note what keeps a run that has just been admitted. One that is free now stays so, for it
+        waits among others that are."""
+        run.own = run.ticket.own
+        if run.own and not self.context(run, now).kept_by:
+            run.own = {}
+
+    def _awaiting(self, request: Request, context: Context) -> Context:
+        """Add the replicas on their way, and the caller's own sites that keep the request."""
+        if self._arrivals:
+            context = replace(context, coming=self._arrivals.of(context, context.now))
+        if context.own:
+            pool = self._fleet.pool(context.now)
+            kept_by = get_kept_by(request, context, pool, self._arrivals)
+            context = replace(context, kept_by=kept_by)
+        return context
 
     def silent_until(self, run: Progress, chosen: ReplicaSnapshot, now: float) -> float | None:
         """Return when a replica is given up for a run if it says nothing; one that cannot stream

@@ -94,7 +94,9 @@ class Offer:
     project may spend (1: as good as everything). Where the rate of spending and the end of the
     period are known, they say it better: 1 means that the balance lasts just as long.
     ``max_in_flight`` is how many requests of this hub the site takes at once; ``closures`` are its
-    maintenance, in order.
+    maintenance, in order. ``lacking_usu`` is what the request counts beside its charge at
+    users' own instances, where it is charged nothing: its usual price times what their account
+    lacks.
     """
 
     site: str
@@ -107,6 +109,12 @@ class Offer:
     days_left: float | None = None
     max_in_flight: int | None = None
     closures: tuple[Closure, ...] = ()
+    lacking_usu: float = 0.0
+
+    @property
+    def price_su(self) -> float:
+        """What the request counts in service units, by how scarce they are."""
+        return (self.expected_charge_usu * self.pressure + self.lacking_usu) / 1e6
 
     @property
     def pressure(self) -> float:
@@ -131,8 +139,10 @@ class Context:
 
     ``held_usu`` is what the request already holds of ``held_allocation``; ``tried`` are instances
     that failed it before. ``hidden`` are sites and digests of which the caller is told nothing.
-    ``now`` is by the state's clock; ``bandwidths_bytes_per_s``, from a site to others, and the
-    ``lengths`` of answers are those that were observed.
+    ``coming`` are replicas on their way, cold for as long as they need. ``now`` is by the state's
+    clock; ``bandwidths_bytes_per_s``, from a site to others, and the ``lengths`` of answers are
+    those that were observed. ``own`` are sites of the caller's own, and whether they keep the
+    request; ``kept_by`` are those that do so now.
     """
 
     model: str
@@ -147,6 +157,13 @@ class Context:
     bandwidths_bytes_per_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     lengths: Lengths | None = None
     hidden: frozenset[str] = frozenset()
+    coming: tuple[ReplicaSnapshot, ...] = ()
+    own: Mapping[str, bool] = field(default_factory=dict)
+    kept_by: tuple[str, ...] = ()
+
+    def keeps_from(self, site: str) -> bool:
+        """Return whether the caller's own instances keep the request from a site."""
+        return bool(self.kept_by) and site not in self.own
 
     def tells(self, replica: ReplicaSnapshot) -> bool:
         """Return whether the caller may know of a replica."""

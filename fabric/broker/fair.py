@@ -31,6 +31,7 @@ class Waiter:
         tier_weight: how much of the project's share goes to that; 0 is work for idle capacity
             alone, where whose deadline is first goes first.
         lane: What it can wait for: who waits in one lane for one thing cannot pass each other.
+        own: Whose rows it waits for, if nobody waits for them but who waits for the same.
         seconds: What it is expected to take.
         due_at: Its deadline.
     """
@@ -39,6 +40,7 @@ class Waiter:
     project: str
     tier: Tier
     lane: Hashable = None
+    own: Hashable = None
     seconds: float
     due_at: float = 0.0
     weight: float = 1.0
@@ -219,6 +221,8 @@ class FairQueue:
 
     def before_s(self, waiter: Waiter) -> float:
         """Return the expected seconds of those that would go before a newcomer."""
+        if waiter.own is not None:
+            return sum(one.seconds for one in self if one.own == waiter.own)
         if waiter.spare:
             return sum(one.seconds for one in self if not one.spare or one.due_at <= waiter.due_at)
         flows = self._flows.get(waiter.project, {})

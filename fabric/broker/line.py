@@ -7,14 +7,14 @@ is free, and not by who came first. Batch work takes rows only where others leav
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fabric.broker.cost import times_s
+from fabric.broker.cost import HELD_UP, times_s
 from fabric.broker.facts import Context, ReplicaSnapshot
 from fabric.broker.fair import FairQueue, Waiter
 from fabric.broker.lengths import Lengths
@@ -24,7 +24,7 @@ from fabric.broker.progress import Progress
 from fabric.broker.replicas import Fleet
 from fabric.broker.select import Decision
 from fabric.broker.settings import BrokerSettings
-from fabric.broker.tiers import PROMISES, Tier, tier_of
+from fabric.broker.tiers import PROMISES, Promise, Tier, tier_of
 from fabric.broker.usual import SMOOTHING
 from fabric.errors import NoReplica, Overloaded, TierNotHeld
 from fabric.messages import Request, Usage
@@ -33,9 +33,6 @@ _Decide = Callable[[Request, Replicas, Context], Decision]
 
 BUSY = 2.0
 """How much longer a row of a full batch is expected to take than one alone (see ``times_s``)."""
-HELD_UP = 2.5
-"""What a second in line counts where a row is free elsewhere: those behind wait for it too.
-Found in simulation, where 1 left rows idle at an overload."""
 MAX_RETRY_AFTER_S = 3_600.0
 
 
@@ -85,6 +82,8 @@ class Line:
         self._placeable_at: dict[str, dict[Hashable, float]] = {}
         """When a replica was last seen that could take the first of a place, had it room."""
         self._freed: set[str] = set()
+        self.promises: Mapping[Tier, Promise] = PROMISES
+        """As administrators have them."""
 
     # ---- who waits ------------------------------------------------------------------------------
 
@@ -102,7 +101,7 @@ class Line:
         self._digests[request.id] = digest
         run.in_line = True
         seconds = row_s or self._row_s(request, self._fleet.any_of(digest))
-        return queue.add(self._waiter(request, ticket.project, seconds, run.deadline_at))
+        return queue.add(self._waiter_of(run, seconds))
 
     def leave(self, run: Progress) -> None:
         """A run waits no longer, because it has ended."""
@@ -148,7 +147,7 @@ class Line:
         if not run.in_line:
             return run.waiting_since
         digest = self._digests[run.ticket.request.id]
-        place = self._waiter(run.ticket.request, run.ticket.project, 0.0, 0.0).place
+        place = self._waiter_of(run).place
         return max(run.waiting_since, self._placeable_at.get(digest, {}).get(place, -np.inf))
 
     def waiting(self) -> list[Waiting]:
@@ -162,27 +161,40 @@ class Line:
             for (m, p, t), all_s in sorted(seconds.items())
         ]
 
+    def keeping_promises(self, decide: _Decide) -> _Decide:
+        """Return a way to choose that first looks where a tier's first token is expected in
+        time."""
+
+        def decide_so(request: Request, replicas: Replicas, context: Context) -> Decision:
+            admit_s = self.promises[tier_of(request)].admit_s
+            if admit_s is not None and admit_s < context.remaining_s and not context.tried:
+                with suppress(NoReplica):
+                    return decide(request, replicas, replace(context, remaining_s=admit_s))
+            return decide(request, replicas, context)
+
+        return decide_so
+
     # ---- turns ----------------------------------------------------------------------------------
 
     def turn(self, run: Progress, decision: Decision, now: float) -> Decision | None:
         """Return where a run in line goes now, or ``None`` if it waits for a row.
 
-        A full replica is worth waiting for only as long as nothing free costs less than that wait.
+        A full replica is worth waiting for only as long as nothing free costs less than that wait,
+        and so is one that is on its way.
         """
         request, digest = run.ticket.request, run.ticket.digest
-        waiter = self._waiter(request, run.ticket.project, 0.0, run.deadline_at)
-        if self._room_of(request, decision.chosen) <= 0:
-            elsewhere = self._elsewhere(request, decision)
-            if elsewhere is None:
-                self._placeable_at.setdefault(digest, {})[waiter.place] = now
-                return None
-            decision = elsewhere
-        row_s = self._row_s(request, decision.chosen, decision.context.lengths)
+        waiter = self._waiter_of(run)
+        is_full = self._room_of(request, decision.chosen) <= 0
+        turn = self._elsewhere(request, decision) if is_full else decision
+        if turn is None or turn.awaited(now - run.waiting_since) is not None:
+            self._placeable_at.setdefault(digest, {})[waiter.place] = now
+            return None
+        row_s = self._row_s(request, turn.chosen, turn.context.lengths)
         charged_s = row_s * self._scales.get(digest, 1.0)
         self._queues[digest].take(request.id, charged_s)
         self._left(run)
         self._turns[request.id] = _Turn(digest, replace(waiter, seconds=row_s), charged_s)
-        return decision
+        return turn
 
     def began(self, run: Progress) -> None:
         """An attempt of a run goes to a replica."""
@@ -230,10 +242,11 @@ class Line:
             return
         chosen, digest = decision.chosen, context.digest
         row_s, tier = self._row_s(request, chosen, context.lengths), tier_of(request)
-        mine = self._waiter(request, project, row_s, now + context.remaining_s)
+        own, deadline_at = tuple(context.own) if context.kept_by else (), now + context.remaining_s
+        mine = self._waiter(request, project, own, row_s, deadline_at)
         wait_s = self._wait_s(request, mine, decision)
         times = times_s(request, chosen, context.lengths)
-        work_s, admit_s = times.first_s + times.rest_s, PROMISES[tier].admit_s
+        work_s, admit_s = times.first_s + times.rest_s, self.promises[tier].admit_s
         limits = [("end", times.cold_s + work_s, times.share * work_s, context.remaining_s)]
         if admit_s is not None and not times.cold_s:  # what is promised holds for warm replicas
             limits.insert(0, ("first token", times.first_s, times.share * times.first_s, admit_s))
@@ -348,29 +361,30 @@ class Line:
         times = times_s(request, snapshot, lengths)
         return BUSY * (times.first_s + times.rest_s) * request.sampling.n
 
-    def _waiter(self, request: Request, project: str, seconds: float, deadline_at: float) -> Waiter:
+    def _waiter_of(self, run: Progress, seconds: float = 0.0) -> Waiter:
+        ticket, own = run.ticket, tuple(run.own)
+        return self._waiter(ticket.request, ticket.project, own, seconds, run.deadline_at)
+
+    def _waiter(
+        self,
+        request: Request,
+        project: str,
+        own: tuple[str, ...],
+        seconds: float,
+        deadline_at: float,
+    ) -> Waiter:
         tier = tier_of(request)
         local = request.data_site if request.policy == "local-only" else None
+        # Of those that are kept, who has less time is free to leave before the others.
+        kept = (own, request.deadline_s) if own else ()
         return Waiter(
             item=request.id,
             project=project,
             tier=tier,
-            lane=(request.sites, local, request.mode, request.adapter is not None),
+            lane=(request.sites, local, request.mode, request.adapter is not None, kept),
+            own=own or None,
             seconds=seconds,
             due_at=deadline_at,
             weight=self._settings.project_weights.get(project, 1.0),
-            tier_weight=PROMISES[tier].weight,
+            tier_weight=self.promises[tier].weight,
         )
-
-
-def keeping_promises(decide: _Decide) -> _Decide:
-    """Return a way to choose that first looks where a tier's first token is expected in time."""
-
-    def decide_so(request: Request, replicas: Replicas, context: Context) -> Decision:
-        admit_s = PROMISES[tier_of(request)].admit_s
-        if admit_s is not None and admit_s < context.remaining_s and not context.tried:
-            with suppress(NoReplica):
-                return decide(request, replicas, replace(context, remaining_s=admit_s))
-        return decide(request, replicas, context)
-
-    return decide_so

@@ -24,7 +24,7 @@ from fabric.broker.observe import Observer, Silent
 from fabric.broker.programs import ProgramBounds
 from fabric.broker.replicas import ReplicaView
 from fabric.broker.run import Run
-from fabric.broker.select import Context, select
+from fabric.broker.select import Context, decide, select
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import (
     AbandonAttempt,
@@ -137,8 +137,8 @@ class Broker:
             lengths=lengths,
         )
         self.programs = ProgramDesk(self._state, self._admission)
-        self.arrivals = ArrivalDesk(self._feed)
-        self.tiers = TierDesk(self._state, self._admission)
+        self.arrivals = ArrivalDesk(self._feed, self._admission.accounts)
+        self.tiers = TierDesk(self._state, self._admission, self.rules)
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()
         self._runs: dict[str, Run] = {}
@@ -231,7 +231,7 @@ class Broker:
             Overloaded, TierNotHeld: It would come too late for its deadline or its tier.
         """
         started_at = time.monotonic()
-        await self.rules.current()
+        await self.tiers.heed()
         self._check_open(request)
         if self._is_known(request.id):
             raise Duplicate(kind="run", name=request.id)
@@ -287,8 +287,8 @@ class Broker:
         """
         context = await self._admission.prospect(identity, request, bounds)
         now = time.monotonic()
-        replicas = self._state.fleet.snapshots(now)
-        return select(request, replicas, self._state.experience.informed(now, context), whole=True)
+        context = self._state.experience.informed(now, request, context)
+        return decide(request, self._state.fleet.snapshots(now), context).outlook()
 
     def standing(self, identity: Identity) -> list[Standing]:
         """Return what is left of a caller's limits of requests and tokens."""
@@ -333,7 +333,7 @@ class Broker:
         def foresee(request: Request, context: Context) -> Placement:
             now = time.monotonic()
             here = [one for one in self._state.fleet.snapshots(now) if one.instance == instance]
-            return select(request, here, self._state.experience.informed(now, context))
+            return select(request, here, self._state.experience.informed(now, request, context))
 
         await self._metering.redeem(
             ticket, request, instance=instance, foresee=foresee, bounds=bounds

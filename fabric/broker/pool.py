@@ -95,7 +95,11 @@ class Pool:
         snapshot = self.snapshots[row]
         if snapshot.ends_in_s is None:
             return snapshot
-        return replace(snapshot, ends_in_s=float(self.column("ends_at")[row]) - self.now)
+        return replace(snapshot, ends_in_s=self.ends_in_s(row))
+
+    def ends_in_s(self, row: int) -> float:
+        """Return the seconds until the block of a row ends; infinite if that is not known."""
+        return float(self.column("ends_at")[row]) - self.now
 
     def rows(self, group: int) -> Rows:
         """Return the rows of a group; shape (K,)."""
@@ -183,7 +187,9 @@ class Pool:
                 [np.array([], np.intp), *(self.rows(one) for one in self.groups[digest].values())]
             )
             drawn = self.draw(own, int.from_bytes(prefix[:8]))
-            rows = [int(row) for row in own[np.argsort(drawn)[:num_rows]]]
+            last = min(num_rows, len(own) - 1)
+            few = drawn.argpartition(last)[:num_rows] if len(own) else own
+            rows = own[few][drawn[few].argsort()].tolist()
             if len(self._affine) >= MAX_PREFIXES:
                 self._affine.clear()
             self._affine[prefix, num_rows] = rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from fabric.broker.cost import times_s
@@ -27,6 +28,7 @@ class Progress:
     have returned all they save. The choices of a program are its runs. ``attempt`` numbers the live
     attempt, of ``num_sent``; ``hedge`` is one beside it as long as neither has said anything, and
     is sent at ``hedge_at``; ``expected_s`` is when the first word was expected after ``sent_at``.
+    ``own`` are the caller's own sites, if they kept the run when it came.
     """
 
     ticket: Ticket
@@ -49,6 +51,7 @@ class Progress:
     seen_version: int = -1
     tried: set[str] = field(default_factory=set)
     refused_sites: set[str] = field(default_factory=set)
+    own: Mapping[str, bool] = field(default_factory=dict)
     last_error: FabricError | None = None
     cancel_until: float | None = None
     silent_until: float | None = None
@@ -139,10 +142,10 @@ class Progress:
             return f"more tokens than the {most} that were asked for"
         self.counts[choice] += 1
         self.finishes[choice] = token.finish_reason
-        self._serve()
         if self.resumable:
             self.token_ids.append(token.token_id)
         if self.attempt_first_at is None:
+            self._serve()
             self.attempt_first_at = now
             self.silent_until, self.hedge_at = None, math.inf
         if self.first_token_at is None:
@@ -235,10 +238,8 @@ class Progress:
             return 0
         bounds = self.ticket.bounds
         device_s = 0.0 if bounds is None else min(bounds.device_s, usage.device_s)
-        charge = charge_usu(
-            self.ticket.rates[site], self.ticket.request.tier, usage, device_s=device_s
-        )
-        return min(self.held_usu, charge)
+        rate, tier, factors = self.ticket.rates[site], self.ticket.request.tier, self.ticket.factors
+        return min(self.held_usu, charge_usu(rate, tier, usage, device_s=device_s, factors=factors))
 
     def decode_tokens_per_s(self) -> float:
         """Return the rate of one row of this attempt, or 0 if it was too short to say."""

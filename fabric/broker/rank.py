@@ -126,7 +126,8 @@ class Ranking:
             if request.data_site in context.offers:
                 moving_S[columns.sites.index(request.data_site)] = 0.0
             cost_S += weights["data"] * moving_S
-        chooses = request.sites is not None or request.policy == "local-only"
+        chooses = bool(request.sites is not None or context.kept_by)
+        chooses |= request.policy == "local-only"
         for number in range(len(cost_S)) if chooses else columns.odd:
             site = columns.sites[number]
             is_full = full_site(site, pool.in_flight_of[site], context) is not None
@@ -181,7 +182,7 @@ class Ranking:
 
     def _excluded(self, row: int) -> bool:
         pool, snapshot = self._pool, self._pool.snapshots[row]
-        ends_in_s = float(pool.column("ends_at")[row]) - pool.now
+        ends_in_s = pool.ends_in_s(row)
         barred = lasting(self._request, snapshot, self._context, ends_in_s=ends_in_s)
         # A full site's rows are infinite already.
         return barred is not None or passing(snapshot) is not None

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -37,7 +38,9 @@ class Facts:
     ``rates`` has the enabled sites that have a price; ``sites`` all that the caller may know of, by
     the rules of ``rules_version``, and ``hidden`` the other sites and the digests of other models.
     ``closures`` are the sites' maintenance by the broker's clock, ``max_in_flight`` their limits
-    where they have any, and ``burns`` what each allocation is charged a day.
+    where they have any, and ``burns`` what each allocation is charged a day. ``own`` are the sites
+    of the caller's own, and whether they keep requests; ``usual_rate`` is the price where a site
+    has none of its own.
     """
 
     version: ModelVersion
@@ -51,6 +54,8 @@ class Facts:
     max_in_flight: Mapping[str, int | None] = field(default_factory=dict)
     closures: Mapping[str, tuple[Closure, ...]] = field(default_factory=dict)
     burns: Mapping[str, float] = field(default_factory=dict)
+    own: Mapping[str, bool] = field(default_factory=dict)
+    usual_rate: Rate | None = None
 
     def days_left(self, allocation: AllocationBalance | None) -> float | None:
         """Return the days until an allocation ends, if it does."""
@@ -126,6 +131,9 @@ class Records:
                     rates[site.name] = self._ledger.rate(version.ref, site.name)
                 except RateMissing:
                     continue
+        usual_rate = None
+        with suppress(RateMissing):
+            usual_rate = self._ledger.rate(version.ref, "*")
         now, now_s = utc_now(), time.monotonic()
         site_rules = {site.name: site.rules for site in sites}
         return Facts(
@@ -140,6 +148,12 @@ class Records:
             max_in_flight={site: one.max_in_flight for site, one in site_rules.items()},
             closures={site: tuple(_closures(one, now, now_s)) for site, one in site_rules.items()},
             burns=self._burn(permits.project),
+            own={
+                site.name: site.own.keeps
+                for site in sites
+                if site.own is not None and site.own.belongs_to(permits.project, permits.key_id)
+            },
+            usual_rate=usual_rate,
         )
 
     def _burn(self, project: str) -> Mapping[str, float]:

@@ -196,10 +196,38 @@ class Fleet:
                 self._put(replica)
         return self._pool
 
-    def any_of(self, digest: str) -> ReplicaSnapshot | None:
-        """Return some replica of a version as it last was."""
-        rows = (self._pool.rows(group) for group in self._pool.groups.get(digest, {}).values())
+    def any_of(self, digest: str, site: str | None = None) -> ReplicaSnapshot | None:
+        """Return some replica of a version as it last was, one of the site if there is one."""
+        groups = self._pool.groups.get(digest, {})
+        rows = (self._pool.rows(groups[at]) for at in sorted(groups, key=lambda at: at != site))
         return next((self._pool.snapshots[some[0]] for some in rows if len(some)), None)
+
+    def newcomer(
+        self, instance: str, site: str, digest: str, ready_in_s: float
+    ) -> ReplicaSnapshot | None:
+        """Return what a replica that is on its way should be once it is there: like the others of
+        its version, idle, and as fast as is usual at its site; ``None`` if there are no others."""
+        if (like := self.any_of(digest, site)) is None:
+            return None
+        rates = self._usual.of(digest, site)
+        return ReplicaSnapshot(
+            instance=instance,
+            site=site,
+            digest=digest,
+            state=InstanceState.READY,
+            ejected=False,
+            context_tokens=like.context_tokens,
+            max_rows=like.max_rows,
+            num_busy=0,
+            num_in_flight=0,
+            overhead_s=rates.overhead_s,
+            prefill_tokens_per_s=rates.prefill_tokens_per_s,
+            decode_tokens_per_s=rates.decode_tokens_per_s,
+            cold_p=1.0,
+            start_wait_s=ready_in_s,
+            modes=like.modes,
+            adapters=like.adapters,
+        )
 
     def has_room(self, instance: str) -> bool:
         """Whether an instance may have more attempts than it has."""

@@ -8,11 +8,21 @@ for each.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fabric.broker.cost import cost_s, expected_tokens, full_site, lasting, passing, saved_s
+from fabric.broker.cost import (
+    HELD_UP,
+    cost_s,
+    expected_tokens,
+    full_site,
+    lasting,
+    passing,
+    saved_s,
+    times_s,
+)
 from fabric.broker.facts import MAX_SCARCITY, Closure, Context, Offer, ReplicaSnapshot
 from fabric.broker.pool import Pool, Replicas, as_pool
 from fabric.broker.rank import Ranking
@@ -60,6 +70,34 @@ class Decision:
         """The replica."""
         return self.pool.at(self.row)
 
+    def awaited(self, waited_s: float = 0.0) -> ReplicaSnapshot | None:
+        """Return the replica on its way that is worth more than the chosen one, if any is.
+
+        What the request has waited counts too, so that it does not wait for ever for one that
+        falls behind again and again; it is done in half the time that is left.
+        """
+        request, context = self.request, self.context
+        costs = {
+            sum(cost_s(request, _later(one, waited_s), context).values()): one
+            for one in context.coming
+            if lasting(request, one, context) is None
+            and times_s(request, one, context.lengths).total_s <= context.remaining_s / 2
+        }
+        least_s = min(costs, default=math.inf)
+        return costs[least_s] if least_s < self.ranking.cost_N[self.row] else None
+
+    def outlook(self) -> Placement:
+        """Return the placement with its whole table, or what is waited for instead."""
+        placement, awaited = self.placement(whole=True), self.awaited()
+        if awaited is None:
+            return placement
+        reason = (
+            f"{awaited.site}: {awaited.instance} is on its way and ready in about"
+            f" {awaited.cold_s:.0f} s, which is worth waiting for"
+        )
+        changes = {"site": awaited.site, "instance": awaited.instance, "reason": reason}
+        return placement.model_copy(update=changes)
+
     def bare(self) -> Placement:
         """Return the placement without its table."""
         return self._placement("chosen; the table is made when it is sent", ())
@@ -69,7 +107,7 @@ class Decision:
         the best of each site and what keeps others away, if not the ``whole`` is asked for."""
         lines = _Table(self.request, self.pool, self.context, self.ranking)
         short = not whole and len(self.pool) > self.context.settings.max_table
-        candidates = list(lines.short(self.row) if short else lines.whole())
+        candidates = [*(lines.short(self.row) if short else lines.whole()), *lines.coming()]
         chosen = next(one for one in candidates if one.instance == self.chosen.instance)
         reason = _reason(chosen, candidates)
         if self.is_trial:
@@ -105,15 +143,13 @@ def decide(request: Request, replicas: Replicas, context: Context) -> Decision:
     return Decision(request, pool, context, row, ranking, is_trial=row != best)
 
 
-def select(
-    request: Request, replicas: Replicas, context: Context, *, whole: bool = False
-) -> Placement:
+def select(request: Request, replicas: Replicas, context: Context) -> Placement:
     """Return the best replica for the request, with the table of candidates.
 
     Raises:
         NoReplica: Every replica was excluded; the error says why, by instance.
     """
-    return decide(request, replicas, context).placement(whole=whole)
+    return decide(request, replicas, context).placement()
 
 
 def full_sites(pool: Pool, context: Context) -> list[str]:
@@ -152,25 +188,33 @@ class _Table:
         pool, cost_N = self._pool, self._ranking.cost_N
         bests, away = {}, Counter[tuple[str, str | None]]()
         first: dict[tuple[str, str | None], int] = {}
+        chosen_site = pool.snapshots[chosen].site
         for site, group in pool.groups[self._context.digest].items():
             if site in self._context.hidden:
                 continue
             rows = pool.rows(group)
-            blocked = pool.column("blocked_s")[rows] > 0 if pool.has_blocked else rows < 0
-            for row in rows[blocked].tolist():
-                key = site, passing(pool.snapshots[row])
-                away[key] += 1
-                first.setdefault(key, row)
-            free = rows[~blocked]
-            if len(free):
-                mine = pool.snapshots[chosen].site == site
-                bests[chosen if mine else int(free[cost_N[free].argmin()])] = len(free)
+            if pool.has_blocked:
+                is_blocked = pool.column("blocked_s")[rows] > 0
+                for row in rows[is_blocked].tolist():
+                    key = site, passing(pool.snapshots[row])
+                    away[key] += 1
+                    first.setdefault(key, row)
+                rows = rows[~is_blocked]
+            if len(rows):
+                best = chosen if site == chosen_site else int(rows[cost_N[rows].argmin()])
+                bests[best] = len(rows)
         limit = self._context.settings.max_table
         ranked = sorted(bests, key=lambda row: (row != chosen, float(cost_N[row])))
         for row in ranked[:limit]:
             yield self._line(row, num_alike=bests[row])
         for key, number in away.most_common(limit):
             yield self._line(first[key], num_alike=number)
+
+    def coming(self) -> Iterator[Candidate]:
+        """A line for each replica on its way that the caller may know of."""
+        for snapshot in filter(self._context.tells, self._context.coming):
+            excluded = lasting(self._request, snapshot, self._context)
+            yield self._candidate(snapshot, excluded, ready_in_s=snapshot.cold_s)
 
     def reasons(self) -> dict[str, str]:
         """Return why each replica is excluded; of many replicas, why so many of a site are."""
@@ -183,15 +227,28 @@ class _Table:
         return {f"{first[key]} and {number - 1} more at {key[0]}": key[1] for key, number in most}
 
     def _line(self, row: int, num_alike: int = 1) -> Candidate:
-        snapshot, context = self._pool.at(row), self._context
-        excluded = lasting(self._request, snapshot, context) or passing(snapshot)
+        snapshot, context = self._pool.snapshots[row], self._context
+        ends_in_s = self._pool.ends_in_s(row)
+        excluded = lasting(self._request, snapshot, context, ends_in_s=ends_in_s)
+        excluded = excluded or passing(snapshot)
         if excluded is None:
             num_in_flight = self._pool.in_flight_of[snapshot.site]
             excluded = full_site(snapshot.site, num_in_flight, context)
+        saved = saved_s(snapshot, context.settings) if row in self._ranking.affine else 0.0
+        return self._candidate(snapshot, excluded, saved_s=saved, num_alike=num_alike)
+
+    def _candidate(
+        self,
+        snapshot: ReplicaSnapshot,
+        excluded: str | None,
+        *,
+        saved_s: float = 0.0,
+        num_alike: int = 1,
+        ready_in_s: float | None = None,
+    ) -> Candidate:
         cost = {}
         if excluded is None:
-            saved = saved_s(snapshot, context.settings) if row in self._ranking.affine else 0.0
-            cost = cost_s(self._request, snapshot, context, saved_s=saved)
+            cost = cost_s(self._request, snapshot, self._context, saved_s=saved_s)
         return Candidate(
             site=snapshot.site,
             instance=snapshot.instance,
@@ -201,7 +258,14 @@ class _Table:
             total_s=None if excluded else sum(cost.values()),
             correction=snapshot.correction,
             num_alike=num_alike,
+            ready_in_s=ready_in_s,
         )
+
+
+def _later(coming: ReplicaSnapshot, waited_s: float) -> ReplicaSnapshot:
+    """Return a replica on its way as one that is ready after all seconds that it is waited for,
+    each as dear as a second in line."""
+    return replace(coming, start_wait_s=HELD_UP * (waited_s + coming.cold_s))
 
 
 def _reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:

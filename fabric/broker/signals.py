@@ -6,14 +6,15 @@ Every event carries ``now``, seconds on a monotonic clock: the state has none of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from fabric.broker.programs import ProgramBounds
 from fabric.broker.select import Offer
+from fabric.broker.tiers import Factors
 from fabric.catalog import RedemptionRecord
 from fabric.errors import FabricError
-from fabric.ledger import Rate, kv_block_s_bound
+from fabric.ledger import TIERS, Rate, kv_block_s_bound
 from fabric.messages import (
     Event,
     Hello,
@@ -47,6 +48,8 @@ class Ticket:
         max_output_tokens: The most tokens of one choice, or of all runs of a program.
         bounds: What a program may take.
         hidden: Sites and digests of which the caller is told nothing.
+        own: Sites of the caller's own, and whether they keep the request.
+        factors: What each tier multiplies a charge by.
     """
 
     request: Request
@@ -64,6 +67,8 @@ class Ticket:
     adapter: str | None = None
     bounds: ProgramBounds | None = None
     hidden: frozenset[str] = frozenset()
+    own: Mapping[str, bool] = field(default_factory=dict)
+    factors: Factors = field(default_factory=lambda: TIERS)
 
     @property
     def program(self) -> str | None:

@@ -15,7 +15,7 @@ from fabric.broker.coming import Arrivals
 from fabric.broker.experience import Experience
 from fabric.broker.hedge import suits
 from fabric.broker.lengths import Lengths
-from fabric.broker.line import Line, keeping_promises
+from fabric.broker.line import Line
 from fabric.broker.outcome import (
     backoff_s,
     broken,
@@ -106,21 +106,24 @@ class BrokerState:
         lengths: Lengths | None = None,
     ) -> None:
         self.fleet = Fleet(settings)
-        self.arrivals = Arrivals()
+        self.arrivals = Arrivals(self.fleet)
         self.runs: dict[str, Progress] = {}
         self._settings = settings
         self._started_at = started_at
-        self._decide = keeping_promises(decide)
         self._tasks = Tasks(settings, salt_key)
         self._budget = RetryBudget(settings)
         self.line = Line(settings, self.fleet)
+        self._decide = self.line.keeping_promises(decide)
         self._races = Races(settings, self.fleet, self._release)
-        self.experience = Experience(settings, self.fleet, self._races.waits, lengths or Lengths())
+        self.experience = Experience(
+            settings, self.fleet, self.arrivals, self._races.waits, lengths
+        )
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
-        quick = self._on_next_token(event) if isinstance(event, AttemptEvent) else None
-        done = list(self._on_event(event)) if quick is None else quick
+        if isinstance(event, AttemptEvent) and (said := self._on_next_token(event)) is not None:
+            return said
+        done = list(self._on_event(event))
         if self.line.has_freed:
             done += self._take_turns(event.now)
         return done
@@ -136,7 +139,7 @@ class BrokerState:
             Overloaded: It would have to wait for too long.
             TierNotHeld: Its tier's promise cannot be held.
         """
-        replicas, context = self.fleet.pool(now), self.experience.informed(now, context)
+        replicas, context = self.fleet.pool(now), self.experience.informed(now, request, context)
         try:
             decision = self._decide(request, replicas, context)
         except NoReplica as error:
@@ -176,9 +179,8 @@ class BrokerState:
                     run.refused_sites.add(run.moving_to.site)
                     run.moving_to = None
                     yield from self._place(run, now)
-            case ReplicaExpected(instance=instance):
-                if self.fleet.get(instance) is None:
-                    self.arrivals.expect(event)
+            case ReplicaExpected():
+                self.arrivals.expect(event)
             case ReplicaGivenUp(instance=instance):
                 self.arrivals.forget(instance)
             case ReplicaJoined(hello=hello):
@@ -202,6 +204,7 @@ class BrokerState:
             held_usu=ticket.held_usu,
             waiting_since=event.now,
         )
+        self.experience.keep(run, event.now)
         self._budget.deposit()
         if self.line.join(run):
             yield from self._place(run, event.now)
@@ -281,11 +284,9 @@ class BrokerState:
         placement = decision.placement()
         if run.num_sent:
             self._budget.withdraw()
-        run.num_sent += 1
-        run.attempt = run.num_sent
+        run.attempt = run.num_sent = run.num_sent + 1
         run.instance, run.placement = placement.instance, placement
-        run.state = RunState.DISPATCHED
-        run.sent_at, run.attempt_first_at = now, None
+        run.state, run.sent_at, run.attempt_first_at = RunState.DISPATCHED, now, None
         run.num_before = run.num_tokens
         run.predicted = decision.chosen
         run.silent_until = self.experience.silent_until(run, decision.chosen, now)
@@ -335,12 +336,12 @@ class BrokerState:
         return run if run and run.instance is not None and run.attempt == attempt else None
 
     def _on_next_token(self, event: AttemptEvent) -> list[Instruction] | None:
-        """Take what nearly all events are, a token of a run's only attempt; ``None`` of others."""
+        """Take a run's next token, as nearly all events are; it frees no row. Else ``None``."""
         token, run = event.event, self._live(event.run_id, event.attempt)
         if run is None or run.hedge is not None or not isinstance(token, Token):
             return None
-        if (violation := run.hear(token, event.now)) is not None:
-            return list(self._on_violation(run, event.now, violation))
+        if run.hear(token, event.now) is not None:
+            return None
         return [Emit(run_id=event.run_id, event=token)] if run.cancel_until is None else []
 
     def _on_attempt_event(self, event: AttemptEvent) -> Instructions:

@@ -72,12 +72,25 @@ class OwnSite(Wire):
     """A machine on which one project runs instances in jobs of its own.
 
     ``sharing`` says who may use them: the key or login that launched them, its project, or all.
+    While one is there, requests of those whose it is go nowhere else but with ``overflow``; one
+    that is shared with all keeps nobody's.
     """
 
     machine: str
     project: str
     key_id: str
     sharing: Literal["private", "project", "shared"]
+    overflow: bool = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether its owners' requests go nowhere else while an instance is there."""
+        return not self.overflow and self.sharing != "shared"
+
+    def belongs_to(self, project: str, key_id: str) -> bool:
+        """Return whether it is a caller's own: whoever owns it may end its instances."""
+        mine = self.key_id == key_id if self.sharing == "private" else True
+        return project == self.project and mine
 
     def admits(self, project: str, key_id: str) -> bool:
         """Return whether a caller may use its instances."""

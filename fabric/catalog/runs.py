@@ -12,6 +12,7 @@ from fabric.catalog.records import RunRecord, UsageSum, UserSum
 from fabric.catalog.tables import runs
 from fabric.errors import NotFound
 from fabric.messages import Placement, RunState, Usage
+from fabric.sql import Prepared
 
 _USAGE = frozenset(Usage.model_fields).intersection(runs.c.keys())
 """What is recorded of a usage."""
@@ -27,15 +28,15 @@ def _upsert(new: sqlite.Insert | postgresql.Insert) -> sqlite.Insert | postgresq
 
 
 _UPSERT = {
-    "sqlite": _upsert(sqlite.insert(runs)),
-    "postgresql": _upsert(postgresql.insert(runs)),
+    "sqlite": Prepared(_upsert(sqlite.insert(runs))),
+    "postgresql": Prepared(_upsert(postgresql.insert(runs))),
 }
 
 
 def record(connection: Connection, records: Sequence[RunRecord]) -> None:
     """Store runs as they are now. See ``Catalog.record_runs``."""
-    if records:
-        connection.execute(_UPSERT[connection.dialect.name], [_to_row(run) for run in records])
+    rows = [_to_row(run) for run in records]
+    _UPSERT[connection.dialect.name].run_many(connection, rows)
 
 
 def get(connection: Connection, run: str, *, project: str | None) -> RunRecord:

@@ -168,7 +168,7 @@ def wait_ready(folder: LaunchFolder) -> None:
         while True:
             is_watched = folder.is_watched()
             record, jobs = folder.launch(), folder.jobs()
-            shown = [row[:4] + row[6:] for row in rows(folder, jobs)]
+            shown = [row[:2] + row[3:5] + row[7:] for row in rows(folder, jobs)]
             show(shown)
             if any(job.ready_at is not None for job in jobs):
                 return
@@ -181,7 +181,7 @@ def wait_ready(folder: LaunchFolder) -> None:
 
 
 COLUMNS = (
-    *(Column("LAUNCH", whole=True), "MACHINE", Column("JOB", whole=True), "STATE"),
+    *(Column("LAUNCH", whole=True), "MACHINE", "FOR", Column("JOB", whole=True), "STATE"),
     *(Column("LEFT", numeric=True), Column("CHARGE", numeric=True), "DETAIL"),
 )
 
@@ -191,13 +191,10 @@ def rows(folder: LaunchFolder, jobs: list[JobRecord]) -> list[tuple[object, ...]
     record = folder.launch()
     if record is None:
         return []
-    machine = record.order.machine
+    heads = (folder.name, record.order.machine, _users(record.order))
     if not jobs:
-        return [(folder.name, machine, "", record.state, "", "", record.detail)]
-    return [
-        (folder.name, machine, j.job_id or "", j.state, _left(j), _charge(j), j.remark)
-        for j in jobs
-    ]
+        return [(*heads, "", record.state, "", "", record.detail)]
+    return [(*heads, j.job_id or "", j.state, _left(j), _charge(j), j.remark) for j in jobs]
 
 
 def is_settled(folder: LaunchFolder) -> bool:
@@ -218,6 +215,13 @@ def describe(folder: LaunchFolder) -> dict[str, object]:
         "jobs": [job.model_dump(mode="json") for job in folder.jobs()],
         "watched": folder.is_watched(),
     }
+
+
+def _users(order: Order) -> str:
+    """Return who may use a launch's instances, and whether their requests may go elsewhere."""
+    return (
+        order.sharing if order.keeps or order.sharing == "shared" else f"{order.sharing}, overflow"
+    )
 
 
 def _left(job: JobRecord) -> str:

@@ -88,6 +88,12 @@ def request_options(function: Command) -> Command:
     @click.option("--seed", type=int, help="Makes sampling repeatable.")
     @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; repeatable.")
     @click.option("--site", "sites", multiple=True, help="May serve it; repeatable.")
+    @click.option(
+        "--overflow",
+        is_flag=True,
+        default=None,
+        help="It may leave instances of your own, which keep it otherwise.",
+    )
     @click.option("--data-site", metavar="SITE", help="Where the request's data lives.")
     @click.option("--data-bytes", type=click.IntRange(min=0), help="How much data that is.")
     @click.option("--policy", type=click.Choice(["balanced", "fastest", "cheapest", "local-only"]))
@@ -109,7 +115,7 @@ def request_options(function: Command) -> Command:
 
 _REQUEST_OPTIONS = (
     *("model", "adapter", "max_tokens", "temperature", "seed", "stop", "sites"),
-    *("data_site", "data_bytes", "policy", "deadline_s"),
+    *("overflow", "data_site", "data_bytes", "policy", "deadline_s"),
 )
 
 

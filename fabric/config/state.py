@@ -62,21 +62,6 @@ class StateDir:
         """Where the user's own launches are kept."""
         return self.path / "launches"
 
-    @property
-    def files_dir(self) -> Path:
-        """Where the files of batches are kept."""
-        return self.path / "files"
-
-    @property
-    def adapters_dir(self) -> Path:
-        """Where the contents of adapters are kept."""
-        return self.path / "adapters"
-
-    @property
-    def artifacts_dir(self) -> Path:
-        """Where the artifacts of programs are kept."""
-        return self.path / "artifacts"
-
     def log_path(self, name: str) -> Path:
         """Return the log file of a process."""
         return self.path / "logs" / f"{name}.log"

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fabric.engine.device import put
 from fabric.messages import Sampling
 
 Changes = list[tuple[int, NDArray[np.int64], NDArray[np.float32]]]
@@ -59,8 +60,8 @@ def adjust(logits_RV: Tensor, adjustments: Mapping[int, Adjustment]) -> Tensor:
     _add(adjusted_RV, [_penalties(row, asked) for row, asked in adjustments.items()])
     bound = {i: asked.allowed for i, asked in adjustments.items() if asked.allowed is not None}
     if bound:
-        rows_R = torch.tensor(list(bound), device=logits_RV.device)
-        allowed_RV = torch.from_numpy(np.stack(list(bound.values()))).to(logits_RV.device)
+        rows_R = put(list(bound), logits_RV.device)
+        allowed_RV = put(np.stack(list(bound.values())), logits_RV.device)
         adjusted_RV[rows_R] = adjusted_RV[rows_R].masked_fill(~allowed_RV, -torch.inf)
     return adjusted_RV
 
@@ -102,5 +103,5 @@ def _flat(changes: Changes, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     rows_A = np.concatenate([np.full(len(tokens), row) for row, tokens, _ in changes])
     tokens_A = np.concatenate([tokens for _, tokens, _ in changes])
     values_A = np.concatenate([values for *_, values in changes])
-    rows, tokens, values = (torch.from_numpy(array) for array in (rows_A, tokens_A, values_A))
-    return rows.to(device), tokens.to(device), values.to(device)
+    rows, tokens, values = (put(array, device) for array in (rows_A, tokens_A, values_A))
+    return rows, tokens, values

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fabric.engine.cache import BLOCK_TOKENS, KvCache
+from fabric.engine.device import put
 from fabric.engine.lowrank import Delta
 from fabric.engine.native import load_native
 
@@ -100,8 +101,8 @@ class StepAttention:
         for chunk in chunks[len(short) :]:
             begin, end = end, end + len(chunk.tokens)
             self.spans.append(_Span(chunk, begin, end, device))
-        slots = [slot for chunk in chunks for slot in _slots(chunk)]
-        self.slots_N = torch.tensor(slots, device=device)
+        slots = [slot for chunk in chunks for slot in get_slots(chunk)]
+        self.slots_N = put(slots, device)
         if short:
             counts = [len(chunk.tokens) for chunk in short]
             lengths = [
@@ -110,11 +111,11 @@ class StepAttention:
                 for i in range(count)
             ]
             most = _num_blocks(max(lengths))
-            tables = torch.tensor([_table(chunk, most) for chunk in short], device=device)
+            tables = put([get_table(chunk, most) for chunk in short], device)
             if self.num_singles > len(short):
-                tables = tables.repeat_interleave(torch.tensor(counts, device=device), 0)
+                tables = tables.repeat_interleave(put(counts, device), 0)
             self.tables = tables
-            self.lengths_B = torch.tensor(lengths, device=device)
+            self.lengths_B = put(lengths, device)
             self._visible: dict[int, Tensor] = {}
 
     def __call__(
@@ -212,7 +213,7 @@ class _Span:
         self.start = chunk.start
         length = chunk.start + len(chunk.tokens)
         self._num_slots = _num_blocks(length) * BLOCK_TOKENS
-        self.table = torch.tensor(_table(chunk, _num_blocks(length)), device=device)
+        self.table = put(get_table(chunk, _num_blocks(length)), device)
         self._at_n = torch.arange(chunk.start, length, device=device)
         self._visible: dict[int, Tensor] = {}
 
@@ -273,12 +274,14 @@ def _num_blocks(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_TOKENS)
 
 
-def _table(chunk: Chunk, length: int) -> list[int]:
+def get_table(chunk: Chunk, length: int) -> list[int]:
+    """Return so many of the chunk's blocks, block 0 standing for what it has not."""
     table = list(chunk.blocks[:length])
     return table + [0] * (length - len(table))
 
 
-def _slots(chunk: Chunk) -> list[int]:
+def get_slots(chunk: Chunk) -> list[int]:
+    """Return where its tokens' keys and values go in the pool."""
     return [
         chunk.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
         for position in range(chunk.start, chunk.start + len(chunk.tokens))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fabric.engine.device import CPU, put
+
 BLOCK_TOKENS = 16
 
 
@@ -47,11 +49,12 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device | None = None,
     ) -> None:
-        tokens = (num_blocks + 1) * BLOCK_TOKENS
-        self.device = device or torch.device("cpu")
+        self.num_slots = (num_blocks + 1) * BLOCK_TOKENS
+        """Tokens of the pool."""
+        self.device = device or CPU
 
         def pool(num_heads: int, size: int) -> Tensor:
-            return torch.zeros(tokens, num_heads, size, dtype=dtype, device=self.device)
+            return torch.zeros(self.num_slots, num_heads, size, dtype=dtype, device=self.device)
 
         self._keys = [pool(layer.num_heads, layer.key_size) for layer in layers]
         self._values = [pool(layer.num_heads, layer.value_size) for layer in layers]
@@ -88,6 +91,6 @@ class KvCache:
 
     def wipe(self, blocks: Sequence[int]) -> None:
         """Zero blocks: a masked NaN left behind would still spoil the next row's attention."""
-        index = torch.tensor(blocks, dtype=torch.long, device=self.device)
+        index = put(blocks, self.device, torch.long)
         for pool in (*self._keys, *self._values):
             pool.view(-1, BLOCK_TOKENS, *pool.shape[1:]).index_fill_(0, index, 0)

@@ -8,6 +8,9 @@ from typing import Literal, get_args, get_type_hints
 from fabric.errors import SettingInvalid
 from fabric.messages import EngineOptions
 
+CACHE_BYTES = 512 * 2**20
+"""The KV cache on a CPU, if nothing else is said."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -15,10 +18,14 @@ class EngineConfig:
 
     Args:
         dtype: Of the weights and the KV cache.
+        device: Where the model is: ``cuda`` a GPU, ``auto`` one where torch sees it.
+        attention: How rows find their keys: ``auto`` is the kernels' way on a CPU and ``flex`` on a
+            GPU, which reads them where they lie; ``gathered`` copies a row's together first.
+        graphs: Whether a GPU replays the kernels of a step in which rows only decode.
         weights: ``int8`` keeps those of linear layers in 8 bits with a scale for each output; the
             digest and the dtype that replies name say so.
         num_threads: Threads torch uses for one operation; 0 leaves torch's default.
-        cache_bytes: Memory of the KV cache.
+        cache_bytes: Memory of the KV cache; ``None``: 512 MiB on a CPU, what is left on a GPU.
         max_rows: The most choices that run at once.
         step_tokens: The most tokens in one step: a decoding row takes one, prefill the rest. More
             means a faster prefill and longer pauses for the rows that decode meanwhile.
@@ -50,9 +57,12 @@ class EngineConfig:
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["auto", "flex", "gathered"] = "auto"
+    graphs: bool = True
     weights: Literal["as loaded", "int8"] = "as loaded"
     num_threads: int = 0
-    cache_bytes: int = 512 * 2**20
+    cache_bytes: int | None = None
     max_rows: int = 64
     step_tokens: int = 512
     slowdown: float = 1.8
@@ -90,7 +100,7 @@ class EngineConfig:
         for setting, least in (
             *(("num_threads", 0), ("cache_bytes", 1), ("max_rows", 1), ("adapter_bytes", 0)),
         ):
-            if getattr(self, setting) < least:
+            if (value := getattr(self, setting)) is not None and value < least:
                 self._refuse(setting, f"it must be at least {least}")
         for setting in ("tensor_parallel", "pipeline_parallel"):
             if getattr(self, setting) < 1:
@@ -117,7 +127,7 @@ class EngineConfig:
                     self._refuse(setting, "a model that is divided or offloaded does not take it")
             if self.weights != "as loaded":
                 self._refuse("weights", "a model that is divided or offloaded is run as loaded")
-        for setting in ("dtype", "weights", "speculation"):
+        for setting in ("device", "attention", "dtype", "weights", "speculation"):
             if getattr(self, setting) not in get_args(get_type_hints(EngineConfig)[setting]):
                 self._refuse(setting, "it must be one of those that the documentation names")
         if (self.speculation == "model") != (self.draft_model is not None):

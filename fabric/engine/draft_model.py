@@ -48,7 +48,8 @@ def load_draft_model(
     Raises:
         ModelNotLoadable: It cannot be read or served, or its tokens are not the target's.
     """
-    loaded = load_model(ModelSource.parse(source), name=source, dtype=dtype)
+    device = target.model.device
+    loaded = load_model(ModelSource.parse(source), name=source, dtype=dtype, device=device)
     if loaded.tokenizer.get_vocab() != target.tokenizer.get_vocab():
         raise ModelNotLoadable(
             model=source, reason="its tokens are not those of the model it drafts"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fabric.engine.encoder import Encoder
+from fabric.engine.device import choose_device, describe
+from fabric.engine.encoder import Encoder, load_sentence_model
 from fabric.engine.encoder_batch import EncoderBatch
 from fabric.engine.interface import EngineInfo
 from fabric.engine.torch_engine import VERSIONS, TorchEngine
@@ -13,7 +14,7 @@ __all__ = ["EmbeddingEngine"]
 
 
 class EmbeddingEngine(TorchEngine):
-    """An ``Engine`` that only embeds, over a sentence-transformers directory, on the CPU.
+    """An ``Engine`` that only embeds, over a sentence-transformers directory.
 
     It has the ``TorchEngine``'s thread and arguments, and a batch of its own.
     """
@@ -26,13 +27,16 @@ class EmbeddingEngine(TorchEngine):
                 reason="sentence-embedding models run in one process, in memory; leave"
                 " tensor_parallel, pipeline_parallel and offload out",
             )
-        encoder = Encoder(
+        device = choose_device(config)
+        sentences = load_sentence_model(
             self._source,
             name=self._name,
             dtype=config.dtype,
             expected_digest=self._expected_digest,
             context_tokens=config.context_tokens,
+            device=device,
         )
+        encoder = Encoder(sentences)
         self._info = EngineInfo(
             model=self._name,
             digest=encoder.digest,
@@ -43,6 +47,6 @@ class EmbeddingEngine(TorchEngine):
                 modes=("embed",),
             ),
             dtype=config.dtype,
-            engine=VERSIONS,
+            engine=VERSIONS + describe(device),
         )
         return EncoderBatch(encoder, config)

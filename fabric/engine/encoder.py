@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fabric.engine.model import load_model
+from fabric.engine.device import CPU
+from fabric.engine.model import LoadedModel, load_model
 from fabric.engine.pooling import Kind, check_dimensions, pool
 from fabric.engine.source import ModelSource
 from fabric.engine.text import Texts
@@ -76,49 +77,79 @@ class SentenceFormat:
         )
 
 
-class Encoder:
-    """A loaded model with its tokenizer and its way of pooling.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SentenceModel:
+    """A sentence-embedding model that is loaded.
+
+    ``context_tokens`` is its longest text, and ``texts`` its tokenizer, which neither cuts nor
+    pads.
+    """
+
+    loaded: LoadedModel
+    pooling: Kind
+    context_tokens: int
+    texts: Texts
+
+
+def load_sentence_model(
+    source: ModelSource,
+    *,
+    name: str,
+    dtype: str,
+    expected_digest: str | None = None,
+    context_tokens: int | None = None,
+    device: torch.device = CPU,
+) -> SentenceModel:
+    """Load what a sentence-transformers directory describes.
 
     Args:
-        source: A sentence-transformers directory.
+        source: The directory.
         name: What errors call the model.
         dtype: ``float32`` or ``bfloat16``.
         expected_digest: Of the tensors in this dtype; ``None`` takes any.
         context_tokens: The longest text; ``None``: as long as the model allows.
+        device: Where it goes.
 
     Raises:
         ModelNotLoadable: Files are missing, damaged or of a kind that cannot be served.
         DigestMismatch: The tensors are not those of ``expected_digest``.
     """
+    form = SentenceFormat.read(source.resolve())
+    loaded = load_model(
+        source,
+        name=name,
+        dtype=dtype,
+        expected_digest=expected_digest,
+        headless=True,
+        device=device,
+    )
+    tokenizer = loaded.tokenizer
+    stated = (form.context_tokens, loaded.context_tokens, context_tokens)
+    longest = min(tokenizer.model_max_length, *filter(None, stated))
+    # Some files cut and pad every text to one length; ours are refused if they are too long.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    texts = Texts(
+        tokenizer, vocabulary=loaded.vocabulary, context_tokens=longest * _CHARS_PER_TOKEN
+    )
+    return SentenceModel(loaded=loaded, pooling=form.pooling, context_tokens=longest, texts=texts)
 
-    def __init__(
-        self,
-        source: ModelSource,
-        *,
-        name: str,
-        dtype: str,
-        expected_digest: str | None = None,
-        context_tokens: int | None = None,
-    ) -> None:
-        form = SentenceFormat.read(source.resolve())
-        loaded = load_model(
-            source, name=name, dtype=dtype, expected_digest=expected_digest, headless=True
-        )
-        tokenizer = loaded.tokenizer
-        stated = (form.context_tokens, loaded.context_tokens, context_tokens)
-        self.context_tokens = min(tokenizer.model_max_length, *filter(None, stated))
+
+class Encoder:
+    """Embeds texts with a sentence-embedding model.
+
+    Args:
+        sentences: The model.
+    """
+
+    def __init__(self, sentences: SentenceModel) -> None:
+        loaded = sentences.loaded
+        self.context_tokens = sentences.context_tokens
         self.digest = loaded.digest
         self._model = loaded.model
-        self._pooling = form.pooling
-        self._pad_id = tokenizer.pad_token_id or 0
-        # Some files cut and pad every text to one length; ours are refused if they are too long.
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-        self._texts = Texts(
-            tokenizer,
-            vocabulary=loaded.vocabulary,
-            context_tokens=self.context_tokens * _CHARS_PER_TOKEN,
-        )
+        self._pooling = sentences.pooling
+        self._pad_id = loaded.tokenizer.pad_token_id or 0
+        self._texts = sentences.texts
 
     def tokenize(self, request: Request) -> list[int]:
         """Return the ids of a request's text.
@@ -153,5 +184,6 @@ class Encoder:
             ids_BT[row, : len(ids)] = torch.tensor(ids)
             mask_BT[row, : len(ids)] = 1
         with torch.inference_mode():
+            ids_BT, mask_BT = ids_BT.to(self._model.device), mask_BT.to(self._model.device)
             hidden_BTH = self._model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
             return pool(hidden_BTH, mask_BT, [kind or self._pooling for _, kind in texts])

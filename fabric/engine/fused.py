@@ -87,7 +87,7 @@ class RotaryTable(nn.Module):  # type: ignore[misc]
         if key not in self._tables or len(self._tables[key][0]) < num:
             pages = [
                 self.rotary(x, at[None], *more, **named)
-                for at in torch.arange(_up(num)).to(position_ids.device).split(_PAGE)
+                for at in torch.arange(_up(num), device=position_ids.device).split(_PAGE)
             ]
             cosines, sines = (torch.cat([page[i][0] for page in pages]) for i in range(2))
             self._tables[key] = cosines, sines
@@ -101,12 +101,15 @@ def _up(num: int) -> int:
 
 
 def fuse(model: PreTrainedModel) -> None:
-    """Let norms, positions and activations run in one pass each, where the kernels are there."""
+    """Let norms, positions and activations run in one pass each, where the kernels are there: on a
+    CPU."""
+    if model.device.type != "cpu":
+        return
     for name, module in list(model.named_modules()):
         if name.endswith("rotary_emb") and not isinstance(module, RotaryTable):
             model.set_submodule(name, RotaryTable(module))
     native = load_native()
-    if native is None or model.device.type != "cpu":
+    if native is None:
         return
     for name, module in list(model.named_modules()):
         if _same_source(

@@ -124,7 +124,7 @@ def get_native_weight(layers: Sequence[nn.Module]) -> NativeWeight | None:
 def get_multiplier(
     weight_NK: Tensor, bias_N: Tensor | None, *, invariant: bool, int8: bool = False
 ) -> Multiplier:
-    """Return the fastest way to multiply by a weight on this CPU.
+    """Return the fastest way to multiply by a weight on this CPU; a plain one on a GPU.
 
     Args:
         weight_NK: In float32 or bfloat16.
@@ -133,32 +133,20 @@ def get_multiplier(
         int8: Whether to keep the weight in 8 bits, with a scale for each output.
     """
     num_outputs, num_inputs = weight_NK.shape
-    native = load_native()
+    native = load_native() if weight_NK.device.type == "cpu" else None
     if native is not None and not native.multiplies(weight_NK.dtype):
         native = None
     if native is not None and weight_NK.dtype == torch.bfloat16 and num_inputs % 2:
         native = None
+    weight = partial(NativeWeight, bias=bias_N, num_inputs=num_inputs, num_outputs=num_outputs)
     if int8:
         levels_NK, scales_N = quantize(weight_NK)
         if native is not None and weight_NK.dtype == torch.bfloat16:
             scales = F.pad(scales_N, (0, -num_outputs % PANEL))
-            return NativeWeight(
-                native=native,
-                packed=native.pack(levels_NK),
-                bias=bias_N,
-                num_inputs=num_inputs,
-                num_outputs=num_outputs,
-                scales=scales,
-            )
+            return weight(native=native, packed=native.pack(levels_NK), scales=scales)
         multiply: Multiplier = partial(_multiply_levels, levels_NK, scales_N, bias_N)
     elif native is not None:
-        return NativeWeight(
-            native=native,
-            packed=native.pack(weight_NK),
-            bias=bias_N,
-            num_inputs=num_inputs,
-            num_outputs=num_outputs,
-        )
+        return weight(native=native, packed=native.pack(weight_NK))
     elif weight_NK.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK, _TYPICAL_ROWS)
         multiply = partial(_multiply_by_onednn, packed, bias_N)
@@ -193,7 +181,7 @@ def _multiply_in_tiles(multiply: Multiplier, x_MK: Tensor) -> Tensor:
 
 
 def pack_linears(model: nn.Module, *, invariant: bool = False, int8: bool = False) -> None:
-    """Pack the model's linear layers for this CPU.
+    """Pack the model's linear layers for this CPU; on a GPU only into 8 bits.
 
     Weights are laid out once, not at every call. An embedding tied to a layer keeps its own copy.
 
@@ -203,17 +191,17 @@ def pack_linears(model: nn.Module, *, invariant: bool = False, int8: bool = Fals
         int8: Whether weights are kept in 8 bits; those of the output layer are not.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    for names in list(_groups(model)):
+    for names in list(_groups(model, int8=int8)):
         linears = [model.get_submodule(name) for name in names]
         packed = _Packed(linears, invariant=invariant, int8=int8 and head not in linears)
         for name, layer in zip(names, packed.layers(linears), strict=True):
             model.set_submodule(name, layer)
 
 
-def _groups(model: nn.Module) -> Iterator[list[str]]:
+def _groups(model: nn.Module, *, int8: bool) -> Iterator[list[str]]:
     """Name the layers to pack, siblings together."""
     for prefix, module in model.named_modules():
-        children = [name for name, child in module.named_children() if _fits(child)]
+        children = [name for name, child in module.named_children() if _fits(child, int8=int8)]
         for siblings in _SIBLINGS:
             if set(siblings) <= set(children):
                 children = [name for name in children if name not in siblings]
@@ -222,11 +210,11 @@ def _groups(model: nn.Module) -> Iterator[list[str]]:
             yield [_path(prefix, name)]
 
 
-def _fits(module: nn.Module) -> bool:
+def _fits(module: nn.Module, *, int8: bool) -> bool:
     return (
         type(module) is nn.Linear
         and module.weight.dtype in (torch.float32, torch.bfloat16)
-        and module.weight.device.type == "cpu"
+        and (int8 or module.weight.device.type == "cpu")
     )
 
 
@@ -237,4 +225,4 @@ def _path(prefix: str, name: str) -> str:
 def _bias_of(linear: nn.Linear) -> Tensor:
     if linear.bias is not None:
         return linear.bias.detach()
-    return torch.zeros(linear.out_features, dtype=linear.weight.dtype)
+    return linear.weight.new_zeros(linear.out_features)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -129,7 +130,7 @@ class LowRankLayers:
         before = self._step
         if spans:
             self._wrap()
-        self._step = _Step(spans) if spans else None
+        self._step = _Step(spans, self._device) if spans else None
         try:
             yield () if self._step is None else self._step.changes
         finally:
@@ -154,8 +155,8 @@ class LowRankLayers:
 class _Step:
     """The spans of one step, laid out for all layers."""
 
-    def __init__(self, spans: Sequence[Span]) -> None:
-        native = load_native()
+    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+        native = load_native() if device.type == "cpu" else None
         self._native = native
         self._long = [s for s in spans if native is None or s.stop - s.start >= _LONG]
         short = [s for s in spans if native is not None and s.stop - s.start < _LONG]

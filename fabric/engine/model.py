@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from fabric.engine.device import CPU
 from fabric.engine.source import ModelSource
 from fabric.errors import DigestMismatch, FabricError, ModelNotLoadable
 
@@ -69,6 +70,7 @@ def load_model(
     expected_digest: str | None = None,
     headless: bool = False,
     weights: str = "as loaded",
+    device: torch.device = CPU,
 ) -> LoadedModel:
     """Load the model and check its digest.
 
@@ -79,6 +81,7 @@ def load_model(
         expected_digest: As ``digest_of`` gives it; ``None`` takes any.
         weights: How they will be computed; see ``digest_of``.
         headless: Whether only its hidden states are wanted; encoders can be loaded so too.
+        device: Where it goes once it is digested.
 
     Raises:
         ModelNotLoadable: Files are missing, damaged or of a kind that cannot be served.
@@ -104,7 +107,7 @@ def load_model(
         },
     )
     return LoadedModel(
-        model=model,
+        model=model.to(device),
         tokenizer=tokenizer,
         digest=digest,
         eos_ids=eos_ids_of(model, tokenizer),

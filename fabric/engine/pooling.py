@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fabric.engine.device import put
 from fabric.errors import RequestInvalid, RowFailed
 from fabric.messages import Request, pack_floats
 
@@ -46,10 +47,10 @@ def pool(hidden_BTH: Tensor, mask_BT: Tensor, kinds: Sequence[Kind]) -> Tensor:
     hidden_BTH, weights_BT1 = hidden_BTH.float(), mask_BT.unsqueeze(-1).float()
     lengths_B = mask_BT.sum(1)
     pooled_BH = (hidden_BTH * weights_BT1).sum(1) / lengths_B.unsqueeze(-1)
-    rows_B = torch.arange(len(kinds))
+    rows_B = torch.arange(len(kinds), device=mask_BT.device)
     ends = {"last": lengths_B - 1, "first": torch.zeros_like(lengths_B)}
     for kind, at_B in ends.items():
-        chosen = torch.tensor([one == kind for one in kinds])
+        chosen = put([one == kind for one in kinds], mask_BT.device)
         pooled_BH[chosen] = hidden_BTH[rows_B, at_B][chosen]
     return pooled_BH
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -122,6 +123,35 @@ def verify_runner(runner: Runner, expected: Tensor, *, name: str, int8: bool = F
         )
 
 
+def verify_graphs(runner: Runner, *, name: str) -> None:
+    """Compare captured steps of one and of three rows with the same steps by the modules.
+
+    Raises:
+        ModelNotLoadable: The logits differ by more than rounding.
+    """
+    tokens = _tokens(runner.model)
+    rows = [
+        Chunk(tokens=tokens[:size], start=0, blocks=(block,), num_wanted=1)
+        for block, size in enumerate((3, BLOCK_TOKENS - 1, 1), start=1)
+    ]
+    runner.forward(rows[::-1])
+    due = [replace(row, tokens=tokens[-1:], start=len(row.tokens)) for row in rows]
+    graphs, distance = runner.graphs, 0.0
+    for step in (due[:1], due):
+        captured = runner.forward(step)
+        runner.graphs = None
+        expected = runner.forward(step)
+        runner.graphs = graphs
+        distance = max(distance, float((captured - expected).norm() / expected.norm()))
+    runner.cache.wipe(range(1, len(rows) + 1))
+    if not distance <= _TOLERANCE[runner.model.dtype]:
+        raise ModelNotLoadable(
+            model=name,
+            reason=f"its logits from captured steps are off by {distance:.2g} of their norm;"
+            " set graphs: false",
+        )
+
+
 def verify_invariance(runner: Runner, *, name: str) -> None:
     """Compare the bits of a row's logits when it runs whole, in pieces, and beside another.
 
@@ -152,6 +182,24 @@ def verify_invariance(runner: Runner, *, name: str) -> None:
             reason="a part of it computes other bits for a row by what runs beside it;"
             " serve it without batch_invariant",
         )
+
+
+def run_largest(model: PreTrainedModel, *, num_tokens: int, num_wanted: int) -> None:
+    """Run one row of so many tokens without a cache, for the memory that it takes."""
+    tokens = (_tokens(model) * -(-num_tokens // _NUM_TOKENS))[:num_tokens]
+    chunk = Chunk(tokens=tokens, start=0, blocks=(), num_wanted=min(num_wanted, num_tokens))
+    run_ragged(model, [chunk], _attend_alone)
+
+
+def _attend_alone(
+    _layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    options: Mapping[str, object],
+) -> Tensor:
+    return attend_causally(q, k, v, Scoring.of(scale, options, q.shape[2]))
 
 
 def _refuse_rotations(model: PreTrainedModel, *, name: str) -> None:
@@ -191,16 +239,6 @@ def observe_linears(model: PreTrainedModel) -> dict[str, LayerSize]:
         size = LayerSize(num_inputs=x[-1], num_outputs=y[-1]) if whole else None
         seen.setdefault(name, []).append(size)
 
-    def attend(
-        _layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float | None,
-        options: Mapping[str, object],
-    ) -> Tensor:
-        return attend_causally(q, k, v, Scoring.of(scale, options, q.shape[2]))
-
     hooks = [
         module.register_forward_hook(partial(note, name))
         for name, module in model.named_modules()
@@ -208,7 +246,7 @@ def observe_linears(model: PreTrainedModel) -> dict[str, LayerSize]:
     ]
     try:
         chunk = Chunk(tokens=_tokens(model)[:2], start=0, blocks=(), num_wanted=1)
-        run_ragged(model, [chunk], attend)
+        run_ragged(model, [chunk], _attend_alone)
     finally:
         for hook in hooks:
             hook.remove()

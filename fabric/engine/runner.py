@@ -11,9 +11,8 @@ K key-value heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +22,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from fabric.engine.attention import Chunk, Scoring, StepAttention
 from fabric.engine.cache import KvCache, LayerShape
+from fabric.engine.device import put
+from fabric.engine.flex import FlexAttention
+from fabric.engine.graphs import Capture, GraphedDecode
 from fabric.engine.layers import WholeLayers
 from fabric.engine.lowrank import LayerSize, LowRankLayers, Span
 from fabric.engine.touches import Touches
@@ -30,7 +32,16 @@ from fabric.engine.touches import Touches
 if TYPE_CHECKING:
     from fabric.engine.programs.points import Points
 
-__all__ = ["ATTENTION", "Attend", "Chunk", "Runner", "StepHooks", "run_ragged", "use_our_attention"]
+__all__ = [
+    "ATTENTION",
+    "Attend",
+    "Chunk",
+    "Runner",
+    "StepHooks",
+    "run_model",
+    "run_ragged",
+    "use_our_attention",
+]
 
 ATTENTION = "fabric"
 """The name of our attention in transformers' registries."""
@@ -72,6 +83,8 @@ class Runner:
         linears: The layers that chunks' deltas can change; see ``LowRankLayers``.
         invariant: Whether a token's bits may not depend on its chunk.
         first_layer: The one that ``layers`` begin with.
+        attention: What finds the keys of a step's tokens in the cache.
+        scratch: Whether there is one more block, after all those, that no row is given.
     """
 
     def __init__(
@@ -83,15 +96,22 @@ class Runner:
         linears: Mapping[str, LayerSize] = MappingProxyType({}),
         invariant: bool = False,
         first_layer: int = 0,
+        attention: type[StepAttention | FlexAttention] = StepAttention,
+        scratch: bool = False,
     ) -> None:
         self._first_layer = first_layer
+        self._attention = attention
+        self.graphs: GraphedDecode | None = None
+        """What runs steps in which rows only decode, if it has been started."""
         self.model = model
         self.lowrank = LowRankLayers(model, linears)
         self._invariant = invariant
         self.num_blocks = num_blocks
         self.points: Points | None = None
         """Where programs may act, if they may."""
-        self.cache = KvCache(layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
+        self.cache = KvCache(
+            layers, num_blocks=num_blocks + scratch, dtype=model.dtype, device=model.device
+        )
         self._whole = WholeLayers(
             model, self.cache, linears=self.lowrank.indices, first_layer=first_layer
         )
@@ -106,7 +126,13 @@ class Runner:
         Returns:
             The wanted logits in the chunks' order, [W, V] in float32.
         """
-        attention = StepAttention(chunks, self.cache, invariant=self._invariant)
+        if programs is None and self.graphs is not None and self.graphs.takes(chunks):
+            return self.graphs.run(chunks)
+        return self._forward(chunks, programs)
+
+    def _forward(self, chunks: Sequence[Chunk], programs: StepHooks | None) -> Tensor:
+        """Run a step by the model's modules, where hooks see it."""
+        attention = self._attention(chunks, self.cache, invariant=self._invariant)
 
         def attend(
             layer: int,
@@ -120,23 +146,51 @@ class Runner:
             self._whole.learn(layer, scoring)
             return attention(layer - self._first_layer, q_NHD, k_NKD, v_NKD, scoring)
 
+        def whole(
+            but: Collection[int] = (), touches: Mapping[int, Touches] = MappingProxyType({})
+        ) -> AbstractContextManager[Collection[int]]:
+            if not isinstance(attention, StepAttention):
+                return nullcontext(())
+            return self._whole.applied(attention, but=but, touches=touches, changes=changes)
+
         with self.lowrank.applied(_spans(chunks)) as changes:
             if programs is None:
-                with self._whole.applied(attention, changes=changes):
+                with whole():
                     return run_ragged(self.model, chunks, attend)
             logits_WV: Tensor | None = None
-            whole = partial(
-                self._whole.applied, attention, but=programs.attended(), touches=programs.touches()
-            )
+            seen, touches = programs.attended(), programs.touches()
             # Hooked first: a layer runs whole only where nobody looks inside.
             with (
                 programs.hooked(),
-                whole(changes=changes) as layers,
+                whole(seen, touches) as layers,
                 programs.beside(layers),
             ):
                 logits_WV = run_ragged(self.model, chunks, programs.around(attend))
             # The programs may have ended the pass before there were any.
             return torch.zeros(0, 1) if logits_WV is None else logits_WV
+
+    def graph_decoding(self, *, max_rows: int, num_blocks: int, capture: Capture) -> None:
+        """Let steps in which rows only decode run from fixed buffers from now on.
+
+        Args:
+            max_rows: The most rows of such a step.
+            num_blocks: The most cache blocks of a row.
+            capture: What captures a step.
+
+        Raises:
+            RuntimeError: The model cannot be captured; it runs as before.
+        """
+        graphs = GraphedDecode(
+            self.model,
+            run_model,
+            self.cache,
+            scratch=self.num_blocks + 1,
+            max_rows=max_rows,
+            num_blocks=num_blocks,
+            capture=capture,
+        )
+        graphs.start()
+        self.graphs = graphs
 
     def forward_hidden(
         self, chunks: Sequence[Chunk], programs: StepHooks | None = None
@@ -150,7 +204,7 @@ class Runner:
 
         hook = self.model.base_model.register_forward_hook(keep)
         try:
-            logits_WV = self.forward(chunks, programs)
+            logits_WV = self._forward(chunks, programs)
         finally:
             hook.remove()
         return logits_WV, seen[0].float()
@@ -170,15 +224,36 @@ def run_ragged(
         ids.extend(chunk.tokens)
         positions.extend(range(chunk.start, chunk.start + len(chunk.tokens)))
         wanted.extend(range(len(ids) - chunk.num_wanted, len(ids)))
+    device = model.device
+    return run_model(
+        model,
+        put([ids], device),
+        put([positions], device),
+        put(wanted, device, torch.long),
+        attend,
+        grad=grad,
+    )
+
+
+def run_model(
+    model: PreTrainedModel,
+    ids_1N: Tensor,
+    positions_1N: Tensor,
+    wanted_W: Tensor,
+    attend: Attend,
+    *,
+    grad: bool = False,
+) -> Tensor:
+    """Run the model over tokens that are on its device; see ``run_ragged``."""
     # A context variable, because the registered function is one for all engines of the process.
     token = _attend.set(attend)
     try:
         with torch.enable_grad() if grad else torch.inference_mode():
             output = model(
-                input_ids=torch.tensor([ids], device=model.device),
-                position_ids=torch.tensor([positions], device=model.device),
+                input_ids=ids_1N,
+                position_ids=positions_1N,
                 use_cache=False,
-                logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=model.device),
+                logits_to_keep=wanted_W,
             )
     finally:
         _attend.reset(token)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fabric.engine.device import put
 from fabric.messages import Sampling
 
 _FEW_CANDIDATES = 1024
@@ -89,7 +90,9 @@ def choose(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
         Token ids, one a row.
     """
     # numpy's takes a twentieth of the time of torch's on a CPU.
-    chosen: list[int] = logits_RV.numpy(force=True).argmax(-1).tolist()
+    on_cpu = logits_RV.device.type == "cpu"
+    best_R = logits_RV.numpy(force=True).argmax(-1) if on_cpu else logits_RV.argmax(-1)
+    chosen: list[int] = best_R.tolist()
     sampled = [i for i, draw in enumerate(draws) if draw.temperature > 0.0]
     narrow = [i for i in sampled if draws[i].top_k > 0 or draws[i].top_p < 1.0]
     wide = sorted(set(sampled) - set(narrow))
@@ -106,7 +109,7 @@ def choose(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
 def score(logits_RV: Tensor, tokens: Sequence[int], num_top: int) -> list[Score]:
     """Return the log probability of one token a row, and of the ``num_top`` most probable ones."""
     logprobs_RV = torch.log_softmax(logits_RV, -1)
-    own = logprobs_RV.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    own = logprobs_RV.gather(1, put(tokens, logprobs_RV.device)[:, None])[:, 0].tolist()
     best, ids = logprobs_RV.topk(num_top, -1)
     return [
         Score(logprob=logprob, top=tuple(zip(row_ids, row_best, strict=True)))
@@ -132,7 +135,7 @@ def _choose_narrow(logits_1V: Tensor, draw: Draw) -> int:
 
 def _weights(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Return unnormalised probabilities in float64, at most 1, after the temperature."""
-    temperature_R1 = torch.tensor([[draw.temperature] for draw in draws], dtype=torch.float64)
+    temperature_R1 = _column([draw.temperature for draw in draws], logits_RV)
     logits_RV = logits_RV.double()
     return ((logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature_R1).exp()
 
@@ -141,14 +144,19 @@ def _probable(weights_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Drop what is less probable than min-p of the most probable token, whose weight is 1."""
     if not any(draw.min_p for draw in draws):
         return weights_RV
-    min_p_R1 = torch.tensor([[draw.min_p] for draw in draws], dtype=torch.float64)
+    min_p_R1 = _column([draw.min_p for draw in draws], weights_RV)
     return torch.where(weights_RV >= min_p_R1, weights_RV, 0.0)
 
 
 def _invert(weights_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
     """Return, for each row, the index at which the cumulative weight passes the uniform number."""
     cumulative_RV = weights_RV.cumsum(-1)
-    uniform_R1 = torch.tensor([[draw.uniform] for draw in draws], dtype=torch.float64)
+    uniform_R1 = _column([draw.uniform for draw in draws], cumulative_RV)
     targets_R1 = uniform_R1 * cumulative_RV[:, -1:]
     indices = torch.searchsorted(cumulative_RV, targets_R1, right=True)[:, 0]
     return indices.tolist()  # type: ignore[no-any-return]
+
+
+def _column(values_R: Sequence[float], beside: Tensor) -> Tensor:
+    """Return numbers, one for each row of ``beside``, [R, 1] in float64."""
+    return put(values_R, beside.device, torch.float64)[:, None]

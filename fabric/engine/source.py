@@ -68,7 +68,7 @@ class ModelSource:
         Raises:
             ModelNotLoadable: There is no such model.
         """
-        return (self.resolve() / "modules.json").is_file()
+        return is_sentence_model(self.resolve())
 
     def _find_in_package(self) -> Path:
         # The package is found, not imported: its own imports need not be installed here.
@@ -96,3 +96,8 @@ class ModelSource:
                 f" and safetensors, and holds {found}",
             )
         return models[0]
+
+
+def is_sentence_model(path: Path) -> bool:
+    """Say whether a directory has sentence-transformers' form."""
+    return (path / "modules.json").is_file()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fabric.engine.adjustments import Adjustment, adjust, changes_logits
 from fabric.engine.constraints import Matcher
+from fabric.engine.device import put
 from fabric.engine.programs.gathering import Gathering
 from fabric.engine.programs.step import ProgramStep
 from fabric.engine.rows import ActiveTask, Row
@@ -159,7 +160,7 @@ def _choose_all(
     due = [place for place, _ in constrained]
     indices = [place.index for place in due]
     whole = indices == list(range(len(logits_WV)))
-    logits_RV = logits_WV if whole else logits_WV[torch.tensor(indices)]
+    logits_RV = logits_WV if whole else logits_WV[put(indices, logits_WV.device)]
     adjustments = {
         i: _adjustment(place, allowed)
         for i, (place, allowed) in enumerate(constrained)
@@ -168,7 +169,7 @@ def _choose_all(
     adjusted_RV = adjust(logits_RV, adjustments)
     possible = finite_rows(adjusted_RV) if adjustments else [True] * len(due)
     if not all(possible):
-        adjusted_RV = torch.where(torch.tensor(possible)[:, None], adjusted_RV, logits_RV)
+        adjusted_RV = torch.where(put(possible, logits_RV.device)[:, None], adjusted_RV, logits_RV)
     tokens = choose(adjusted_RV, [_draw(place) for place in due])
     for i, place in enumerate(due):
         if programs is not None and place.row.active.program is not None:

@@ -20,6 +20,7 @@ from fabric.engine.batch import Batch, tell
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.config import EngineConfig
 from fabric.engine.constraints import Grammars
+from fabric.engine.device import choose_device, describe
 from fabric.engine.drafts import Drafter, LookupDrafter
 from fabric.engine.encoder_batch import EncoderBatch
 from fabric.engine.intake import Intake
@@ -54,7 +55,7 @@ Submitted = tuple[Task, EventSink, float]
 
 
 class TorchEngine:
-    """An ``Engine`` over unmodified transformers modules, on this machine's CPU.
+    """An ``Engine`` over unmodified transformers modules, on this machine's CPU or a GPU of it.
 
     Args:
         source: Where the model's files are.
@@ -225,7 +226,7 @@ class TorchEngine:
             digest=loaded.digest,
             limits=limits,
             dtype=f"{config.dtype}, weights int8" if config.weights == "int8" else config.dtype,
-            engine=VERSIONS,
+            engine=VERSIONS + describe(runner.cache.device),
             points=manifest,
         )
         grammars = Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, eos_ids=loaded.eos_ids)
@@ -270,6 +271,7 @@ class TorchEngine:
         """Load the model and return it with a runner that has been compared with it."""
         config = self._config
         if config.num_ranks > 1 or config.offload != "none":
+            choose_device(config)  # it refuses what a divided model cannot be given
             return self._open_divided()
         return open_whole(
             self._source, config, name=self._name, expected_digest=self._expected_digest

@@ -4,6 +4,7 @@ OpenAI's routes, the fabric's own, and the sessions of instances, behind one che
 """
 
 from fabric.gateway.app import create_app
+from fabric.gateway.assembly import open_app
 from fabric.gateway.batch_lines import LineAnswerer
 from fabric.gateway.hub import GatewaySettings
 from fabric.gateway.metrics import Metrics
@@ -17,4 +18,5 @@ __all__ = [
     "Outreach",
     "create_app",
     "get_server_config",
+    "open_app",
 ]

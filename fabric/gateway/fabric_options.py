@@ -18,6 +18,7 @@ class PlacementOptions(Body):
     data_site: str | None = None
     data_bytes: int | None = None
     sites: tuple[str, ...] | None = None
+    overflow: bool | None = None
     deadline_s: float | None = None
     policy: str | None = None
     weights: dict[str, float] | None = None

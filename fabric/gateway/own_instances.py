@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,8 +15,9 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import AwareDatetime, Field
 
 from fabric.auth import Decision, Identity
+from fabric.broker.accounts import Account
 from fabric.catalog import LaunchRecord, OwnSite
-from fabric.errors import Duplicate, NotFound, NotGranted
+from fabric.errors import Duplicate, NotFound, NotGranted, RequestInvalid
 from fabric.gateway.access import Needs
 from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.fabric_routes import Listing
@@ -28,6 +30,8 @@ from fabric.messages.wire import Wire
 
 MAX_LIFETIME_S = 60 * 86_400
 """The longest that a launch token is good for: weeks in a queue, then a job of days."""
+MAX_UNITS = 1e12
+"""The most that an account may have, in any unit."""
 
 router = APIRouter(
     prefix="/v1/fabric/instances", tags=["instances"], dependencies=[Depends(Needs("launch"))]
@@ -35,11 +39,16 @@ router = APIRouter(
 
 
 class InstanceBody(Wire):
-    """``POST /v1/fabric/instances``: one instance on a machine, and who may use it."""
+    """``POST /v1/fabric/instances``: one instance on a machine, and who may use it.
+
+    Without ``overflow``, requests of those whose it is go nowhere else while it is there. One that
+    is shared with all keeps nobody's.
+    """
 
     model: ModelRef
     machine: SiteName
     sharing: Literal["private", "project", "shared"] = "project"
+    overflow: bool | None = None
     lifetime_s: float = Field(default=7 * 86_400.0, gt=0, le=MAX_LIFETIME_S)
 
 
@@ -66,6 +75,18 @@ class JobBody(Wire):
     ended_at: AwareDatetime
 
 
+class BalanceBody(Wire):
+    """``POST /v1/fabric/instances/{instance}/balance``: what is left of the account that pays.
+
+    ``available`` and ``needed``, what jobs that were asked for may still take, are in ``unit``.
+    """
+
+    account: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    unit: str = Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")
+    available: float = Field(ge=-MAX_UNITS, le=MAX_UNITS, allow_inf_nan=False)
+    needed: float | None = Field(default=None, ge=0, le=MAX_UNITS, allow_inf_nan=False)
+
+
 class EndBody(Wire):
     """``POST /v1/fabric/instances/{instance}/end``."""
 
@@ -82,6 +103,7 @@ class OwnInstance:
     site: str
     model: str
     sharing: str
+    overflow: bool
     state: str
     connected: bool
     num_running: int
@@ -97,6 +119,9 @@ async def add_instance(request: Request) -> Launch:
     """
     body = await read_body(request, InstanceBody)
     hub, caller = hub_of(request), caller_of(request)
+    if body.sharing == "shared" and body.overflow is False:
+        reason = "an instance for all keeps nobody's requests; leave it out, or share it with less"
+        raise RequestInvalid(param="overflow", value=body.overflow, reason=reason)
     await _check_model(hub, caller, body.model)
     return await hub.offload(_add, hub, caller, body)
 
@@ -117,6 +142,7 @@ async def list_instances(request: Request) -> Listing[OwnInstance]:
                 site=launch.site,
                 model=launch.model,
                 sharing=own.sharing,
+                overflow=not own.keeps,
                 state=launch.state if view is None else view.state,
                 connected=view is not None,
                 num_running=0 if view is None else view.load.num_running,
@@ -171,6 +197,26 @@ async def report_job(request: Request, instance: str) -> JobCharge:
     return await hub.offload(hub.ledger.note_job, charge)
 
 
+@router.post("/{instance}/balance", openapi_extra=documented(BalanceBody))
+async def report_balance(request: Request, instance: str) -> LaunchRecord:
+    """Note what the account has left that pays for an instance of the caller's.
+
+    It counts for choices among instances at its site alone, and is forgotten after an hour.
+    """
+    body = await read_body(request, BalanceBody)
+    hub, caller = hub_of(request), caller_of(request)
+    launch = await hub.offload(_find, hub, caller, instance)
+    account = Account(
+        name=body.account,
+        unit=body.unit,
+        available=body.available,
+        needed=body.needed,
+        asked_at=time.monotonic(),
+    )
+    hub.broker.arrivals.accounts.tell(launch.site, account)
+    return launch
+
+
 @router.post("/{instance}/end", openapi_extra=documented(EndBody))
 async def end_instance(request: Request, instance: str) -> LaunchRecord:
     """Void the token of an instance of the caller's and end its session."""
@@ -199,7 +245,11 @@ async def _check_model(hub: Hub, caller: Identity, model: str) -> None:
 
 def _add(hub: Hub, caller: Identity, body: InstanceBody) -> Launch:
     own = OwnSite(
-        machine=body.machine, project=caller.project, key_id=caller.key_id, sharing=body.sharing
+        machine=body.machine,
+        project=caller.project,
+        key_id=caller.key_id,
+        sharing=body.sharing,
+        overflow=bool(body.overflow),
     )
     site = _site_name(own)
     with suppress(Duplicate):
@@ -224,6 +274,7 @@ def _site_name(own: OwnSite) -> str:
     words = [own.machine, re.sub(r"[^a-z0-9]+", "-", own.project.lower()).strip("-")]
     # What the readable part leaves out: other projects may be spelt alike.
     told = f"{own.project}/{own.sharing}/{own.key_id if own.sharing == 'private' else ''}"
+    told += "/overflow" if own.overflow else ""
     words.append(hashlib.sha256(told.encode()).hexdigest()[:8])
     return "-".join(filter(None, (words[0][:30], words[1][:20], words[2])))
 
@@ -232,7 +283,7 @@ def _own_launches(hub: Hub, caller: Identity) -> list[tuple[LaunchRecord, OwnSit
     found = []
     for site in hub.catalog.sites():
         own = site.own
-        if own is not None and _is_owner(own, caller):
+        if own is not None and own.belongs_to(caller.project, caller.key_id):
             found += [(launch, own) for launch in hub.catalog.launches(site=site.name)]
     return sorted(found, key=lambda pair: pair[0].created_at, reverse=True)
 
@@ -245,12 +296,6 @@ def _find(hub: Hub, caller: Identity, instance: str) -> LaunchRecord:
     """
     launch = hub.catalog.launch(instance)
     own = hub.catalog.get_site(launch.site).own
-    if own is None or not _is_owner(own, caller):
+    if own is None or not own.belongs_to(caller.project, caller.key_id):
         raise NotFound(kind="instance", name=instance)
     return launch
-
-
-def _is_owner(own: OwnSite, caller: Identity) -> bool:
-    if own.sharing == "private":
-        return own.admits(caller.project, caller.key_id)
-    return own.project == caller.project

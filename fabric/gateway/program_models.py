@@ -27,6 +27,7 @@ class ProgramBody(Wire):
     policy: Literal["balanced", "fastest", "cheapest", "local-only"] = "balanced"
     deadline_s: float = Field(default=300.0, gt=0.0, le=86_400.0)
     sites: tuple[SiteName, ...] | None = None
+    overflow: bool = False
     data_site: SiteName | None = None
     data_bytes: int = Field(default=0, ge=0)
     stream: bool = False

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 from sqlalchemy import Connection, Select, bindparam, insert, or_, select, update
 
@@ -11,6 +11,7 @@ from fabric.errors import AllocationClosed, Duplicate, RequestInvalid, UnknownAc
 from fabric.ledger.posting import account_id
 from fabric.ledger.records import AllocationBalance, is_open
 from fabric.ledger.tables import accounts, allocations
+from fabric.sql import Query
 
 _OWN = ""
 """The project of what is the fabric's own; no real one has this name."""
@@ -18,20 +19,9 @@ _OWN = ""
 _available = accounts.alias("available")
 _held = accounts.alias("held")
 _parents = allocations.alias("parents")
-_ALLOCATION = select(
-    allocations.c.id,
-    allocations.c.project,
-    allocations.c.site,
-    allocations.c.parent_id,
-    allocations.c.account_id,
-    allocations.c.held_account_id,
-    allocations.c.starts_at,
-    allocations.c.ends_at,
-).where(allocations.c.name == bindparam("name"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AllocationRow:
+class AllocationRow(NamedTuple):
     """An allocation's ids and times, for postings."""
 
     id: int
@@ -56,6 +46,14 @@ class AllocationRow:
                 starts_at=None if self.starts_at is None else self.starts_at.isoformat(),
                 ends_at=None if self.ends_at is None else self.ends_at.isoformat(),
             )
+
+
+_ALLOCATION = Query(
+    select(*(allocations.c[name] for name in AllocationRow._fields)).where(
+        allocations.c.name == bindparam("name")
+    ),
+    AllocationRow,
+)
 
 
 def open_allocation(
@@ -95,7 +93,7 @@ def open_share(connection: Connection, parent: str, holder: str) -> str:
 
 def own_allocation(connection: Connection, name: str, site: str) -> AllocationRow:
     """Return an allocation of the fabric's own, which no project has; opened if there is none."""
-    if connection.execute(_ALLOCATION, {"name": name}).first() is None:
+    if _ALLOCATION.first(connection, {"name": name}) is None:
         _insert(connection, name, {"project": _OWN, "site": site}, may_go_negative=True)
     return find_allocation(connection, name)
 
@@ -106,10 +104,10 @@ def find_allocation(connection: Connection, name: str) -> AllocationRow:
     Raises:
         UnknownAccount: There is none of this name.
     """
-    row = connection.execute(_ALLOCATION, {"name": name}).first()
+    row = _ALLOCATION.first(connection, {"name": name})
     if row is None:
         raise UnknownAccount(account=name)
-    return AllocationRow(name=name, **row._mapping)
+    return row
 
 
 def set_times(
@@ -173,7 +171,7 @@ _BALANCES: Select[tuple[object, ...]] = (
 def _insert(
     connection: Connection, name: str, row: dict[str, object], *, may_go_negative: bool = False
 ) -> None:
-    if connection.execute(_ALLOCATION, {"name": name}).first() is not None:
+    if _ALLOCATION.first(connection, {"name": name}) is not None:
         raise Duplicate(kind="allocation", name=name)
     ids = {
         "account_id": account_id(connection, name, may_go_negative=may_go_negative),

@@ -5,16 +5,36 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, bindparam, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, select, update
 
 from fabric.errors import ChargeExceedsHold, Duplicate, HoldNotOpen
 from fabric.ledger.allocations import find_allocation
 from fabric.ledger.posting import account_id, post
 from fabric.ledger.records import Hold, HoldState, Settlement
 from fabric.ledger.tables import accounts, allocations, holds
+from fabric.sql import Prepared, Query
 
-_HOLD = (
+
+class _Row(NamedTuple):
+    """A hold, its allocation's accounts, and the account that its charge would go to."""
+
+    id: str
+    allocation_id: int
+    amount_usu: int
+    state: str
+    lease_expires_at: datetime
+    charged_usu: int | None
+    site: str | None
+    closed_at: datetime | None
+    allocation: str
+    account_id: int
+    held_account_id: int
+    income_id: int | None
+
+
+_HOLD = Query(
     select(
         holds,
         allocations.c.name.label("allocation"),
@@ -27,7 +47,11 @@ _HOLD = (
     )
     .join(allocations, holds.c.allocation_id == allocations.c.id)
     .where(holds.c.id == bindparam("hold"))
-    .with_for_update(of=holds)
+    .with_for_update(of=holds),
+    _Row,
+)
+_INSERT = Prepared(
+    insert(holds), columns=("id", "allocation_id", "amount_usu", "state", "lease_expires_at")
 )
 _EXPIRED = (
     select(holds.c.id)
@@ -46,7 +70,7 @@ _MOVE = (
     .where(holds.c.id == bindparam("hold"))
     .values(allocation_id=bindparam("to"), amount_usu=bindparam("amount"))
 )
-_CLOSE = (
+_CLOSE = Prepared(
     update(holds)
     .where(holds.c.id == bindparam("hold"))
     .values(
@@ -67,7 +91,7 @@ def open_hold(
     now: datetime,
 ) -> Hold:
     """Set an amount aside. See ``Ledger.hold``."""
-    row = connection.execute(_HOLD, {"hold": hold_id}).first()
+    row = _HOLD.first(connection, {"hold": hold_id})
     if row is not None:
         if row.state != HoldState.OPEN:
             raise HoldNotOpen(hold=hold_id, state=row.state)
@@ -83,8 +107,8 @@ def open_hold(
         state=HoldState.OPEN,
         lease_expires_at=now + timedelta(seconds=lease_s),
     )
-    connection.execute(
-        insert(holds),
+    _INSERT.run(
+        connection,
         {
             "id": hold_id,
             "allocation_id": source.id,
@@ -147,8 +171,10 @@ def settle(
 ) -> Settlement:
     """Charge a hold. See ``Ledger.settle``."""
     income = f"income:{site}"
-    row = connection.execute(_HOLD, {"hold": hold_id, "income": income}).first()
+    row = _HOLD.first(connection, {"hold": hold_id, "income": income})
     if row is not None and row.state == HoldState.SETTLED and row.charged_usu == amount_usu:
+        assert row.site is not None
+        assert row.closed_at is not None
         return Settlement(
             hold_id=hold_id,
             allocation=row.allocation,
@@ -189,7 +215,7 @@ def settle(
 
 def void(connection: Connection, hold_id: str, now: datetime) -> None:
     """Return all of a hold. See ``Ledger.void``."""
-    row = connection.execute(_HOLD, {"hold": hold_id}).first()
+    row = _HOLD.first(connection, {"hold": hold_id})
     if row is not None and row.state in (HoldState.VOIDED, HoldState.EXPIRED):
         return
     _return_all(connection, _check_open(row, hold_id), HoldState.VOIDED, now)
@@ -203,9 +229,7 @@ def release_expired(connection: Connection, now: datetime) -> list[str]:
     return expired
 
 
-def _return_all(
-    connection: Connection, row: Row[tuple[object, ...]], state: HoldState, now: datetime
-) -> None:
+def _return_all(connection: Connection, row: _Row, state: HoldState, now: datetime) -> None:
     _close(connection, row, state, now)
     post(
         connection,
@@ -219,29 +243,30 @@ def _return_all(
 
 def _close(
     connection: Connection,
-    row: Row[tuple[object, ...]],
+    row: _Row,
     state: HoldState,
     now: datetime,
     *,
     charged_usu: int | None = None,
     site: str | None = None,
 ) -> None:
-    connection.execute(
-        _CLOSE, {"hold": row.id, "to": state, "charged": charged_usu, "at_site": site, "at": now}
+    _CLOSE.run(
+        connection,
+        {"hold": row.id, "to": state, "charged": charged_usu, "at_site": site, "at": now},
     )
 
 
-def _get_open(connection: Connection, hold_id: str) -> Row[tuple[object, ...]]:
-    return _check_open(connection.execute(_HOLD, {"hold": hold_id}).first(), hold_id)
+def _get_open(connection: Connection, hold_id: str) -> _Row:
+    return _check_open(_HOLD.first(connection, {"hold": hold_id}), hold_id)
 
 
-def _check_open(row: Row[tuple[object, ...]] | None, hold_id: str) -> Row[tuple[object, ...]]:
+def _check_open(row: _Row | None, hold_id: str) -> _Row:
     if row is None or row.state != HoldState.OPEN:
         raise HoldNotOpen(hold=hold_id, state="unknown" if row is None else row.state)
     return row
 
 
-def _to_hold(row: Row[tuple[object, ...]]) -> Hold:
+def _to_hold(row: _Row) -> Hold:
     return Hold(
         id=row.id,
         allocation=row.allocation,

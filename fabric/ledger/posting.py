@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from sqlalchemy import (
     BigInteger,
@@ -20,16 +20,24 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.sql.dml import ReturningUpdate
 
 from fabric.errors import Duplicate, InsufficientBalance, RequestInvalid
 from fabric.ledger.tables import accounts, entries, journal
+from fabric.sql import Prepared, Query
 
 MAX_AMOUNT_USU = 10**15
 """The largest single amount, a thousand million SU: sums stay far inside 64 bits."""
 
-_JOURNAL = insert(journal).returning(journal.c.id)
-_ENTRIES = insert(entries)
+
+class _Row(NamedTuple):
+    id: int
+
+
+_JOURNAL = Query(
+    insert(journal).returning(journal.c.id),
+    _Row,
+    columns=[column.name for column in journal.c if column.name != "id"],
+)
 _OPEN = {
     "sqlite": sqlite.insert(accounts).on_conflict_do_nothing(),
     "postgresql": postgresql.insert(accounts).on_conflict_do_nothing(),
@@ -82,8 +90,9 @@ def post(
     if key is not None and is_posted(connection, key, kind, deltas_usu):
         return
     changes = [(account, delta) for account, delta in ordered if delta]
+    numbered = _numbered(changes)
     if changes:
-        _move(connection, changes)
+        _move(connection, changes, numbered)
     row = {
         "kind": kind,
         "at": at,
@@ -96,13 +105,9 @@ def post(
         "model": model,
         "memo": memo,
     }
-    journal_id = connection.execute(_JOURNAL, row).scalar_one()
-    lines = [
-        {"journal_id": journal_id, "account_id": account, "amount_usu": delta}
-        for account, delta in changes
-    ]
-    if lines:
-        connection.execute(_ENTRIES, lines)
+    (written,) = _JOURNAL.all(connection, row)
+    if changes:
+        _entries(len(changes)).run(connection, {"journal": written.id, **numbered})
 
 
 def account_id(connection: Connection, name: str, *, may_go_negative: bool = False) -> int:
@@ -149,19 +154,40 @@ def is_posted(connection: Connection, key: str, kind: str, deltas_usu: Mapping[i
     return True
 
 
-def _move(connection: Connection, changes: Sequence[tuple[int, int]]) -> None:
+def _move(
+    connection: Connection, changes: Sequence[tuple[int, int]], numbered: Mapping[str, int]
+) -> None:
     """Move balances, in order of account; the transaction is undone if one would be overdrawn."""
-    values: dict[str, int] = {}
-    for number, (account, delta) in enumerate(changes):
-        values |= {f"account_{number}": account, f"delta_{number}": delta}
-    moved = set(connection.scalars(_moves(len(changes)), values))
+    moved = {row.id for row in _moves(len(changes)).all(connection, numbered)}
     for account, delta in changes:
         if account not in moved:
             _refuse(connection, account, delta)
 
 
+def _numbered(changes: Sequence[tuple[int, int]]) -> dict[str, int]:
+    """Return changes as the values of a statement for as many."""
+    values: dict[str, int] = {}
+    for number, (account, delta) in enumerate(changes):
+        values |= {f"account_{number}": account, f"delta_{number}": delta}
+    return values
+
+
 @cache
-def _moves(num: int) -> ReturningUpdate[int]:
+def _entries(num: int) -> Prepared:
+    """Return the statement that writes so many entries of a journal row."""
+    lines: list[dict[str, object]] = [
+        {
+            "journal_id": bindparam("journal"),
+            "account_id": bindparam(f"account_{number}"),
+            "amount_usu": bindparam(f"delta_{number}"),
+        }
+        for number in range(num)
+    ]
+    return Prepared(insert(entries).values(lines))
+
+
+@cache
+def _moves(num: int) -> Query[_Row]:
     """Return the statement that moves so many balances, and returns which it moved."""
     named: list[tuple[BindParameter[int], BindParameter[int]]] = [
         (bindparam(f"account_{number}", type_=BigInteger), bindparam(f"delta_{number}"))
@@ -176,11 +202,12 @@ def _moves(num: int) -> ReturningUpdate[int]:
         .order_by(accounts.c.id)
         .with_for_update()
     )
-    return (
+    return Query(
         update(accounts)
         .where(accounts.c.id.in_(locked), or_(moved >= 0, accounts.c.may_go_negative))
         .values(balance_usu=moved)
-        .returning(accounts.c.id)
+        .returning(accounts.c.id),
+        _Row,
     )
 
 

@@ -18,7 +18,9 @@ class VllmOptions(Wire):
 
     ``command`` starts one, which ends with the instance, and ``args`` are given to it after ours;
     it has ``start_s`` seconds to become healthy. With ``url`` one that runs already is used: it
-    serves the same files, and the key it asks for is in ``key_path``.
+    serves the same files, and the key it asks for is in ``key_path``. ``runner`` is vLLM's word: a
+    server generates or, as ``pooling``, embeds; ``None`` lets sentence-embedding models embed and
+    others generate.
     """
 
     command: tuple[str, ...] = Field(default=("vllm", "serve"), min_length=1)
@@ -26,6 +28,7 @@ class VllmOptions(Wire):
     url: str | None = Field(default=None, pattern=r"^https?://")
     key_path: str | None = None
     start_s: float = Field(default=900.0, gt=0.0)
+    runner: Literal["generate", "pooling"] | None = None
 
 
 class EngineOptions(Wire):
@@ -37,6 +40,9 @@ class EngineOptions(Wire):
 
     backend: Literal["fabric", "vllm"] = "fabric"
     vllm: VllmOptions = VllmOptions()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["auto", "flex", "gathered"] = "auto"
+    graphs: bool = True
     dtype: str | None = None
     num_threads: int | None = Field(default=None, ge=1)
     cache_bytes: int | None = Field(default=None, ge=1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import uuid
+import secrets
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
@@ -50,7 +51,7 @@ AdapterDigest = Annotated[str, StringConstraints(pattern=r"^blake3:[0-9a-f]{64}$
 
 def new_id(kind: str) -> str:
     """Return a fresh identifier such as ``run_3f0c…``: ``kind``, then 32 hexadecimal digits."""
-    return f"{kind}_{uuid.uuid4().hex}"
+    return f"{kind}_{secrets.token_hex(16)}"
 
 
 class TextInput(Wire):
@@ -59,12 +60,22 @@ class TextInput(Wire):
     kind: Literal["text"] = "text"
     text: str
 
+    @cached_property
+    def tokens_bound(self) -> int:
+        """See ``Request.prompt_tokens_bound``, which is asked for every replica."""
+        return len(self.text.encode()) + 1
+
 
 class TokensInput(Wire):
     """A prompt as token ids of the model's own vocabulary."""
 
     kind: Literal["tokens"] = "tokens"
     ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+
+    @property
+    def tokens_bound(self) -> int:
+        """How many there are."""
+        return len(self.ids)
 
 
 class ChatMessage(Wire):
@@ -84,12 +95,22 @@ class ChatInput(Wire):
     messages: tuple[ChatMessage, ...] = Field(min_length=1)
     tool_choice: ToolChoice | None = None
 
+    @cached_property
+    def tokens_bound(self) -> int:
+        """See ``Request.prompt_tokens_bound``."""
+        return 256 + _num_tool_bytes(self.tool_choice) + sum(map(_num_turn_bytes, self.messages))
+
 
 class ProgramInput(Wire):
     """An intervention program, whose runs have the prompts."""
 
     kind: Literal["program"] = "program"
     program: Program
+
+    @cached_property
+    def tokens_bound(self) -> int:
+        """Of the prompts of all runs."""
+        return sum(map(_num_prompt_tokens, self.program.runs))
 
 
 class Sampling(Wire):
@@ -151,7 +172,8 @@ class Request(Wire):
 
     ``deadline_s`` counts seconds from admission. ``data_site`` names the site where the request's
     data lives and ``data_bytes`` its size: the broker weighs moving it. ``sites`` restricts where
-    it may run. ``weights`` replace those of the ``policy``, part by part. The mode ``embed`` takes
+    it may run; ``overflow`` lets it leave instances of the caller's own that would otherwise keep
+    it. ``weights`` replace those of the ``policy``, part by part. The mode ``embed`` takes
     no sampling but ``max_tokens`` 0, and no conversation; ``pooling`` (``None``: as the model was
     made, or the mean) and ``dimensions``, which the vector must have, are for it alone. ``adapter``
     names one of the project's own, made for this version of the model.
@@ -174,6 +196,7 @@ class Request(Wire):
     data_site: SiteName | None = None
     data_bytes: int = Field(default=0, ge=0)
     sites: tuple[SiteName, ...] | None = None
+    overflow: bool = False
     adapter: AdapterName | None = None
 
     @model_validator(mode="after")
@@ -210,15 +233,8 @@ class Request(Wire):
         system prompt (256). Tools come as JSON, indented at most, after instructions of at most
         2,048 bytes. Encoders put a token before a text and one after it.
         """
-        match self.input:
-            case TokensInput(ids=ids):
-                return len(ids)
-            case TextInput(text=text):
-                return len(text.encode()) + (2 if self.mode == "embed" else 1)
-            case ProgramInput(program=program):
-                return sum(_num_prompt_tokens(run) for run in program.runs)
-            case ChatInput(messages=messages, tool_choice=choice):
-                return 256 + _num_tool_bytes(choice) + sum(map(_num_turn_bytes, messages))
+        ends = self.mode == "embed" and isinstance(self.input, TextInput)
+        return self.input.tokens_bound + ends
 
 
 def _num_turn_bytes(turn: ChatMessage) -> int:

@@ -25,7 +25,7 @@ class Candidate(Wire):
     component (queue, service, data, price, risk; cold where it must be started) and ``total_s``
     their sum. ``correction`` is the running mean of observed over predicted seconds there, which
     the expectation has in it. In the short table of a large fleet ``num_alike`` counts the
-    replicas of the site that the line stands for.
+    replicas of the site that the line stands for. ``ready_in_s`` is told of one on its way.
     """
 
     site: str
@@ -36,6 +36,7 @@ class Candidate(Wire):
     total_s: float | None = None
     correction: float = 1.0
     num_alike: int = Field(default=1, ge=1)
+    ready_in_s: float | None = None
 
 
 class Placement(Wire):

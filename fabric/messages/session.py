@@ -33,7 +33,7 @@ from fabric.messages.request import Mode, ModelRef, Request, SiteName
 from fabric.messages.task import Task
 from fabric.messages.wire import Wire
 
-PROTOCOL = 5
+PROTOCOL = 6
 """The version of this protocol; a peer with another one is refused."""
 
 MAX_FRAME_BYTES = 16 * 2**20

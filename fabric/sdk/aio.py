@@ -313,11 +313,22 @@ class AsyncFabric:
         return Batch.from_reply(await self._transport.post(f"/v1/batches/{batch_id}/cancel", {}))
 
     async def add_instance(
-        self, model: str, machine: str, *, sharing: str, lifetime_s: float
+        self,
+        model: str,
+        machine: str,
+        *,
+        sharing: str,
+        overflow: bool | None = None,
+        lifetime_s: float,
     ) -> Json:
         """Ask for the permission to start an instance; see ``Fabric.add_instance``."""
         return await instances.add(
-            self._transport, model=model, machine=machine, sharing=sharing, lifetime_s=lifetime_s
+            self._transport,
+            model=model,
+            machine=machine,
+            sharing=sharing,
+            overflow=overflow,
+            lifetime_s=lifetime_s,
         )
 
     async def instances(self) -> tuple[OwnInstance, ...]:
@@ -331,6 +342,10 @@ class AsyncFabric:
     async def report_job(self, instance: str, job: Mapping[str, object]) -> Json:
         """Note what an instance's job took; see ``Fabric.report_job``."""
         return await instances.report_job(self._transport, instance, job)
+
+    async def report_balance(self, instance: str, balance: Mapping[str, object]) -> None:
+        """Note what is left of the account that pays; see ``Fabric.report_balance``."""
+        await instances.report_balance(self._transport, instance, balance)
 
     async def drain_instance(self, instance: str) -> None:
         """Ask an instance of the project's to finish what it has and leave."""

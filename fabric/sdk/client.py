@@ -380,7 +380,13 @@ class Fabric:
         return self._background.run(self._fabric.cancel_batch(batch_id))
 
     def add_instance(
-        self, model: str, machine: str, *, sharing: str = "project", lifetime_s: float = 604_800.0
+        self,
+        model: str,
+        machine: str,
+        *,
+        sharing: str = "project",
+        overflow: bool | None = None,
+        lifetime_s: float = 604_800.0,
     ) -> Json:
         """Ask for the permission to start one instance in a job of one's own.
 
@@ -388,13 +394,17 @@ class Fabric:
             model: What it runs, as ``name@revision``.
             machine: What the machine is called.
             sharing: Who may use it: ``private``, ``project`` or ``shared``.
+            overflow: Whether requests of those whose it is may go elsewhere while it is there; by
+                default they may if it is shared with all.
             lifetime_s: Seconds in which it may join.
 
         Returns:
             A ``Launch`` (``fabric.messages``) as JSON. It has the instance's token.
         """
         return self._background.run(
-            self._fabric.add_instance(model, machine, sharing=sharing, lifetime_s=lifetime_s)
+            self._fabric.add_instance(
+                model, machine, sharing=sharing, overflow=overflow, lifetime_s=lifetime_s
+            )
         )
 
     def instances(self) -> tuple[OwnInstance, ...]:
@@ -426,6 +436,21 @@ class Fabric:
             NotFound: There is no such instance, or it is somebody else's.
         """
         return self._background.run(self._fabric.report_job(instance, job))
+
+    def report_balance(self, instance: str, balance: Mapping[str, object]) -> None:
+        """Note what the account has left that pays for an instance of the project's.
+
+        It counts for choices among instances at its site alone.
+
+        Args:
+            instance: What it pays for.
+            balance: ``account``, its ``unit``, what is ``available``, and ``needed``, what jobs
+                that were asked for may still take, or ``None``.
+
+        Raises:
+            NotFound: There is no such instance, or it is somebody else's.
+        """
+        self._background.run(self._fabric.report_balance(instance, balance))
 
     def drain_instance(self, instance: str) -> None:
         """Ask an instance of the project's to finish what it has and leave.

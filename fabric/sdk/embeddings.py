@@ -28,6 +28,7 @@ class EmbedOptions(TypedDict, total=False):
         data_site: The site where the request's data lives.
         data_bytes: The size of that data.
         sites: The only sites that may serve it.
+        overflow: Whether it may leave instances of one's own, which keep it otherwise.
         deadline_s: Seconds from admission after which it is given up.
         policy: What the choice of a site should favour.
         tier: How urgent it is.
@@ -40,6 +41,7 @@ class EmbedOptions(TypedDict, total=False):
     data_site: str | None
     data_bytes: int | None
     sites: Sequence[str] | None
+    overflow: bool | None
     deadline_s: float | None
     policy: Literal["balanced", "fastest", "cheapest", "local-only"] | None
     tier: Literal["interactive", "standard", "batch"] | None

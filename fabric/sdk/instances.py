@@ -17,13 +17,17 @@ _PATH = "/v1/fabric/instances"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnInstance(Record):
-    """An instance in a job of one's own; ``connected`` says whether the hub has its session."""
+    """An instance in a job of one's own; ``connected`` says whether the hub has its session.
+
+    Without ``overflow`` it keeps the requests of those whose it is.
+    """
 
     instance: str
     machine: str
     site: str
     model: str
     sharing: str
+    overflow: bool
     state: str
     connected: bool
     num_running: int
@@ -32,10 +36,17 @@ class OwnInstance(Record):
 
 
 async def add(
-    transport: Transport, *, model: str, machine: str, sharing: str, lifetime_s: float
+    transport: Transport,
+    *,
+    model: str,
+    machine: str,
+    sharing: str,
+    overflow: bool | None,
+    lifetime_s: float,
 ) -> Json:
     """Ask for the permission for one instance; see ``Fabric.add_instance``."""
-    body = {"model": model, "machine": machine, "sharing": sharing, "lifetime_s": lifetime_s}
+    body: dict[str, object] = {"model": model, "machine": machine, "sharing": sharing}
+    body |= {"lifetime_s": lifetime_s, "overflow": overflow}
     reply: Json = await transport.post(_PATH, body)
     return reply
 
@@ -55,6 +66,13 @@ async def report_job(transport: Transport, instance: str, job: Mapping[str, obje
     """Note what an instance's job took."""
     reply: Json = await transport.post(f"{_PATH}/{instance}/job", dict(job))
     return reply
+
+
+async def report_balance(
+    transport: Transport, instance: str, balance: Mapping[str, object]
+) -> None:
+    """Note what the account has left that pays for an instance."""
+    await transport.post(f"{_PATH}/{instance}/balance", dict(balance))
 
 
 async def drain(transport: Transport, instance: str) -> None:

@@ -42,6 +42,7 @@ class Options(TypedDict, total=False):
         data_site: The site where the request's data lives.
         data_bytes: The size of that data.
         sites: The only sites that may serve it.
+        overflow: Whether it may leave instances of one's own, which keep it otherwise.
         deadline_s: Seconds from admission after which it is given up.
         policy: What the choice of a site should favour.
         weights: What a second of each part of the expected cost counts (queue, service, data,
@@ -74,6 +75,7 @@ class Options(TypedDict, total=False):
     data_site: str | None
     data_bytes: int | None
     sites: Sequence[str] | None
+    overflow: bool | None
     deadline_s: float | None
     policy: Literal["balanced", "fastest", "cheapest", "local-only"] | None
     weights: Mapping[str, float] | None
@@ -84,7 +86,7 @@ class Options(TypedDict, total=False):
 _FABRIC_FIELDS = frozenset(
     {
         *("data_site", "data_bytes", "sites", "deadline_s", "policy", "weights", "tier"),
-        *("json_schema", "regex", "choices", "adapter"),
+        *("json_schema", "regex", "choices", "adapter", "overflow"),
     }
 )
 

@@ -31,12 +31,14 @@ class ProgramOptions(TypedDict, total=False):
         tier: How urgent it is.
         deadline_s: Seconds from admission after which it is given up.
         sites: The only sites that may serve it.
+        overflow: Whether it may leave instances of one's own, which keep it otherwise.
         data_site: The site where the program's data lives.
     """
 
     tier: Literal["interactive", "standard", "batch"] | None
     deadline_s: float | None
     sites: Sequence[str] | None
+    overflow: bool | None
     data_site: str | None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -252,9 +253,13 @@ def _abandon_undone(context: ExceptionContext) -> None:
     until the block has ended.
     """
     if context.connection is not None and not context.is_disconnect:
-        driver = context.connection.connection.dbapi_connection
-        context.is_disconnect = driver is not None and not driver.in_transaction
+        context.is_disconnect = is_undone(context.connection.connection.dbapi_connection)
         context.invalidate_pool_on_disconnect = False
+
+
+def is_undone(driver: object) -> bool:
+    """Return whether a driver's connection is to SQLite and in no transaction any more."""
+    return isinstance(driver, sqlite3.Connection) and not driver.in_transaction
 
 
 @contextmanager

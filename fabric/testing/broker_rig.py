@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, TypeVar
 
-from fabric.broker.select import Offer
+from fabric.broker.select import Context, Offer
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import (
     Admitted,
@@ -36,6 +36,7 @@ from fabric.messages import (
     Finished,
     Hello,
     Limits,
+    Placement,
     Request,
     RunFailed,
     Sampling,
@@ -83,6 +84,7 @@ def make_ticket(
     sampling: Sampling | None = None,
     offers: Sequence[Offer] = (),
     project: str = "astro",
+    own: Mapping[str, bool] | None = None,
     **changes: Any,
 ) -> Ticket:
     """Return an admitted request; ``changes`` are fields of the request."""
@@ -104,6 +106,7 @@ def make_ticket(
         held_usu=500,
         prompt_tokens_bound=5,
         max_output_tokens=4,
+        own=own or {},
     )
 
 
@@ -111,7 +114,8 @@ class Rig:
     """A state with a clock, and all the instructions it has given."""
 
     def __init__(self, *sites: str, started_at: float = 0.0, **settings: Any) -> None:
-        self.state = BrokerState(BrokerSettings(**settings), started_at=started_at)
+        self.settings = BrokerSettings(**settings)
+        self.state = BrokerState(self.settings, started_at=started_at)
         self.now = LATE
         self.done: list[Instruction] = []
         for site in sites:
@@ -133,6 +137,7 @@ class Rig:
             limits=Limits(context_tokens=64, max_rows=4, cache_tokens=256),
             dtype="float32",
             engine="test",
+            deadline_s=changes.pop("deadline_s", None),
         )
         return self.feed(
             ReplicaJoined(
@@ -229,3 +234,23 @@ def admit(rig: Rig, **changes: Any) -> SendTask:
     assert sent is not None
     rig.accept(sent)
     return sent
+
+
+def foresee(rig: Rig, **changes: Any) -> Placement | None:
+    """Return where a request would go if it was admitted now; raises as ``BrokerState.foresee``."""
+    request, context = informed(rig, **changes)
+    return rig.state.foresee(rig.now, request, context, project="astro")
+
+
+def informed(rig: Rig, **changes: Any) -> tuple[Request, Context]:
+    """Return a request and what a choice for it rests on; ``changes`` as for ``make_ticket``."""
+    ticket = make_ticket(**changes)
+    context = Context(
+        model=ticket.model,
+        digest=ticket.digest,
+        offers=ticket.offers,
+        remaining_s=ticket.request.deadline_s,
+        settings=rig.settings,
+    )
+    request = ticket.request
+    return request, rig.state.experience.informed(rig.now, request, context)

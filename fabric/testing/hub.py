@@ -18,19 +18,19 @@ import uvicorn
 import uvloop
 from websockets.asyncio.client import ClientConnection
 
-from fabric.adapters import Adapters
 from fabric.artifacts import Artifacts, ArtifactSettings
-from fabric.auth import Authenticator, GlobusTokens, Grants, Keys, Rulebook
-from fabric.batches import Batches, BatchSettings
+from fabric.auth import GlobusTokens, Grants, Keys
+from fabric.batches import BatchSettings
 from fabric.broker import Broker, BrokerSettings
 from fabric.catalog import Catalog
-from fabric.gateway import GatewaySettings, LineAnswerer, Metrics, create_app, get_server_config
+from fabric.gateway import GatewaySettings, get_server_config, open_app
+from fabric.gateway.hub import Hub
 from fabric.instance.depot import Depot
 from fabric.instance.dial import dial
 from fabric.instance.serve import serve_session
 from fabric.ledger import Ledger
 from fabric.messages import Hello
-from fabric.sql import Database, Offload, migrate
+from fabric.sql import Database, migrate
 from fabric.testing.engine import FixedDelayEngine
 from fabric.testing.patience import PATIENCE_S
 
@@ -171,79 +171,43 @@ async def serve_hub(directory: Path, **options: Unpack[HubOptions]) -> AsyncIter
     url = options.get("database_url", f"sqlite:///{directory / 'hub.sqlite'}")
     with Database(url) as database:
         migrate(database)
-        keys, catalog, ledger = Keys(database), Catalog(database), Ledger(database)
-        api_key = _seed(keys, catalog, ledger, sites, options.get("grant_usu", 10**12))
-        offload, metrics = Offload(database), Metrics()
+        api_key = _seed(database, sites, options.get("grant_usu", 10**12))
         get_tokens = options.get("tokens")
-        rules = Rulebook(offload)
-        tokens = get_tokens(database) if get_tokens else None
-        authenticator = Authenticator(keys, offload, tokens, rules=rules)
-        adapters = Adapters(database, directory / "adapters")
-        adapters.prepare()
-        broker = Broker(
-            ledger=ledger,
-            catalog=catalog,
-            offload=offload,
-            settings=options.get("broker", BrokerSettings()),
-            observer=metrics,
-            find_adapter=adapters.find,
-            rules=rules,
+        opening = open_app(
+            database,
+            directory,
+            tokens=get_tokens(database) if get_tokens else None,
+            broker_settings=options.get("broker", BrokerSettings()),
+            gateway_settings=options.get("gateway", GatewaySettings()),
+            batch_settings=options.get("batches", BatchSettings(poll_s=0.1)),
+            artifact_settings=options.get("artifacts", ArtifactSettings()),
         )
-        batches = Batches(
-            database=database,
-            offload=offload,
-            keys=keys,
-            answerer=LineAnswerer(broker=broker, catalog=catalog, offload=offload, metrics=metrics),
-            directory=directory / "files",
-            settings=options.get("batches", BatchSettings(poll_s=0.1)),
-        )
-        artifacts = Artifacts(
-            database=database,
-            offload=offload,
-            directory=directory / "artifacts",
-            settings=options.get("artifacts", ArtifactSettings()),
-        )
-        app = create_app(
-            broker=broker,
-            catalog=catalog,
-            keys=keys,
-            ledger=ledger,
-            offload=offload,
-            metrics=metrics,
-            authenticator=authenticator,
-            batches=batches,
-            adapters=adapters,
-            artifacts=artifacts,
-            settings=options.get("gateway", GatewaySettings()),
-        )
-        await broker.start()
-        await batches.start()
-        await artifacts.start()
-        async with _serving(get_server_config(app, host="127.0.0.1", port=0)) as base_url:
+        async with (
+            opening as app,
+            _serving(get_server_config(app, host="127.0.0.1", port=0)) as base_url,
+        ):
+            rooms: Hub = app.state.hub
+            assert rooms.artifacts is not None
             hub = RunningHub(
                 base_url=base_url,
                 api_key=api_key,
-                keys=keys,
+                keys=rooms.keys,
                 grants=Grants(database),
-                catalog=catalog,
-                ledger=ledger,
-                broker=broker,
+                catalog=rooms.catalog,
+                ledger=rooms.ledger,
+                broker=rooms.broker,
                 loop=asyncio.get_running_loop(),
                 files_dir=directory / "files",
-                artifacts=artifacts,
+                artifacts=rooms.artifacts,
             )
             try:
                 for name in sites:
                     await hub.start_site(name, get_engine())
                 yield hub
             finally:
-                await batches.close()
-                await artifacts.close()
+                await app.state.batches.close()
                 for site in hub.sites.values():
                     await site.kill()
-        await broker.close()
-        authenticator.close()
-        offload.close()
 
 
 @contextmanager
@@ -296,10 +260,9 @@ async def _serving(config: uvicorn.Config) -> AsyncIterator[str]:
         await serving
 
 
-def _seed(
-    keys: Keys, catalog: Catalog, ledger: Ledger, sites: Sequence[str], grant_usu: int
-) -> str:
+def _seed(database: Database, sites: Sequence[str], grant_usu: int) -> str:
     """Fill an empty database and return a key of the project."""
+    keys, catalog, ledger = Keys(database), Catalog(database), Ledger(database)
     is_empty = not keys.projects()
     if is_empty:
         keys.add_project(PROJECT)

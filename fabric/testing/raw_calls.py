@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import httpx
 from websockets.sync.client import ClientConnection, connect
 
+from fabric.broker import BrokerSettings
 from fabric.catalog import RunRecord
 from fabric.messages import (
     Hello,
@@ -23,7 +25,7 @@ from fabric.messages import (
     parse_from_hub,
 )
 from fabric.testing.fixed_programs import get_manifest
-from fabric.testing.hub import MODEL, PROJECT, RunningHub
+from fabric.testing.hub import MODEL, PROJECT, RunningHub, running_hub
 
 DIGEST = "sha256:" + "0" * 64
 LIMITS = Limits(context_tokens=2048, max_rows=4, cache_tokens=8192, modes=("query", "program"))
@@ -31,6 +33,17 @@ GRANT_USU = 10_000
 MAX_CHARGE_USU = 6 + 2 * 10
 """Of ``get_request()``: five bytes and one token more, and ten tokens of output."""
 TIMEOUT_S = 20.0
+
+
+@contextmanager
+def running_two_site_hub(
+    folder: Path, settings: BrokerSettings, *, grant_usu: int = GRANT_USU
+) -> Iterator[RunningHub]:
+    """Run a hub that knows the sites alpha and beta, and whose instances are those launched."""
+    with running_hub(folder, sites=(), grant_usu=grant_usu, broker=settings) as hub:
+        hub.catalog.add_site("alpha")
+        hub.catalog.add_site("beta")
+        yield hub
 
 
 class RawInstance:

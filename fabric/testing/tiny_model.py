@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 CONTEXT_TOKENS = 256
 SPECIALS = ("<end>", "<start>", "<unused>")
@@ -62,3 +70,44 @@ def save_tiny_llama(path: Path, **changes: object) -> Path:
     """Write a Llama whose weights are the same every time."""
     torch.manual_seed(7)
     return save(LlamaForCausalLM(tiny_config(**changes)), path)
+
+
+def save_tiny_sentences(
+    path: Path, pooling: str = "mean_tokens", parts: tuple[str, ...] = (), **changes: object
+) -> Path:
+    """Write a BERT with random weights as sentence-transformers writes a model.
+
+    Args:
+        path: Its directory.
+        pooling: By sentence-transformers' name, without ``pooling_mode_``.
+        parts: Modules after the usual ones.
+        changes: Of its configuration.
+    """
+    torch.manual_seed(11)
+    config: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 128,
+    }
+    save(BertModel(BertConfig(**(config | changes))), path)
+    names = ("Transformer", "Pooling", "Normalize", *parts)
+    modules = [
+        {
+            "idx": at,
+            "name": str(at),
+            "path": f"{at}_{name}" if at else "",
+            "type": f"sentence_transformers.models.{name}",
+        }
+        for at, name in enumerate(names)
+    ]
+    (path / "modules.json").write_text(json.dumps(modules))
+    (path / "1_Pooling").mkdir(exist_ok=True)
+    flags = {f"pooling_mode_{kind}": kind == pooling for kind in ("cls_token", "mean_tokens")}
+    flags[f"pooling_mode_{pooling}"] = True
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(flags))
+    limit = {"max_seq_length": 100, "do_lower_case": False}
+    (path / "sentence_bert_config.json").write_text(json.dumps(limit))
+    return path

@@ -24,13 +24,17 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from fabric.engine.config import EngineConfig
+from fabric.engine.embedding import EmbeddingEngine
 from fabric.engine.interface import Engine
 from fabric.engine.source import ModelSource
 from fabric.engine.torch_engine import TorchEngine
 from fabric.messages import (
+    EMBED_SAMPLING,
+    Embedding,
     Event,
     Failed,
     Finished,
+    Pooling,
     PromptScored,
     Request,
     Sampling,
@@ -47,6 +51,7 @@ _SAME = (
     *("n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs"),
     *("ignore_eos", "presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
+_POOLINGS: Mapping[str, Pooling] = {"MEAN": "mean", "LAST": "last"}
 _KINDS = {"json": ("json_schema", "definition"), "regex": ("regex", "pattern")}
 
 
@@ -58,9 +63,22 @@ class Server:
         name: What it calls the model.
         root: The model's directory.
         key: What requests must carry.
+        pools: Whether it embeds, as vLLM's ``--runner pooling``, and does nothing else.
+        kind: How, if not as the engine does.
     """
 
-    def __init__(self, engine: Engine, *, name: str, root: str, key: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        name: str,
+        root: str,
+        key: str,
+        pools: bool = False,
+        kind: Pooling | None = None,
+    ) -> None:
+        self._pools = pools
+        self._kind = kind
         self._engine = engine
         self._name = name
         self._root = root
@@ -75,7 +93,9 @@ class Server:
                 Route("/version", self.version),
                 Route("/metrics", self.metrics),
                 Route("/v1/models", self.models),
-                Route("/v1/completions", self.complete, methods=["POST"]),
+                Route("/v1/embeddings", self.embed, methods=["POST"])
+                if self._pools
+                else Route("/v1/completions", self.complete, methods=["POST"]),
             ]
         )
 
@@ -120,8 +140,8 @@ class Server:
         if (refusal := self._refuse(http)) is not None:
             return refusal
         body = await http.json()
-        if body["model"] != self._name:
-            return _error(404, f"The model `{body['model']}` does not exist.")
+        if (wrong := self._find_wrong(body, "prompt")) is not None:
+            return wrong
         if body["n"] > 1 and not body["temperature"]:
             return _error(400, "n must be 1 when using greedy sampling.")
         try:
@@ -135,6 +155,41 @@ class Server:
         if body["stream"]:
             return StreamingResponse(self._stream(answer), media_type="text/event-stream")
         return await self._whole(answer)
+
+    async def embed(self, http: HttpRequest) -> Response:
+        """Embed the token ids of one prompt."""
+        if (refusal := self._refuse(http)) is not None:
+            return refusal
+        body = await http.json()
+        if (wrong := self._find_wrong(body, "input")) is not None:
+            return wrong
+        request = Request(
+            mode="embed",
+            model="m",
+            input=TokensInput(ids=body["input"][0]),
+            sampling=EMBED_SAMPLING,
+            pooling=self._kind,
+            deadline_s=86_400.0,
+        )
+        answer = _Answer(self._engine, self._get_task(request, body))
+        async for event in answer:
+            match event:
+                case Embedding():
+                    vector = event.data
+                case Failed():
+                    return _error(400, event.failure.message)
+                case Finished():
+                    data = [{"index": 0, "object": "embedding", "embedding": vector}]
+                    usage = _usage(event.usage)
+                    return JSONResponse({"model": self._name, "data": data, "usage": usage})
+        return _error(500, "The engine ended.")
+
+    def _find_wrong(self, body: Mapping[str, Any], prompt: str) -> Response | None:
+        if prompt not in body:
+            return _error(400, f"body.{prompt}: Field required")
+        if body["model"] != self._name:
+            return _error(404, f"The model `{body['model']}` does not exist.")
+        return None
 
     def _read(self, body: Mapping[str, Any]) -> Task:
         given = {name: body[name] for name in _SAME if body.get(name) is not None}
@@ -158,6 +213,9 @@ class Server:
             sampling=sampling,
             deadline_s=86_400.0,
         )
+        return self._get_task(request, body)
+
+    def _get_task(self, request: Request, body: Mapping[str, Any]) -> Task:
         return Task(
             id=request.id,
             attempt=1,
@@ -302,9 +360,11 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int)
     parser.add_argument("--dtype", default="float32")
-    for sized in ("max-num-seqs", "max-num-batched-tokens", "kv-cache-memory-bytes"):
-        parser.add_argument(f"--{sized}", type=int, required=True)
-    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--max-num-seqs", type=int, required=True)
+    for sized in ("max-num-batched-tokens", "kv-cache-memory-bytes", "max-model-len"):
+        parser.add_argument(f"--{sized}", type=int)
+    parser.add_argument("--runner", choices=["generate", "pooling"], default="generate")
+    parser.add_argument("--pooler-config", default="{}")
     parser.add_argument("--enable-prompt-tokens-details", action="store_true")
     for one in ("tensor-parallel-size", "pipeline-parallel-size", "nnodes"):
         parser.add_argument(f"--{one}", type=int, default=1)
@@ -326,14 +386,15 @@ def main() -> None:
         words = [str(word) for pair in station.items() for word in pair]
         agent = [sys.executable, "-m", "fabric.engine.partition.agent", *words]
         os.execv(sys.executable, agent)  # noqa: S606
-    engine = TorchEngine(
-        ModelSource.parse(given.model),
+    source = ModelSource.parse(given.model)
+    engine = (EmbeddingEngine if source.embeds_sentences else TorchEngine)(
+        source,
         EngineConfig(
             dtype=given.dtype,
             num_threads=1,
             cache_bytes=given.kv_cache_memory_bytes,
             max_rows=given.max_num_seqs,
-            step_tokens=given.max_num_batched_tokens,
+            step_tokens=given.max_num_batched_tokens or 512,
             context_tokens=given.max_model_len,
             tensor_parallel=given.tensor_parallel_size,
             pipeline_parallel=given.pipeline_parallel_size,
@@ -344,7 +405,15 @@ def main() -> None:
     )
     engine.start()
     key = os.environ["VLLM_API_KEY"]
-    server = Server(engine, name=given.served_model_name, root=given.model, key=key)
+    pooler = json.loads(given.pooler_config)
+    server = Server(
+        engine,
+        name=given.served_model_name,
+        root=given.model,
+        key=key,
+        pools=given.runner == "pooling",
+        kind=None if source.embeds_sentences else _POOLINGS[pooler.get("pooling_type", "LAST")],
+    )
     try:
         uvicorn.run(server.app, host=given.host, port=given.port, log_level="warning")
     finally:

@@ -9,15 +9,15 @@ import math
 import os
 import shlex
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fabric.engine.config import EngineConfig
+from fabric.engine.embedding import EmbeddingEngine
 from fabric.engine.interface import Engine
 from fabric.engine.source import ModelSource
 from fabric.engine.torch_engine import TorchEngine
@@ -27,23 +27,16 @@ from fabric.messages import (
     Accepted,
     ChatInput,
     ChatMessage,
-    Event,
-    Failed,
-    Finished,
     JsonSchema,
     PromptScored,
     Regex,
-    Request,
-    Sampling,
-    Task,
     TextInput,
-    Token,
-    TokensInput,
     VllmOptions,
 )
+from fabric.testing.asking import PROMPT, Asker
 from fabric.testing.engine import FixedDelayEngine
 from fabric.testing.hub import wait_until
-from fabric.testing.tiny_model import save_tiny_llama
+from fabric.testing.tiny_model import save_tiny_llama, save_tiny_sentences
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -54,87 +47,7 @@ COMPUTING = KINDS[1:]
 SIZES = EngineConfig(
     dtype="float32", num_threads=1, cache_bytes=4 * 2**20, max_rows=8, step_tokens=64
 )
-IDS = [72, 101, 108, 108, 111]
-
-
-@dataclass
-class Heard:
-    """A sink that keeps its events."""
-
-    events: list[Event] = field(default_factory=list)
-    ended: threading.Event = field(default_factory=threading.Event)
-    begun: threading.Event = field(default_factory=threading.Event)
-
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-        if isinstance(event, Token):
-            self.begun.set()
-        if isinstance(event, Finished | Failed):
-            self.begun.set()
-            self.ended.set()
-
-    def tokens(self, choice: int = 0) -> list[Token]:
-        return [e for e in self.events if isinstance(e, Token) and e.choice == choice]
-
-    def ids(self, choice: int = 0) -> list[int]:
-        return [token.token_id for token in self.tokens(choice)]
-
-    def text(self, choice: int = 0) -> str:
-        return "".join(token.text for token in self.tokens(choice))
-
-    @property
-    def last(self) -> Finished | Failed:
-        assert self.ended.wait(120), self.events[-3:]
-        last = self.events[-1]
-        assert isinstance(last, Finished | Failed)
-        return last
-
-    @property
-    def finished(self) -> Finished:
-        assert isinstance(self.last, Finished), self.last
-        return self.last
-
-    @property
-    def failure_code(self) -> str:
-        assert isinstance(self.last, Failed), self.last
-        return self.last.failure.code
-
-
-class Asker:
-    """An engine, and tasks for it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.last_task: Task | None = None
-
-    def ask(
-        self,
-        prompt: Any = IDS,
-        *,
-        prefix: tuple[int, ...] = (),
-        digest: str | None = None,
-        deadline_s: float = 120.0,
-        task: Task | None = None,
-        **sampling: Any,
-    ) -> Heard:
-        if isinstance(prompt, list):
-            prompt = TokensInput(ids=tuple(prompt))
-        elif isinstance(prompt, str):
-            prompt = TextInput(text=prompt)
-        given = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True} | sampling
-        request = Request(model="tiny", input=prompt, sampling=Sampling.model_validate(given))
-        task = task or Task(
-            id=request.id,
-            attempt=1,
-            request=request,
-            digest=digest or self.engine.info.digest,
-            prefix=prefix,
-            deadline_s=deadline_s,
-        )
-        self.last_task = task
-        heard = Heard()
-        self.engine.submit(task, heard)
-        return heard
+EMBEDDING = ["fixed", "torch", "sentences", "vllm pooling", "vllm sentences"]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +65,12 @@ def get_vllm(path: Path, **changes: Any) -> VllmEngine:
 
 
 @pytest.fixture(scope="module")
-def make(tiny_dir: Path) -> Iterator[Callable[[str], Engine]]:
+def sentence_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_sentences(tmp_path_factory.mktemp("models") / "sentences", hidden_size=64)
+
+
+@pytest.fixture(scope="module")
+def make(tiny_dir: Path, sentence_dir: Path) -> Iterator[Callable[[str], Engine]]:
     """Start an engine of each kind once."""
     engines: dict[str, Engine] = {}
 
@@ -162,7 +80,12 @@ def make(tiny_dir: Path) -> Iterator[Callable[[str], Engine]]:
             engine: Engine = {
                 "fixed": lambda: FixedDelayEngine(token_s=0.002, stop_after=200),
                 "torch": lambda: TorchEngine(source, SIZES, name="tiny"),
+                "sentences": lambda: EmbeddingEngine(
+                    ModelSource.parse(str(sentence_dir)), SIZES, name="tiny"
+                ),
                 "vllm": lambda: get_vllm(tiny_dir),
+                "vllm pooling": lambda: get_vllm(tiny_dir, runner="pooling"),
+                "vllm sentences": lambda: get_vllm(sentence_dir),
             }[kind]()
             engine.start()
             engines[kind] = engine
@@ -182,6 +105,12 @@ def any_engine(request: pytest.FixtureRequest, make: Callable[[str], Engine]) ->
 @pytest.fixture(params=COMPUTING)
 def computing(request: pytest.FixtureRequest, make: Callable[[str], Engine]) -> Asker:
     """An engine of each kind that has a model."""
+    return Asker(make(request.param))
+
+
+@pytest.fixture(params=EMBEDDING)
+def embedding(request: pytest.FixtureRequest, make: Callable[[str], Engine]) -> Asker:
+    """An engine of each kind that embeds."""
     return Asker(make(request.param))
 
 
@@ -205,7 +134,7 @@ def test_a_task_is_accepted_then_told_token_by_token_then_finished(any_engine: A
     finished = heard.finished
     first, *tokens, _ = heard.events
     assert isinstance(first, Accepted)
-    assert first.prompt_tokens == len(IDS) == finished.usage.prompt_tokens
+    assert first.prompt_tokens == len(PROMPT) == finished.usage.prompt_tokens
     assert [token.position for token in heard.tokens()] == list(range(6))
     assert len(tokens) == 6 == finished.usage.output_tokens
     assert [token.finish_reason for token in heard.tokens()] == [None] * 5 + ["length"]
@@ -226,10 +155,10 @@ def test_sampled_choices_differ(computing: Asker) -> None:
 
 
 def test_many_tasks_at_once_end_each_with_their_own_tokens(any_engine: Asker) -> None:
-    asked = [any_engine.ask(IDS[: 1 + i % 4], max_tokens=3 + i) for i in range(12)]
+    asked = [any_engine.ask(PROMPT[: 1 + i % 4], max_tokens=3 + i) for i in range(12)]
     for i, heard in enumerate(asked):
         assert heard.finished.usage.output_tokens == len(heard.ids()) == 3 + i
-    again = any_engine.ask(IDS[:1], max_tokens=3)
+    again = any_engine.ask(PROMPT[:1], max_tokens=3)
     assert again.finished
     assert again.ids() == asked[0].ids()
 
@@ -290,7 +219,7 @@ def test_scores_of_tokens_and_prompt_are_log_probabilities(computing: Asker) -> 
     heard = computing.ask(logprobs=3, prompt_logprobs=True, max_tokens=4)
     assert heard.finished
     [scored] = [event for event in heard.events if isinstance(event, PromptScored)]
-    assert [token.token_id for token in scored.tokens] == IDS
+    assert [token.token_id for token in scored.tokens] == PROMPT
     assert scored.tokens[0].logprob is None
     for token in (*scored.tokens[1:], *heard.tokens()):
         assert token.logprob is not None
@@ -353,7 +282,8 @@ def test_a_resumed_answer_goes_on_after_its_prefix(computing: Asker) -> None:
 
 def test_the_same_attempt_twice_is_refused_the_second_time(computing: Asker) -> None:
     first = computing.ask(max_tokens=100)
-    second = computing.ask(task=computing.last_task)
+    assert computing.last_task is not None
+    second = computing.submit(computing.last_task)
     assert second.failure_code == "invalid_parameter"
     assert first.finished
 
@@ -367,13 +297,59 @@ def test_device_seconds_are_told(computing: Asker) -> None:
     assert sum(shares) == pytest.approx(spent_s, rel=0.05, abs=0.05)
 
 
+# ---- engines that embed --------------------------------------------------------------------------
+
+
+def test_a_prompt_is_accepted_then_embedded_then_finished(embedding: Asker) -> None:
+    heard = embedding.embed()
+    usage = heard.finished.usage
+    assert [event.type for event in heard.events] == ["accepted", "embedding", "finished"]
+    assert isinstance(heard.events[0], Accepted)
+    assert heard.events[0].prompt_tokens == len(PROMPT) == usage.prompt_tokens
+    assert usage.output_tokens == 0
+    assert heard.finished.finish_reasons == ("stop",)
+    assert math.hypot(*heard.vector) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_prompts_at_once_get_each_their_own_vector(embedding: Asker) -> None:
+    prompts = [list(range(60, 61 + number)) for number in range(12)]
+    asked = [embedding.embed(ids) for ids in prompts]
+    for ids, heard in zip(prompts, asked, strict=True):
+        alone = embedding.embed(ids)
+        assert heard.vector == pytest.approx(alone.vector, abs=1e-4)
+        assert heard.finished.usage.prompt_tokens == len(ids)
+    assert len({tuple(heard.vector) for heard in asked}) == len(prompts)
+
+
+def test_a_vector_is_as_long_as_the_model_is_wide_or_refused(embedding: Asker) -> None:
+    size = len(embedding.embed().vector)
+    assert len(embedding.embed(dimensions=size).vector) == size
+    assert embedding.embed(dimensions=size - 1).failure_code == "invalid_parameter"
+
+
+def test_a_prompt_over_the_context_is_not_embedded(embedding: Asker) -> None:
+    context_tokens = embedding.engine.info.limits.context_tokens
+    assert embedding.embed([1] * context_tokens).vector
+    assert embedding.embed([1] * (context_tokens + 1)).failure_code == "context_length_exceeded"
+
+
+def test_what_cannot_be_embedded_ends_alone(embedding: Asker) -> None:
+    late = embedding.embed(list(range(60, 130)), deadline_s=1e-6)
+    assert late.failure_code == "deadline_exceeded"
+    if embedding.engine.info.model == "tiny":
+        assert embedding.embed([9999]).failure_code == "invalid_parameter"
+        assert embedding.embed("").failure_code == "invalid_parameter"
+        assert embedding.embed(digest="blake3:0").failure_code == "digest_mismatch"
+    assert embedding.embed().vector
+
+
 # ---- the backend ---------------------------------------------------------------------------------
 
 
 def test_the_backend_says_the_same_tokens_as_our_engine(vllm: Asker, ours: Asker) -> None:
     assert vllm.engine.info.digest == ours.engine.info.digest
     assert vllm.engine.info.engine.startswith("vllm ")
-    for prompt in (IDS, "The quick brown fox", [1, 2, 3]):
+    for prompt in (PROMPT, "The quick brown fox", [1, 2, 3]):
         mine, theirs = (one.ask(prompt, max_tokens=16, logprobs=2) for one in (ours, vllm))
         assert mine.finished
         assert theirs.finished
@@ -386,16 +362,21 @@ def test_the_backend_says_the_same_tokens_as_our_engine(vllm: Asker, ours: Asker
 def test_what_vllm_cannot_do_is_refused(vllm: Asker) -> None:
     sampled = vllm.ask(prefix=(1, 2), temperature=1.0, seed=1)
     assert sampled.failure_code == "invalid_parameter"
-    embed = Request(
-        mode="embed",
-        model="tiny",
-        input=TokensInput(ids=(1,)),
-        sampling=Sampling(max_tokens=0),
-    )
-    task = Task(
-        id=embed.id, attempt=1, request=embed, digest=vllm.engine.info.digest, deadline_s=60
-    )
-    assert vllm.ask(task=task).failure_code == "invalid_parameter"
+    assert vllm.embed().failure_code == "invalid_parameter"
+
+
+@pytest.mark.parametrize("kind", ["pooling", "sentences"])
+def test_the_backends_vectors_are_those_of_our_engine(kind: str, make: Any) -> None:
+    ours = Asker(make("torch" if kind == "pooling" else "sentences"))
+    vllm = Asker(make(f"vllm {kind}"))
+    assert vllm.engine.info.digest == ours.engine.info.digest
+    assert vllm.engine.info.limits.modes == ("embed",)
+    for prompt in (PROMPT, [5], "The quick brown fox", list(range(60, 160))):
+        mine, theirs = (torch.tensor(one.embed(prompt).vector) for one in (ours, vllm))
+        assert float(mine @ theirs) > 1.0 - 1e-3
+    assert vllm.embed(pooling="mean").vector == vllm.embed().vector
+    assert vllm.embed(pooling="last").failure_code == "invalid_parameter"
+    assert vllm.ask().failure_code == "invalid_parameter"
 
 
 def test_other_weights_are_refused_before_the_server_starts(tiny_dir: Path) -> None:

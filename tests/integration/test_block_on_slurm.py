@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +105,59 @@ def test_two_nodes_answer_as_one_process_does_and_drain_together(
     assert are_gone(ranks)
 
 
-def test_a_vllm_server_over_two_nodes_is_started_on_both(
+SERVER = """
+import os, pathlib, socket, sys, time
+wanted = pathlib.Path({wanted!r})
+port = [word.partition("=")[2] for word in sys.argv if word.startswith("--port=")]
+if port and not wanted.exists():
+    wanted.with_suffix(".new").write_text(*port)
+    wanted.with_suffix(".new").rename(wanted)
+    while not wanted.with_suffix(".taken").exists():
+        time.sleep(0.05)
+    socket.create_server(("127.0.0.1", int(*port)))
+command = [sys.executable, "-m", "fabric.testing.vllm_server", *sys.argv[1:]]
+os.execv(sys.executable, command)
+"""
+"""A server whose port somebody else has got when it first starts; it binds it before it loads."""
+
+
+@contextmanager
+def taking_a_port(wanted: Path) -> Iterator[None]:
+    """Listen at the port that a server says it was told, until the end."""
+
+    def take() -> None:
+        while not wanted.exists():
+            if over.wait(0.05):
+                return
+        with socket.create_server(("127.0.0.1", int(wanted.read_text()))):
+            wanted.with_suffix(".taken").touch()
+            over.wait()
+
+    over, thief = threading.Event(), threading.Thread(target=take)
+    thief.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thief.join()
+
+
+def test_a_vllm_server_over_two_nodes_is_started_on_both_past_a_port_that_is_taken(
     hub: RunningHub, slurm: Slurm, tiny_dir: Path, tmp_path: Path
 ) -> None:
     """Its protocol and command line are vLLM's; what computes is our own."""
-    server = {"command": [sys.executable, "-m", "fabric.testing.vllm_server"], "start_s": 200}
+    wanted = tmp_path / "port"
+    command = [sys.executable, "-c", SERVER.format(wanted=str(wanted))]
+    server = {"command": command, "start_s": 200}
     options = {"backend": "vllm", "vllm": server, "cache_bytes": 2**24}
     site = {"name": "tiny", "source": str(tiny_dir), "context_tokens": CONTEXT_TOKENS}
     user = User(hub, slurm, tmp_path, models=[site | {"options": options}])
     try:
-        launch = user.launch(*TWO_NODES, model=MODEL, module=REAL)
+        with taking_a_port(wanted):
+            launch = user.launch(*TWO_NODES, model=MODEL, module=REAL)
+        assert f"port {wanted.read_text()} was taken meanwhile, another is tried" in user.log_of(
+            launch["jobs"][0]
+        )
         ranks = on_node(slurm, "n2", "fabric.engine.partition")
         assert len(ranks) > 1
         answer = user.fabric.complete(PROMPT, model=MODEL, max_tokens=20, temperature=0)

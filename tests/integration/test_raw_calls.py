@@ -35,7 +35,8 @@ from fabric.messages import (
 )
 from fabric.sdk import Fabric
 from fabric.sql import Database, migrate
-from fabric.testing.hub import MODEL, PROJECT, RunningHub, running_hub, wait_until
+from fabric.testing.hub import MODEL, PROJECT, RunningHub, wait_until
+from fabric.testing.raw_calls import running_two_site_hub
 from fabric.testing.rig import InstanceProcess, get_spec, start_instance
 
 pytestmark = pytest.mark.timeout(180)
@@ -120,9 +121,7 @@ def code(event: Event) -> str | None:
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[RunningHub]:
     settings = BrokerSettings(lease_s=3.0, sweep_s=0.2)
-    with running_hub(tmp_path, sites=(), grant_usu=GRANT_USU, broker=settings) as hub:
-        hub.catalog.add_site("alpha")
-        hub.catalog.add_site("beta")
+    with running_two_site_hub(tmp_path, settings, grant_usu=GRANT_USU) as hub:
         yield hub
 
 

@@ -43,6 +43,10 @@ def explain(prompt: str | None, options: Options, fabric: Fabric, output: Output
         [_row(candidate, parts, placement, corrected) for candidate in _ranked(placement)],
     )
     click.echo(why(placement.site, placement.reason))
+    there = {candidate.site for candidate in placement.candidates}
+    for site in fabric.sites():
+        if site.name in there and site.detail:
+            click.echo(f"{site.name}: {site.detail}")
 
 
 def _ranked(placement: Placement) -> list[Candidate]:
@@ -62,8 +66,12 @@ def _row(
         *(_seconds(candidate.cost_s.get(part)) for part in parts),
         *([f"{candidate.correction:.2f}"] if corrected else []),
         _seconds(candidate.total_s),
-        candidate.excluded,
+        candidate.excluded or _ready(candidate.ready_in_s),
     )
+
+
+def _ready(ready_in_s: float | None) -> str:
+    return "" if ready_in_s is None else f"(on its way, ready in about {ready_in_s:.0f} s)"
 
 
 def _seconds(value: float | None) -> str:

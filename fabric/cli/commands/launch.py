@@ -88,6 +88,12 @@ class Until(click.ParamType):
     help="Who may use it: you alone, your project, everybody.",
 )
 @click.option(
+    "--overflow/--no-overflow",
+    default=None,
+    help="Whether requests of those whose it is may go elsewhere while it is there."
+    "  [default: only if it is for everybody]",
+)
+@click.option(
     "--keep-alive-until", "keep_until", type=Until(), help="Let jobs follow one another until then."
 )
 @click.option(
@@ -208,8 +214,15 @@ def _facts(plan: LaunchPlan, means: Means) -> list[tuple[str, str]]:
         ("balance there", _balance(means)),
         ("left after it", _remains(means)),
         ("charge here", "0 SU: what your own jobs serve is not charged again"),
+        ("requests", _users(order)),
         ("kept until", f"{order.keep_until:%Y-%m-%d %H:%M UTC}" if order.keep_until else ""),
     ]
+
+
+def _users(order: Order) -> str:
+    whose = {"private": "your", "project": "your project's", "shared": "everybody's"}
+    where = "go nowhere else while it is there" if order.keeps else "may also go elsewhere"
+    return f"{whose[order.sharing]} requests for this model {where}"
 
 
 def _balance(means: Means) -> str:

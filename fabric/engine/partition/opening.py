@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fabric.engine.cache import BLOCK_TOKENS
-from fabric.engine.config import EngineConfig
+from fabric.engine.config import CACHE_BYTES, EngineConfig
 from fabric.engine.fused import fuse
 from fabric.engine.linear import pack_linears
 from fabric.engine.model import LoadedModel, eos_ids_of, read_config, reading
@@ -81,7 +81,7 @@ class Opening:
             tensor=layout.tensor,
             stages=tuple(map(len, layout.stages)),
             dtype=config.dtype,
-            cache_bytes=config.cache_bytes,
+            cache_bytes=config.cache_bytes or CACHE_BYTES,
             partitioner=config.partitioner,
             offload=config.offload,
         )

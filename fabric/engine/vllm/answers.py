@@ -11,13 +11,17 @@ from fabric.engine.batch import tell
 from fabric.engine.reports import Reports
 from fabric.engine.rows import ActiveTask, Row
 from fabric.engine.sampling import Score
+from fabric.engine.vllm import embeddings
 from fabric.engine.vllm.protocol import (
     NAME,
+    ROUTES,
     Json,
     Step,
     get_body,
     get_num_asked,
     get_refusal,
+    get_salt,
+    get_unreadable,
     read_event,
     read_prompt_scores,
     read_steps,
@@ -34,12 +38,16 @@ class Answers:
         http: A client of the server.
         reports: Makes events.
         served_name: What the server calls the model.
+        dimensions: Of its embeddings.
     """
 
-    def __init__(self, http: httpx.AsyncClient, reports: Reports, *, served_name: str) -> None:
+    def __init__(
+        self, http: httpx.AsyncClient, reports: Reports, *, served_name: str, dimensions: int
+    ) -> None:
         self._http = http
         self._reports = reports
         self._served_name = served_name
+        self._dimensions = dimensions
 
     async def run(self, active: ActiveTask) -> None:
         """Tell a task's events up to its last token.
@@ -48,7 +56,9 @@ class Answers:
             FabricError: The server refused it or did not answer it whole.
         """
         try:
-            if active.scores_due:
+            if active.embeds:
+                await self._embed(active)
+            elif active.scores_due:
                 await self._run_whole(active)
             else:
                 await self._run_streamed(active)
@@ -70,10 +80,7 @@ class Answers:
     async def _run_whole(self, active: ActiveTask) -> None:
         """Ask for the prompt's scores, which a stream does not carry, and the tokens with them."""
         body = get_body(active, self._served_name, stream=False)
-        response = await self._http.post("/v1/completions", json=body)
-        if response.is_error:
-            raise get_refusal(response.status_code, response.text)
-        reply: Json = response.json()
+        reply = await self._post(ROUTES["generate"], body)
         num_top = active.sampling.logprobs or 0
         active.scores = read_prompt_scores(reply, active.prompt, num_top)
         self._tell(active, self._reports.prompt_scored(active))
@@ -83,8 +90,29 @@ class Answers:
         else:
             self._take(active, reply)
 
+    async def _embed(self, active: ActiveTask) -> None:
+        salt = get_salt(active.task)
+        body = embeddings.get_body(active.prompt, self._served_name, salt=salt)
+        active.hidden_H = embeddings.read_vector(
+            await self._post(ROUTES["pooling"], body),
+            num_tokens=len(active.prompt),
+            dimensions=self._dimensions,
+        )
+        self._tell(active, self._reports.embedding(active))
+        active.end_empty()
+
+    async def _post(self, route: str, body: Json) -> Json:
+        response = await self._http.post(route, json=body)
+        if response.is_error:
+            raise get_refusal(response.status_code, response.text)
+        try:
+            reply: Json = response.json()
+        except ValueError as error:
+            raise get_unreadable(error) from error
+        return reply
+
     async def _stream(self, body: Json) -> AsyncGenerator[Json, None]:
-        async with self._http.stream("POST", "/v1/completions", json=body) as response:
+        async with self._http.stream("POST", ROUTES["generate"], json=body) as response:
             if response.is_error:
                 await response.aread()
                 raise get_refusal(response.status_code, response.text)

@@ -1,15 +1,28 @@
 """The command line of a vLLM server: the same on every node of an instance but for a few words.
 
-Source: vLLM 0.32, ``vllm serve --help=all`` (``--nnodes``, ``--headless``).
+Source: vLLM 0.32, ``vllm serve --help=all`` (``--nnodes``, ``--headless``, ``--runner``).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from fabric.engine.config import EngineConfig
+from fabric.engine.source import is_sentence_model
 from fabric.errors import SettingInvalid
 from fabric.messages import VllmOptions
+
+Runner = Literal["generate", "pooling"]
+"""What a server does with prompts: it goes on after them, or makes vectors of them."""
+
+_MEAN = '{"pooling_type": "MEAN"}'
+"""What becomes of a model that was not made to embed, as in our engine."""
+
+
+def get_runner(options: VllmOptions, path: Path) -> Runner:
+    """Return what the server of the model in this directory does."""
+    return options.runner or ("pooling" if is_sentence_model(path) else "generate")
 
 
 def get_command(
@@ -27,6 +40,9 @@ def get_command(
     Raises:
         SettingInvalid: The ranks cannot be divided evenly among the nodes.
     """
+    pools = get_runner(options, path) == "pooling"
+    # What is pooled runs whole: vLLM's own choice has room for its longest prompt.
+    step_tokens = None if pools else max(config.step_tokens, config.max_rows)
     given = {
         "model": path,
         "served-model-name": name,
@@ -34,9 +50,11 @@ def get_command(
         "port": port,
         "dtype": config.dtype,
         "max-num-seqs": config.max_rows,
-        "max-num-batched-tokens": max(config.step_tokens, config.max_rows),
+        "max-num-batched-tokens": step_tokens,
         "kv-cache-memory-bytes": config.cache_bytes,
         "max-model-len": config.context_tokens,
+        "runner": "pooling" if pools else None,
+        "pooler-config": _MEAN if pools and not is_sentence_model(path) else None,
         **_get_division(config),
     }
     words = [f"--{option}={value}" for option, value in given.items() if value is not None]

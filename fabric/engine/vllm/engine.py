@@ -18,12 +18,14 @@ from fabric.engine.config import EngineConfig
 from fabric.engine.constraints import Grammars
 from fabric.engine.intake import Intake
 from fabric.engine.interface import EngineInfo, EventSink
-from fabric.engine.model import LoadedModel, load_model
 from fabric.engine.reports import Reports
 from fabric.engine.rows import ActiveTask
 from fabric.engine.source import ModelSource
 from fabric.engine.text import Texts
 from fabric.engine.vllm.answers import Answers
+from fabric.engine.vllm.command import get_runner
+from fabric.engine.vllm.embeddings import Pooled, find_pooling, get_sample
+from fabric.engine.vllm.facts import ModelFacts, read_facts
 from fabric.engine.vllm.load import Busy, Gauges
 from fabric.engine.vllm.server import ServerInfo, VllmServer
 from fabric.errors import (
@@ -60,7 +62,8 @@ class VllmEngine:
     """An ``Engine`` that lets a vLLM server compute, and does the rest as ``TorchEngine`` does.
 
     Prompts are tokenized, limits checked, ids read into text and tool calls found here, so that a
-    client sees no difference. It runs no programs and embeds nothing.
+    client sees no difference. Its server generates or embeds (``VllmOptions.runner``), not both,
+    and runs no programs.
 
     Args:
         source: A transformers directory.
@@ -122,16 +125,21 @@ class VllmEngine:
                 reason=f"{self._source} is a GGUF file; vLLM serves transformers directories here",
             )
         config = self._config
-        loaded = load_model(
-            self._source, name=self._name, dtype=config.dtype, expected_digest=self._expected_digest
+        facts = read_facts(
+            self._source,
+            config,
+            name=self._name,
+            expected_digest=self._expected_digest,
+            embeds=get_runner(self._options, path) == "pooling",
         )
-        dimensions = loaded.model.get_input_embeddings().weight.shape[1]
         server = self._server = VllmServer(self._options, path=path, config=config, name=self._name)
         try:
             told = server.start()
+            if facts.pooled is not None:
+                self._compare(server, told, facts, facts.pooled)
             ready: Future[None] = Future()
             self._thread = threading.Thread(
-                target=lambda: asyncio.run(self._run(loaded, told, dimensions, ready)),
+                target=lambda: asyncio.run(self._run(facts, told, ready)),
                 name=f"engine {self._name}",
                 daemon=True,
             )
@@ -140,6 +148,22 @@ class VllmEngine:
         except BaseException:
             server.close()
             raise
+
+    def _compare(
+        self, server: VllmServer, told: ServerInfo, facts: ModelFacts, pooled: Pooled
+    ) -> None:
+        """Refuse a server whose vectors are others than the files' own."""
+        ids = get_sample(facts.vocabulary)
+        vector_H = server.embed(ids, told.served_name, dimensions=facts.dimensions)
+        found = find_pooling(vector_H, pooled, dtype=self._config.dtype)
+        if found != facts.pooling:
+            reason = (
+                f"its vLLM server's vectors are its hidden states pooled otherwise ({found})"
+                if found
+                else "its vLLM server's vectors are not those of its hidden states"
+            )
+            remedy = f"start it with a --pooler-config that pools by {facts.pooling}"
+            raise ModelNotLoadable(model=self._name, reason=f"{reason}; {remedy}")
 
     def submit(self, task: Task, sink: EventSink) -> None:
         """Queue a task and return at once; see ``Engine.submit``."""
@@ -185,9 +209,7 @@ class VllmEngine:
 
     # ---- the engine's thread -----------------------------------------------------------------
 
-    async def _run(
-        self, loaded: LoadedModel, told: ServerInfo, dimensions: int, ready: Future[None]
-    ) -> None:
+    async def _run(self, facts: ModelFacts, told: ServerInfo, ready: Future[None]) -> None:
         assert self._server is not None
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
@@ -197,7 +219,7 @@ class VllmEngine:
         ) as http:
             try:
                 self._gauges = await Gauges.read(http)
-                self._prepare(loaded, told, dimensions, http)
+                self._prepare(facts, told, http)
             except BaseException as error:
                 ready.set_exception(error)
                 return
@@ -212,36 +234,44 @@ class VllmEngine:
                 *(running.asking for running in self._running.values()), return_exceptions=True
             )
 
-    def _prepare(
-        self, loaded: LoadedModel, told: ServerInfo, dimensions: int, http: httpx.AsyncClient
-    ) -> None:
+    def _prepare(self, facts: ModelFacts, told: ServerInfo, http: httpx.AsyncClient) -> None:
         config = self._config
-        context_tokens = min(told.context_tokens, config.context_tokens or told.context_tokens)
+        stated = (told.context_tokens, config.context_tokens, facts.context_tokens)
+        context_tokens = min(filter(None, stated))
+        embeds = facts.pooled is not None
+        # What is pooled keeps nothing between prompts.
+        cache_tokens = 0 if embeds else self._gauges.cache_tokens
         limits = Limits(
             context_tokens=context_tokens,
             max_rows=config.max_rows,
-            cache_tokens=self._gauges.cache_tokens or context_tokens * config.max_rows,
-            modes=("query",),
+            cache_tokens=cache_tokens or context_tokens * config.max_rows,
+            modes=("embed",) if embeds else ("query",),
         )
+        self._pooling = facts.pooling
         self._info = EngineInfo(
             model=self._name,
-            digest=loaded.digest,
+            digest=facts.digest,
             limits=limits,
             dtype=config.dtype,
             engine=f"vllm {told.version}",
         )
-        texts = Texts(loaded.tokenizer, vocabulary=loaded.vocabulary, context_tokens=context_tokens)
+        tokenizer, vocabulary = facts.tokenizer, facts.vocabulary
+        texts = facts.texts or Texts(
+            tokenizer, vocabulary=vocabulary, context_tokens=context_tokens
+        )
         self._intake = Intake(
             texts,
-            Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, eos_ids=loaded.eos_ids),
-            eos_ids=loaded.eos_ids,
-            digest=loaded.digest,
+            Grammars(tokenizer, vocabulary=vocabulary, eos_ids=facts.eos_ids),
+            eos_ids=facts.eos_ids,
+            digest=facts.digest,
             limits=limits,
-            dimensions=dimensions,
+            dimensions=facts.dimensions,
             deltas_of=lambda _: (),
         )
         self._reports = Reports(texts)
-        self._answers = Answers(http, self._reports, served_name=told.served_name)
+        self._answers = Answers(
+            http, self._reports, served_name=told.served_name, dimensions=facts.dimensions
+        )
 
     def _begin(self, task: Task, sink: EventSink, received_at: float) -> None:
         key = (task.id, task.attempt)
@@ -270,10 +300,17 @@ class VllmEngine:
         asking.add_done_callback(lambda asked: self._conclude(key, active, asked))
 
     def _activate(self, task: Task, sink: EventSink, received_at: float) -> ActiveTask:
-        mode, sampling = task.request.mode, task.request.sampling
-        if mode != "query":
+        request, sampling = task.request, task.request.sampling
+        [served] = self.info.limits.modes
+        if request.mode != served:
             raise RequestInvalid(
-                param="mode", value=mode, reason="this instance serves the mode query"
+                param="mode", value=request.mode, reason=f"this instance serves the mode {served}"
+            )
+        if request.pooling not in (None, self._pooling):
+            raise RequestInvalid(
+                param="pooling",
+                value=request.pooling,
+                reason=f"its vLLM server pools by {self._pooling} alone; leave it out",
             )
         if task.prefix and sampling.temperature:
             # vLLM draws from one generator a request, which would start again.
@@ -297,7 +334,7 @@ class VllmEngine:
 
     def _conclude(self, key: Key, active: ActiveTask, asked: asyncio.Task[None]) -> None:
         ended_by = self._running.pop(key).error
-        device_s = self._busy.end(key, active.usage.output_tokens)
+        device_s = self._busy.end(key, active.usage.output_tokens, embedded=active.embeds)
         active.usage = active.usage.model_copy(update={"device_s": device_s})
         failure = None if asked.cancelled() else asked.exception()
         if asked.cancelled():

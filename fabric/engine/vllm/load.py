@@ -75,21 +75,24 @@ class Busy:
         """What a task would have had that was always there."""
         self._busy_s = 0.0
         self._looked_at = time.monotonic()
-        self._decode_tokens_per_s = 0.0
+        self._decode_tokens_per_s = self._prefill_tokens_per_s = 0.0
 
     def begin(self, key: Hashable, num_rows: int, num_prompt: int) -> None:
         """Count a task in."""
         now = self._look()
         self._asked[key] = _Asked(num_rows, num_prompt, now, self._share_s)
 
-    def end(self, key: Hashable, num_tokens: int) -> float:
-        """Count a task out; return its device-seconds."""
+    def end(self, key: Hashable, num_tokens: int, *, embedded: bool = False) -> float:
+        """Count a task out that got so many tokens, or a vector; return its device-seconds."""
         now = self._look()
         asked = self._asked.pop(key)
-        rate = num_tokens / max(now - asked.began_at, 1e-6)
-        together = rate * (1 + len(self._asked))
-        before = self._decode_tokens_per_s or together
-        self._decode_tokens_per_s = _MEMORY * before + (1.0 - _MEMORY) * together
+        together = (1 + len(self._asked)) / max(now - asked.began_at, 1e-6)
+        if embedded:
+            rate = asked.num_prompt * together
+            self._prefill_tokens_per_s = _mix(self._prefill_tokens_per_s, rate)
+        else:
+            rate = num_tokens * together
+            self._decode_tokens_per_s = _mix(self._decode_tokens_per_s, rate)
         return self._share_s - asked.share_at_begin
 
     def load(self, gauges: Gauges, *, max_rows: int) -> Load:
@@ -106,6 +109,7 @@ class Busy:
             prefix_found_tokens=gauges.found_tokens,
             busy_s=self._busy_s,
             step_s=max(1, num_running) / rate if rate else 0.0,
+            prefill_tokens_per_s=self._prefill_tokens_per_s,
             decode_tokens_per_s=rate,
         )
 
@@ -117,3 +121,7 @@ class Busy:
             self._share_s += passed / len(self._asked)
         self._looked_at = now
         return now
+
+
+def _mix(before: float, rate: float) -> float:
+    return _MEMORY * (before or rate) + (1.0 - _MEMORY) * rate

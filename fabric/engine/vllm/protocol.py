@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fabric.engine.rows import ActiveTask
 from fabric.engine.sampling import Score
+from fabric.engine.vllm.command import Runner
 from fabric.errors import BackendFailed, RequestInvalid
-from fabric.messages import Constraint, JsonSchema, Regex, Sampling
+from fabric.messages import Constraint, JsonSchema, Regex, Sampling, Task
 
 Json = Mapping[str, Any]
 
 NAME = "vLLM"
 """What errors call the server."""
+
+ROUTES: Mapping[Runner, str] = {"generate": "/v1/completions", "pooling": "/v1/embeddings"}
 
 _ID = "token_id:"
 
@@ -55,10 +56,13 @@ def get_body(active: ActiveTask, served_name: str, *, stream: bool) -> dict[str,
         body["stream_options"] = {"include_usage": True}
     if active.scores_due:
         body["prompt_logprobs"] = sampling.logprobs or 0
-    task = active.task
-    # Prefixes are shared among tasks of one salt, and without a salt with nobody.
-    body["cache_salt"] = task.cache_salt or f"{task.id}#{task.attempt}"
+    body["cache_salt"] = get_salt(active.task)
     return body
+
+
+def get_salt(task: Task) -> str:
+    """Return what tasks must share to share prefixes; without a salt it is a task's own."""
+    return task.cache_salt or f"{task.id}#{task.attempt}"
 
 
 def get_num_asked(sampling: Sampling) -> int:
@@ -135,7 +139,7 @@ def read_steps(reply: Json, num_top: int | None) -> Iterator[Step]:
                 finish_reason=choice.get("finish_reason"),
             )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise _unreadable(error) from error
+        raise get_unreadable(error) from error
 
 
 def _read_scores(choice: Json, ids: Sequence[int], num_top: int) -> list[Score | None]:
@@ -161,7 +165,7 @@ def read_prompt_scores(reply: Json, prompt: Sequence[int], num_top: int) -> list
             top = {int(known): float(of["logprob"]) for known, of in entry.items()}
             scores.append(_score(top[token_id], top, num_top))
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise _unreadable(error) from error
+        raise get_unreadable(error) from error
     return scores
 
 
@@ -169,20 +173,6 @@ def _score(logprob: float, top: Mapping[int, float], num_top: int) -> Score:
     # The token itself is among the alternatives, whether or not it is one of the most probable.
     best = sorted(top.items(), key=lambda pair: -pair[1])[:num_top]
     return Score(logprob=logprob, top=tuple(best))
-
-
-def read_vector(reply: Json) -> list[float]:
-    """Return the numbers of an embedding that came in base64.
-
-    Raises:
-        BackendFailed: They are not there.
-    """
-    try:
-        packed = array("f")
-        packed.frombytes(base64.b64decode(reply["data"][0]["embedding"], validate=True))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise _unreadable(error) from error
-    return packed.tolist()
 
 
 def get_refusal(status: int, text: str) -> RequestInvalid | BackendFailed:
@@ -203,5 +193,6 @@ def _get_message(reply: object) -> str:
     return str(message)[:300] if message else ""
 
 
-def _unreadable(error: Exception) -> BackendFailed:
+def get_unreadable(error: Exception) -> BackendFailed:
+    """Return what a task ends with whose answer is not as it should be."""
     return BackendFailed(backend=NAME, reason=f"its answer cannot be read ({error!r})")

@@ -9,16 +9,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 
 import httpx
+from torch import Tensor
 
 from fabric.engine.config import EngineConfig
-from fabric.engine.vllm.command import get_command
-from fabric.errors import ModelNotLoadable
+from fabric.engine.vllm.command import get_command, get_runner
+from fabric.engine.vllm.embeddings import get_body, read_vector
+from fabric.engine.vllm.protocol import ROUTES
+from fabric.errors import BackendFailed, ModelNotLoadable
 from fabric.messages import VllmOptions
 
 _logger = getLogger(__name__)
@@ -92,7 +96,14 @@ class VllmServer:
             try:
                 return self._reach()
             except ModelNotLoadable:
-                if self.how_it_ended() is None or not _is_taken(self._port):
+                if self.how_it_ended() is None:
+                    raise
+                if (meeting := self._config.rendezvous) and _is_taken(*_split(meeting)):
+                    raise self._refusal(
+                        f"{meeting}, where its nodes should meet, was taken by another process;"
+                        " launch it again"
+                    ) from None
+                if not _is_taken("127.0.0.1", self._port):
                     raise
                 _logger.warning("port %d was taken meanwhile, another is tried", self._port)
                 self.close()
@@ -171,19 +182,55 @@ class VllmServer:
             ) from error
         if root.resolve() != self._path.resolve():
             raise self._refusal(f"its vLLM server serves {root} and not {self._path}")
-        return ServerInfo(
+        info = ServerInfo(
             version=str(version), served_name=str(model["id"]), context_tokens=context_tokens
         )
+        self._check_route(http)
+        return info
+
+    def _check_route(self, http: httpx.Client) -> None:
+        """Refuse a server that does something else with prompts: it lacks the route."""
+        runner = get_runner(self._options, self._path)
+        try:
+            status = http.post(ROUTES[runner], json={}).status_code
+        except httpx.HTTPError as error:
+            raise self._refusal(f"its vLLM server fell silent ({error!r})") from error
+        if status == httpx.codes.NOT_FOUND:
+            raise self._refusal(
+                f"its vLLM server has no {ROUTES[runner]}; start it with --runner {runner}, or say"
+                " in the site's options what it does (vllm.runner)"
+            )
+
+    def embed(self, ids: Sequence[int], served_name: str, *, dimensions: int) -> Tensor:
+        """Return the vector [H] of one prompt, in float32.
+
+        Raises:
+            ModelNotLoadable: The server gives none.
+        """
+        body = get_body(ids, served_name, salt=secrets.token_hex(8))
+        try:
+            with httpx.Client(
+                base_url=self.url, headers=self.headers, timeout=self._options.start_s
+            ) as http:
+                reply = http.post(ROUTES["pooling"], json=body).raise_for_status().json()
+            return read_vector(reply, num_tokens=len(ids), dimensions=dimensions)
+        except (httpx.HTTPError, ValueError, BackendFailed) as error:
+            raise self._refusal(f"its vLLM server embeds no prompt ({error})") from error
 
     def _refusal(self, reason: str) -> ModelNotLoadable:
         return ModelNotLoadable(model=self._name, reason=reason)
 
 
-def _is_taken(port: int) -> bool:
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
+def _is_taken(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError:
             return True
     return False

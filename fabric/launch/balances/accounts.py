@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
-from fabric.launch.balances.command import (
-    TIMEOUT_S,
-    ask,
-    check_project,
-    get_now,
-    no_allocation,
-    to_amount,
-)
+from fabric.launch.balances.command import no_allocation, to_amount
 from fabric.launch.balances.protocol import Balance
 
-_COMMAND = "accounts"
+COMMAND = "accounts"
 _AMOUNTS = r"(-?[\d,.]+)\s+(-?[\d,.]+)"
 _DESCRIBED_FIRST = re.compile(rf"^\s*(\S+)\s.*?\s{_AMOUNTS}\s*$", re.MULTILINE)
 _DESCRIBED_LAST = re.compile(rf"^\s*(\S+)\s+{_AMOUNTS}(?:\s|$)", re.MULTILINE)
 _NEWER = re.compile(r"^\s*Account\s+Balance\s?\(Hours\)\s+Deposited\s?\(Hours\)", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AccountsBalance:
-    """The accounts of the user who asks, such as ``abcd-delta-gpu``; one is a project here."""
-
-    timeout_s: float = TIMEOUT_S
-
-    async def balance(self, project: str) -> Balance:
-        """Return an account's balance."""
-        check_project(project)
-        return parse(await ask(_COMMAND, timeout_s=self.timeout_s), project)
-
-
 def parse(output: str, project: str) -> Balance:
     """Return the balance in what ``accounts`` wrote, with the description before or after it.
+
+    An account of the user who asks, such as ``abcd-delta-gpu``, is a project here.
 
     Raises:
         BalanceUnavailable: The account is not among them.
@@ -49,6 +31,5 @@ def parse(output: str, project: str) -> Balance:
                 granted=granted,
                 used=granted - available,
                 available=available,
-                as_of=get_now(),
             )
-    raise no_allocation(_COMMAND, project)
+    raise no_allocation(COMMAND, project)

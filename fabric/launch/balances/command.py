@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import re
-from datetime import UTC, datetime
+from collections.abc import Callable
+from dataclasses import dataclass
 from decimal import Decimal
 
 from fabric.errors import BalanceUnavailable, RequestInvalid
+from fabric.launch.balances.protocol import Balance
 
 TIMEOUT_S = 60.0
 """Accounting databases of large machines take their time."""
 
 _PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandBalance:
+    """What a centre's own command says of a project to the user who asks.
+
+    Args:
+        command: The command; ``{project}`` in it is the project's name.
+        parse: Finds the project's balance in what it writes.
+        timeout_s: How long it may take.
+    """
+
+    command: str
+    parse: Callable[[str, str], Balance]
+    timeout_s: float = TIMEOUT_S
+
+    async def balance(self, project: str) -> Balance:
+        """Return what the command says of a project."""
+        command = self.command.format(project=check_project(project))
+        return self.parse(await ask(*command.split(), timeout_s=self.timeout_s), project)
 
 
 async def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
@@ -71,11 +93,6 @@ def check_project(project: str) -> str:
 def to_amount(text: str) -> Decimal:
     """Return an amount such as ``25,483,927.5``."""
     return Decimal(text.replace(",", ""))
-
-
-def get_now() -> datetime:
-    """Return the time an answer is as of."""
-    return datetime.now(UTC)
 
 
 def no_allocation(command: str, project: str) -> BalanceUnavailable:

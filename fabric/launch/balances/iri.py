@@ -10,7 +10,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fabric.errors import BalanceUnavailable, PackageMissing
-from fabric.launch.balances.command import check_project, get_now, no_allocation
+from fabric.launch.balances.command import check_project, no_allocation
 from fabric.launch.balances.protocol import Balance
 
 if TYPE_CHECKING:
@@ -136,5 +136,4 @@ class FacilityBalance:
             granted=entry.allocation,
             used=entry.usage,
             available=entry.allocation - entry.usage,
-            as_of=get_now(),
         )

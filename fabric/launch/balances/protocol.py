@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Protocol
 
@@ -20,7 +20,7 @@ class Balance:
     granted: Decimal | None
     used: Decimal | None
     available: Decimal
-    as_of: datetime
+    as_of: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 class BalanceSource(Protocol):

@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
-from fabric.launch.balances.command import (
-    TIMEOUT_S,
-    ask,
-    check_project,
-    get_now,
-    no_allocation,
-    to_amount,
-)
+from fabric.launch.balances.command import no_allocation, to_amount
 from fabric.launch.balances.protocol import Balance
 
-_COMMAND = "sbank-list-allocations"
+COMMAND = "sbank-list-allocations -p {project} -r {resource}"
 _SECTION = re.compile(r"^ *([A-Za-z][\w-]*): *$")
 _TOTAL = re.compile(r"^ +(Available Balance|Charged) *: *(-?[\d,.]+) +(\S.*?) *$")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SbankBalance:
-    """A project's allocations of one machine, with all their suballocations together.
-
-    Args:
-        resource: sbank's name of the machine, such as ``polaris``.
-        timeout_s: How long the command may take.
-    """
-
-    resource: str
-    timeout_s: float = TIMEOUT_S
-
-    async def balance(self, project: str) -> Balance:
-        """Return a project's balance, by the totals that sbank itself makes."""
-        command = (_COMMAND, "-p", check_project(project), "-r", self.resource)
-        return parse(await ask(*command, timeout_s=self.timeout_s), project, self.resource)
 
 
 def parse(output: str, project: str, resource: str) -> Balance:
     """Return the balance in what ``sbank-list-allocations`` wrote.
 
-    Totals are by machine; rows are rounded, so their sums are less exact.
+    Totals are by machine, with all the project's suballocations together; rows are rounded, so
+    their sums are less exact.
+
+    Args:
+        output: What it wrote.
+        project: Whose balance.
+        resource: sbank's name of the machine, such as ``polaris``.
 
     Raises:
         BalanceUnavailable: There is no total of the machine.
@@ -54,12 +34,11 @@ def parse(output: str, project: str, resource: str) -> Balance:
         elif section == resource.lower() and (total := _TOTAL.match(line)):
             totals[total[1]] = total
     if totals.keys() != {"Available Balance", "Charged"}:
-        raise no_allocation(f"{_COMMAND} -p {project} -r {resource}", project)
+        raise no_allocation(COMMAND.format(project=project, resource=resource), project)
     available, used = to_amount(totals["Available Balance"][2]), to_amount(totals["Charged"][2])
     return Balance(
         unit=totals["Charged"][3].lower(),
         granted=available + used,
         used=used,
         available=available,
-        as_of=get_now(),
     )

@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from fabric.errors import BalanceUnavailable
-from fabric.launch.balances.command import (
-    TIMEOUT_S,
-    ask,
-    check_project,
-    no_allocation,
-    to_amount,
-)
+from fabric.launch.balances.command import no_allocation, to_amount
 from fabric.launch.balances.protocol import Balance
 
-_COMMAND = "showusage"
+COMMAND = "showusage"
 _AMOUNT = r"\s*(-?[\d,.]+)\s*"
 _ROW = re.compile(rf"^\s*(\S+)\s*\|{_AMOUNT}\|{_AMOUNT}\|{_AMOUNT}\|", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShowusageBalance:
-    """The project's totals of this year; what was used since midnight is not in them yet."""
-
-    timeout_s: float = TIMEOUT_S
-
-    async def balance(self, project: str) -> Balance:
-        """Return a project's balance in node-hours."""
-        check_project(project)
-        return parse(await ask(_COMMAND, timeout_s=self.timeout_s), project)
-
-
 def parse(output: str, project: str) -> Balance:
-    """Return the balance in what ``showusage`` wrote.
+    """Return the balance in what ``showusage`` wrote: this year's, up to the last midnight.
 
     Raises:
         BalanceUnavailable: The project is not among them, or is there with different amounts.
@@ -45,10 +26,10 @@ def parse(output: str, project: str) -> Balance:
         if name.lower() == project.lower()
     }
     if not found:
-        raise no_allocation(_COMMAND, project)
+        raise no_allocation(COMMAND, project)
     if len(found) > 1:
         raise BalanceUnavailable(
-            command=_COMMAND,
+            command=COMMAND,
             reason=f"it tells {len(found)} different balances of {project!r}",
             remedy="ask on a login node of the one machine that you mean",
         )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fabric.config import SiteSpec
 from fabric.errors import SettingInvalid
-from fabric.launch.balances.accounts import AccountsBalance
+from fabric.launch.balances import accounts, mybalance, sbank, showusage, taccinfo
+from fabric.launch.balances.command import CommandBalance
 from fabric.launch.balances.iri import FacilityBalance
-from fabric.launch.balances.mybalance import MybalanceBalance
 from fabric.launch.balances.protocol import BalanceSource
-from fabric.launch.balances.sbank import SbankBalance
-from fabric.launch.balances.showusage import ShowusageBalance
 from fabric.launch.balances.slurm import SlurmBalance
-from fabric.launch.balances.taccinfo import TaccinfoBalance
+
+_BY_COMMAND = {
+    "accounts": CommandBalance(command=accounts.COMMAND, parse=accounts.parse),
+    "mybalance": CommandBalance(command=mybalance.COMMAND, parse=mybalance.parse),
+    "showusage": CommandBalance(command=showusage.COMMAND, parse=showusage.parse),
+    "taccinfo": CommandBalance(command=taccinfo.COMMAND, parse=taccinfo.parse),
+}
 
 
 def get_balance_source(site: SiteSpec, token: str | None = None) -> BalanceSource:
@@ -36,19 +42,17 @@ def get_balance_source(site: SiteSpec, token: str | None = None) -> BalanceSourc
             reason=f"the file does not say how a balance is asked for{by_hand}",
             source=f"the file of {site.name}",
         )
-    if config.kind == "sbank":
-        return SbankBalance(resource=str(config.resource))
-    if config.kind == "accounts":
-        return AccountsBalance()
-    if config.kind == "showusage":
-        return ShowusageBalance()
-    if config.kind == "taccinfo":
-        return TaccinfoBalance()
-    if config.kind == "mybalance":
-        return MybalanceBalance()
-    if config.kind == "slurm":
-        return SlurmBalance()
-    if not token:
-        reason = f"the API at {config.url} wants a token of the facility; give it in a file"
-        raise SettingInvalid(setting="token", value=token, reason=reason)
-    return FacilityBalance(url=str(config.url), token=token, capability=config.resource)
+    match config.kind:
+        case "sbank":
+            resource = str(config.resource)
+            command = sbank.COMMAND.replace("{resource}", resource)
+            return CommandBalance(command=command, parse=partial(sbank.parse, resource=resource))
+        case "slurm":
+            return SlurmBalance(since=config.since)
+        case "iri":
+            if token:
+                return FacilityBalance(url=str(config.url), token=token, capability=config.resource)
+            reason = f"the API at {config.url} wants a token of the facility; give it in a file"
+            raise SettingInvalid(setting="token", value=token, reason=reason)
+        case kind:
+            return _BY_COMMAND[kind]

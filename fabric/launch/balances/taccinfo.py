@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
-from fabric.launch.balances.command import (
-    TIMEOUT_S,
-    ask,
-    check_project,
-    get_now,
-    no_allocation,
-    to_amount,
-)
+from fabric.launch.balances.command import no_allocation, to_amount
 from fabric.launch.balances.protocol import Balance
 
-_COMMAND = "/usr/local/etc/taccinfo"
+COMMAND = "/usr/local/etc/taccinfo"
 _CELL = re.compile(r"\| +(\S+) +(-?[\d,.]+) +\d{4}-\d\d-\d\d (?=\|| *$)", re.MULTILINE)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaccinfoBalance:
-    """The projects of the user who asks, on the machine that is asked; in its SU."""
-
-    timeout_s: float = TIMEOUT_S
-
-    async def balance(self, project: str) -> Balance:
-        """Return what a project has left; TACC does not tell what it was granted."""
-        check_project(project)
-        return parse(await ask(_COMMAND, timeout_s=self.timeout_s), project)
 
 
 def parse(output: str, project: str) -> Balance:
     """Return the balance in what ``taccinfo`` wrote: two projects a line, then the disk quotas.
+
+    It tells those of the user who asks, in the SU of the machine that is asked, and only what is
+    left.
 
     Raises:
         BalanceUnavailable: The project is not among them.
@@ -44,6 +27,5 @@ def parse(output: str, project: str) -> Balance:
                 granted=None,
                 used=None,
                 available=to_amount(available),
-                as_of=get_now(),
             )
-    raise no_allocation(_COMMAND, project)
+    raise no_allocation(COMMAND, project)

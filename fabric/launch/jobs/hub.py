@@ -30,7 +30,13 @@ class InstanceHub(Protocol):
     """The hub, as somebody who brings instances sees it (``fabric.sdk.Fabric``)."""
 
     def add_instance(
-        self, model: str, machine: str, *, sharing: str, lifetime_s: float
+        self,
+        model: str,
+        machine: str,
+        *,
+        sharing: str,
+        overflow: bool | None,
+        lifetime_s: float,
     ) -> Mapping[str, object]:
         """Return the permission to start an instance, a ``Launch`` as JSON."""
 
@@ -48,3 +54,6 @@ class InstanceHub(Protocol):
 
     def report_job(self, instance: str, job: Mapping[str, object]) -> object:
         """Note what an instance's job took; the same again changes nothing."""
+
+    def report_balance(self, instance: str, balance: Mapping[str, object]) -> None:
+        """Note what the account has left that pays for an instance."""

@@ -29,7 +29,7 @@ from fabric.launch.jobs.nodes import (
     NodeProcess,
     get_address,
     get_hosts,
-    listen,
+    meet,
 )
 from fabric.launch.jobs.records import LaunchFolder, LaunchRecord, write_whole
 from fabric.launch.jobs.replicas import Replicas, find_replicas
@@ -94,6 +94,7 @@ class Tenant:
         self._environ = dict(os.environ)
         self._hosts: tuple[str, ...] = ()
         self._others: list[NodeProcess] = []
+        self._meeting: socket.socket | None = None
         self._instance: subprocess.Popen[bytes] | None = None
         self._told = False
         self._said_at = 0.0
@@ -120,7 +121,13 @@ class Tenant:
         finally:
             for other in self._others:
                 # vLLM's does not end by itself.
-                other.end(0.0 if self._spec.options.backend == "vllm" else END_S)
+                other.end(0.0 if self._is_vllm else END_S)
+            if self._meeting is not None:
+                self._meeting.close()
+
+    @property
+    def _is_vllm(self) -> bool:
+        return self._spec.options.backend == "vllm"
 
     def _bring_weights(self) -> str:
         stage = Stage(
@@ -160,12 +167,10 @@ class Tenant:
         """Start the instance, and the ranks of the other nodes."""
         self._others.clear()  # what copied the weights there has ended
         launch = self._spec.launch.model_copy(update={"source": source})
-        options, meeting = self._spec.options, None
+        options = self._spec.options
         if len(self._ranks) > 1:
-            meeting = self._meet()
-            options = self._share(options, meeting)
-            if options.backend == "vllm":
-                meeting.close()  # it binds the port itself, and takes no socket
+            self._meeting = self._meet()
+            options = self._share(options, self._meeting)
         spec = self._spec.model_copy(update={"launch": launch, "options": options})
         if self._told:
             raise Told
@@ -180,8 +185,8 @@ class Tenant:
         self._write(spec.model_dump_json() + "\n")
         for index in range(1, len(self._ranks)):
             self._run_on(index, self._get_agent(index, options, source))
-        if meeting is not None:
-            meeting.close()
+        if self._meeting is not None and not self._is_vllm:
+            self._meeting.close()  # the instance has it
 
     def _meet(self) -> socket.socket:
         """Return the socket at which all ranks meet; its port is nobody else's from now on."""
@@ -193,22 +198,22 @@ class Tenant:
         if interface is not None:
             self._environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
         self._address = get_address(interface)
-        return listen(self._address)
+        # vLLM takes no socket: it listens at the port itself, which is kept for it.
+        return meet(self._address, listens=not self._is_vllm)
 
     def _share(self, options: EngineOptions, meeting: socket.socket) -> EngineOptions:
         """Return the options of the first node's processes."""
-        keeps_socket = options.backend == "fabric"
         return options.model_copy(
             update={
                 "rendezvous": f"{self._address}:{meeting.getsockname()[1]}",
-                "rendezvous_fd": meeting.fileno() if keeps_socket else None,
+                "rendezvous_fd": None if self._is_vllm else meeting.fileno(),
                 "local_ranks": self._ranks[0],
             }
         )
 
     def _get_agent(self, index: int, options: EngineOptions, source: str) -> list[str]:
         """Return what starts the ranks of another node there."""
-        if options.backend == "vllm":
+        if self._is_vllm:
             name, given_options = self._order.model, options.model_dump_json(exclude_defaults=True)
             return [
                 *(sys.executable, "-m", "fabric.engine.vllm.node", "--node-rank", str(index)),

@@ -73,19 +73,30 @@ def get_address(interface: str | None) -> str:
     raise NodeFailed(host=host, what=f"its interface {interface}", reason=reason)
 
 
-def listen(host: str) -> socket.socket:
-    """Return a socket bound to a free port: nobody else can have it from now on.
+def meet(host: str, *, listens: bool) -> socket.socket:
+    """Return a socket bound to a free port, which nobody else is given while it is open.
+
+    Args:
+        host: An address of this node.
+        listens: Whether the socket is handed on. While one does not listen, another process that
+            is told of the port can listen there itself (``SO_REUSEADDR``), as vLLM does.
 
     Raises:
         NodeFailed: The name does not lead to this node.
     """
+    meeting = socket.socket()
     try:
-        return socket.create_server((host, 0))
+        meeting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        meeting.bind((host, 0))
+        if listens:
+            meeting.listen()
     except OSError as error:
+        meeting.close()
         reason = (
             f"is not an address of it ({error}); say `network.interface` in the machine's site file"
         )
         raise NodeFailed(host=socket.gethostname(), what=host, reason=reason) from error
+    return meeting
 
 
 def get_node_command(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from fabric.config.endpoint import Name, Walltime, to_seconds, unfit
 from fabric.launch.jobs.staging import Wish
@@ -44,6 +44,8 @@ class Order(Wire):
         walltime: Of one job, ``HH:MM:SS``.
         replicas: Jobs at once.
         sharing: Who may use the instances.
+        overflow: Whether requests of those whose they are may go elsewhere while one is there;
+            ``None``: if everybody may use them.
         keep_until: Jobs follow one another until then; ``None``: there is one generation.
         idle_stop_s: Ends an instance that had nothing to do for so long.
         join_s: How long an instance that is ready may take to reach the hub.
@@ -59,11 +61,24 @@ class Order(Wire):
     walltime: Annotated[Walltime, AfterValidator(_of_a_minute)]
     replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS)
     sharing: Sharing = "project"
+    overflow: bool | None = None
     keep_until: Annotated[datetime, AfterValidator(_in_utc)] | None = None
     idle_stop_s: float | None = Field(default=None, gt=0)
     join_s: float = Field(default=JOIN_S, gt=0)
     staging: Wish = "auto"
     options: EngineOptions = EngineOptions()
+
+    @field_validator("overflow")
+    @classmethod
+    def _keeps_what_it_can(cls, overflow: bool | None, order: ValidationInfo) -> bool | None:
+        if overflow is False and order.data.get("sharing") == "shared":
+            raise unfit("overflow", "instances for everybody keep nobody's requests; leave it out")
+        return overflow
+
+    @property
+    def keeps(self) -> bool:
+        """Whether requests of those whose the instances are go nowhere else meanwhile."""
+        return self.sharing != "shared" and not self.overflow
 
     @property
     def walltime_s(self) -> int:

@@ -131,15 +131,19 @@ class Simulator:
     # ---- the hub --------------------------------------------------------------------------------
 
     def _feed(self, event: StateEvent) -> None:
-        self._events.append(event)
         if self._handling:
+            self._events.append(event)
             return
         self._handling = True
+        self._do(self._state.handle(event))
         while self._events:
-            for instruction in self._state.handle(self._events.popleft()):
-                if not isinstance(instruction, Emit):  # nobody reads the answers
-                    self._carry_out(instruction)
+            self._do(self._state.handle(self._events.popleft()))
         self._handling = False
+
+    def _do(self, instructions: Iterable[Instruction]) -> None:
+        for instruction in instructions:
+            if not isinstance(instruction, Emit):  # nobody reads the answers
+                self._carry_out(instruction)
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
@@ -200,9 +204,8 @@ class Simulator:
 
     def _ticket(self, arrival: Arrival) -> Ticket:
         request = arrival.request
-        bound, most = request.prompt_tokens_bound(), request.sampling.max_tokens or 0
+        most = request.prompt_tokens_bound(), request.sampling.max_tokens or 0
         likely = expected_tokens(request, self._lengths)
-        offers = self._prices.offers(arrival.project, (bound, most), likely)
         return Ticket(
             request=request,
             project=arrival.project,
@@ -210,12 +213,12 @@ class Simulator:
             created_at=datetime(2026, 1, 1, tzinfo=UTC),
             model="simulated@1",
             digest=DIGEST,
-            offers=offers,
+            offers=self._prices.offers(arrival.project, most, likely),
             rates=self._rates,
             held_allocation=arrival.project,
-            held_usu=max(offers.most_usu),
-            prompt_tokens_bound=bound,
-            max_output_tokens=most,
+            held_usu=self._prices.highest_usu(most),
+            prompt_tokens_bound=most[0],
+            max_output_tokens=most[1],
         )
 
     # ---- the sites ------------------------------------------------------------------------------

@@ -128,6 +128,7 @@ def iter_trace(
     """
     drawn = random.Random(seed)  # noqa: S311
     times = ARRIVALS[arrivals](drawn, utilisation * world.rows_per_s)
+    projects = [f"project-{number}" for number in range(NUM_PROJECTS)]
     pick_project = _zipf(drawn, NUM_PROJECTS, skew)
     pick_prefix = _zipf(drawn, NUM_PREFIXES, skew)
     homes = drawn.sample(world.sites, len(world.sites))
@@ -161,7 +162,7 @@ def iter_trace(
         yield Arrival(
             at_s=next(times),
             request=request,
-            project=f"project-{pick_project()}",
+            project=projects[pick_project()],
             prefix=prefix if begins else -1,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,

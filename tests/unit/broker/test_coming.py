@@ -1,11 +1,12 @@
-"""Requests that nothing can serve now, while a replica that could is on its way."""
+"""Requests while a replica is on its way: that nothing else can serve, or not as soon."""
 
 from __future__ import annotations
 
 import pytest
 
 from fabric.broker.coming import MEMORY_S
-from fabric.broker.select import Context
+from fabric.broker.cost import HELD_UP
+from fabric.broker.select import decide
 from fabric.broker.signals import (
     ReplicaExpected,
     ReplicaGivenUp,
@@ -13,8 +14,8 @@ from fabric.broker.signals import (
     SendTask,
 )
 from fabric.errors import NoReplica
-from fabric.messages import Load, RunCompleted, RunFailed
-from fabric.testing.broker_rig import DIGEST, SEEDLESS, Rig, admit, make_ticket, only
+from fabric.messages import Load, Placed, Placement, RunCompleted, RunFailed
+from fabric.testing.broker_rig import SEEDLESS, Rig, admit, foresee, informed, offer, only
 
 PATIENCE_S = 10.0
 
@@ -40,18 +41,6 @@ def expect(
             now=rig.now, instance=instance, site=site, model=model, ready_in_s=ready_in_s
         )
     )
-
-
-def foresee(rig: Rig, **changes: object) -> object:
-    ticket = make_ticket(**changes)  # type: ignore[arg-type]
-    context = Context(
-        model=ticket.model,
-        digest=DIGEST,
-        offers=ticket.offers,
-        remaining_s=ticket.request.deadline_s,
-        settings=rig.state._settings,
-    )
-    return rig.state.foresee(rig.now, ticket.request, context, project="astro")
 
 
 def wait(rig: Rig, seconds: float, ready_in_s: float) -> None:
@@ -81,6 +70,101 @@ def test_a_request_waits_though_the_old_replica_has_left(rig: Rig) -> None:
     assert rig.admit(deadline_s=120) is None
     wait(rig, 30, 60)
     assert only(rig.join("alpha", "alpha-2"), SendTask).instance == "alpha-2"
+
+
+# Four rows at alpha-1 and 400 requests of others before them: it would take 13.5 s.
+BUSY = Load(num_running=4, num_waiting=400)
+
+
+@pytest.fixture
+def busy() -> Rig:
+    rig = Rig("alpha")
+    rig.feed(ReplicaReported(now=rig.now, instance="alpha-1", load=BUSY, draining=False))
+    return rig
+
+
+def outlook(rig: Rig) -> Placement:
+    request, context = informed(rig)
+    return decide(request, rig.state.fleet.snapshots(rig.now), context).outlook()
+
+
+def test_one_on_its_way_is_waited_for_where_that_is_quicker_than_the_busy_one(busy: Rig) -> None:
+    expect(busy, 4)
+    assert busy.admit() is None
+    assert busy.tick(2) == []
+    sent = only(busy.join("alpha", "alpha-2"), SendTask)
+    assert sent.instance == "alpha-2"
+    assert sent.task.attempt == 1
+
+
+def test_a_busy_one_is_taken_where_the_other_comes_later(busy: Rig) -> None:
+    expect(busy, 6)
+    sent = busy.admit()
+    assert sent is not None
+    assert sent.instance == "alpha-1"
+    [placed] = busy.emitted(Placed)
+    [here, coming] = placed.placement.candidates
+    assert (here.instance, here.ready_in_s) == ("alpha-1", None)
+    assert (coming.instance, coming.ready_in_s) == ("alpha-2", 6.0)
+    assert coming.cost_s["cold"] == pytest.approx(6.0)
+    assert here.total_s is not None
+    assert coming.total_s is not None
+    assert coming.total_s < here.total_s < HELD_UP * coming.total_s
+
+
+def test_one_that_falls_behind_again_and_again_is_not_waited_for_longer_than_the_busy_one(
+    busy: Rig,
+) -> None:
+    began = busy.now
+    expect(busy, 3)
+    assert busy.admit() is None
+    while not busy.all(SendTask) and busy.now < began + 60:
+        busy.tick(0.5)
+        expect(busy, 3)
+    assert only(busy.done, SendTask).instance == "alpha-1"
+    assert busy.now - began < 13.5
+
+
+def test_one_that_is_overdue_is_not_waited_for(busy: Rig) -> None:
+    expect(busy, 2)
+    assert busy.admit() is None
+    busy.tick(2.5)
+    assert only(busy.done, SendTask).instance == "alpha-1"
+
+
+def test_one_that_is_given_up_is_not_waited_for(busy: Rig) -> None:
+    expect(busy, 4)
+    assert busy.admit() is None
+    busy.feed(ReplicaGivenUp(now=busy.now, instance="alpha-2"))
+    busy.tick(0.1)
+    assert only(busy.done, SendTask).instance == "alpha-1"
+
+
+@pytest.mark.parametrize(("deadline_s", "waits"), [(120, True), (50, False)])
+def test_a_cheaper_one_is_waited_for_by_who_has_the_time(deadline_s: float, waits: bool) -> None:
+    rig = Rig("beta")
+    expect(rig, 30)
+    offers = offer("alpha"), offer("beta", expected_charge_usu=1_000_000)
+    assert (rig.admit(deadline_s=deadline_s, offers=offers) is None) == waits
+
+
+@pytest.mark.parametrize(
+    "other", [{"model": "other@1"}, {"site": "gamma"}], ids=["model", "foreign site"]
+)
+def test_what_could_not_serve_it_delays_nothing(busy: Rig, other: dict[str, str]) -> None:
+    expect(busy, 1, **other)
+    assert busy.admit() is not None
+
+
+def test_the_outlook_names_the_one_that_is_waited_for(busy: Rig) -> None:
+    assert outlook(busy).instance == "alpha-1"
+    expect(busy, 4)
+    told = outlook(busy)
+    assert told.instance == "alpha-2"
+    assert "alpha-2 is on its way and ready in about 4 s" in told.reason
+    assert {one.instance for one in told.candidates} == {"alpha-1", "alpha-2"}
+    expect(busy, 400)
+    assert outlook(busy).instance == "alpha-1"
 
 
 def test_without_a_successor_patience_is_short(rig: Rig) -> None:
@@ -141,7 +225,7 @@ def test_what_its_launcher_does_not_repeat_is_forgotten(rig: Rig) -> None:
 )
 def test_what_could_not_serve_it_is_not_waited_for(rig: Rig, other: dict[str, str]) -> None:
     rig.leave("alpha-1", lost=False)
-    expect(rig, 5, **other)  # type: ignore[arg-type]
+    expect(rig, 5, **other)
     with pytest.raises(NoReplica) as caught:
         foresee(rig, deadline_s=120)
     assert "on its way" not in caught.value.message

@@ -88,6 +88,8 @@ def test_the_ranking_of_all_is_the_formula_of_each(seed: int) -> None:
         *(offer(site, scarcity=drawn.uniform(1, 50)) for site in SITES[:-1]),
         remaining_s=drawn.choice([2.0, 20.0, 300.0]),
         tried=frozenset({"inst_7", "gone"}),
+        own={SITES[0]: True, SITES[1]: False},
+        kept_by=drawn.choice([(), (), SITES[:1]]),
     )
     expected = {
         one.instance: sum(cost_s(asked, one, means).values())

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 from fabric.engine.config import EngineConfig
 from fabric.engine.embedding import EmbeddingEngine
-from fabric.engine.encoder import Encoder
+from fabric.engine.encoder import Encoder, load_sentence_model
 from fabric.engine.encoder_batch import EncoderBatch
 from fabric.engine.source import ModelSource
 from fabric.errors import (
@@ -27,6 +27,7 @@ from fabric.errors import (
     RowFailed,
 )
 from fabric.messages import EMBED_SAMPLING, Request, Task, TextInput
+from fabric.testing.tiny_model import save_tiny_sentences
 
 TOLERANCE = 1e-5
 PROMPTS = [[5], list(range(60, 77)), [9] * 40, list(range(100)), list(range(200, 60, -1))]
@@ -109,41 +110,10 @@ def test_hidden_states_that_are_not_finite_end_their_own_task(drive, tiny_llama,
 # ---- encoders ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def sentence_dir(save_model: Callable[..., Path]) -> Callable[..., Path]:
+@pytest.fixture
+def sentence_dir(tmp_path: Path) -> Callable[..., Path]:
     """Write a tiny random BERT as sentence-transformers does."""
-
-    def write(pooling: object = "mean_tokens", parts: tuple[str, ...] = ()) -> Path:
-        torch.manual_seed(11)
-        config = BertConfig(
-            vocab_size=259,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=48,
-            max_position_embeddings=128,
-        )
-        path = save_model(BertModel(config))
-        names = ("Transformer", "Pooling", "Normalize", *parts)
-        modules = [
-            {
-                "idx": i,
-                "name": str(i),
-                "path": "" if i == 0 else f"{i}_{name}",
-                "type": f"st.{name}",
-            }
-            for i, name in enumerate(names)
-        ]
-        (path / "modules.json").write_text(json.dumps(modules))
-        (path / "1_Pooling").mkdir(exist_ok=True)
-        flags = {f"pooling_mode_{kind}": kind == pooling for kind in ("cls_token", "mean_tokens")}
-        flags[f"pooling_mode_{pooling}"] = True
-        (path / "1_Pooling" / "config.json").write_text(json.dumps(flags))
-        limit = {"max_seq_length": 100, "do_lower_case": False}
-        (path / "sentence_bert_config.json").write_text(json.dumps(limit))
-        return path
-
-    return write
+    return partial(save_tiny_sentences, tmp_path / "sentences")
 
 
 @pytest.fixture
@@ -196,7 +166,8 @@ def test_an_encoder_refuses_what_it_cannot_embed_and_goes_on(
 
 
 def test_texts_that_nobody_waits_for_are_not_computed(sentence_dir, heard) -> None:
-    encoder = Encoder(ModelSource.parse(str(sentence_dir())), name="tiny", dtype="float32")
+    source = ModelSource.parse(str(sentence_dir()))
+    encoder = Encoder(load_sentence_model(source, name="tiny", dtype="float32"))
     batch = EncoderBatch(encoder, EngineConfig(max_rows=4))
 
     def add(age_s: float) -> tuple[Task, Any]:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from fabric.engine.config import EngineConfig
 from fabric.engine.source import ModelSource
+from fabric.engine.vllm.embeddings import find_pooling
 from fabric.engine.vllm.engine import VllmEngine
+from fabric.engine.vllm.facts import read_facts
 from fabric.engine.vllm.load import Busy, Gauges
 from fabric.engine.vllm.protocol import get_refusal, read_event, read_prompt_scores, read_steps
 from fabric.errors import BackendFailed, ModelNotLoadable, RequestInvalid
-from fabric.messages import EngineOptions, VllmOptions
+from fabric.messages import EngineOptions, VllmOptions, pack_floats
 from fabric.testing.processes import wait_ended
 from fabric.testing.tiny_model import save_tiny_llama
 
@@ -154,6 +158,18 @@ def test_a_port_that_somebody_takes_first_is_chosen_anew(tiny: Path, tmp_path: P
         os.close(held)
 
 
+def test_a_meeting_point_that_somebody_takes_first_is_told(tiny: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as thief:
+        meeting = "127.0.0.1:{1}".format(*thief.getsockname())
+        config = dataclasses.replace(
+            CONFIG, tensor_parallel=2, local_ranks=1, rendezvous=meeting, context_tokens=64
+        )
+        options = VllmOptions(command=(sys.executable, "-c", "raise SystemExit(1)"))
+        engine = VllmEngine(ModelSource.parse(str(tiny)), config, options, name="tiny")
+        with pytest.raises(ModelNotLoadable, match=f"{meeting}, where its nodes should meet, was"):
+            engine.start()
+
+
 def test_options_reach_an_instance_as_text() -> None:
     options = EngineOptions(backend="vllm", vllm=VllmOptions(command=("vllm", "serve"), start_s=9))
     assert EngineOptions.model_validate_json(options.model_dump_json()) == options
@@ -199,15 +215,16 @@ def test_a_gguf_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def answering() -> Iterator[Callable[[str], str]]:
-    """Serve one fixed model list and health on a socket, until the test ends."""
+def answering() -> Iterator[Callable[..., str]]:
+    """Serve one fixed model list, health and other answers on a socket, until the test ends."""
     servers: list[socket.socket] = []
 
-    def start(root: str) -> str:
+    def start(root: str, **others: object) -> str:
         server = socket.create_server(("127.0.0.1", 0))
         servers.append(server)
         model = {"id": "tiny", "root": root, "max_model_len": 64}
         bodies = {"/v1/models": {"data": [model]}, "/version": {"version": "0"}, "/health": {}}
+        bodies |= {f"/v1/{name}": answer for name, answer in others.items()}
 
         def serve() -> None:
             while True:
@@ -217,8 +234,10 @@ def answering() -> Iterator[Callable[[str], str]]:
                     return
                 with connection:
                     path = connection.recv(65536).split()[1].decode()
-                    body = json.dumps(bodies.get(path, {})).encode()
-                    head = f"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {len(body)}"
+                    answer = bodies.get(path, {})
+                    status = "404 Not Found" if answer is None else "200 OK"
+                    body = json.dumps(answer).encode()
+                    head = f"HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {len(body)}"
                     connection.sendall(head.encode() + b"\r\n\r\n" + body)
 
         threading.Thread(target=serve, daemon=True).start()
@@ -231,15 +250,65 @@ def answering() -> Iterator[Callable[[str], str]]:
 
 
 def test_a_server_of_another_model_is_refused(
-    tiny: Path, answering: Callable[[str], str], heard: Callable[..., Any]
+    tiny: Path, answering: Callable[..., str], heard: Callable[..., Any]
 ) -> None:
     with pytest.raises(ModelNotLoadable, match="serves /elsewhere and not"):
         get_engine(tiny, url=answering("/elsewhere")).start()
 
 
+@pytest.mark.parametrize(
+    ("runner", "route"), [("generate", "completions"), ("pooling", "embeddings")]
+)
+def test_a_server_that_does_something_else_is_refused_with_a_remedy(
+    tiny: Path, answering: Callable[..., str], runner: str, route: str
+) -> None:
+    url = answering(str(tiny), **{route: None})
+    with pytest.raises(ModelNotLoadable, match=f"start it with --runner {runner}"):
+        get_engine(tiny, url=url, runner=runner).start()
+
+
+def vector_reply(vector: Sequence[float], num_tokens: int = 8) -> dict[str, Any]:
+    data = [{"index": 0, "embedding": pack_floats(list(vector))}]
+    return {"data": data, "usage": {"prompt_tokens": num_tokens}}
+
+
+def test_a_server_whose_vectors_are_others_is_refused(
+    tiny: Path, answering: Callable[..., str]
+) -> None:
+    """It is asked for a few tokens, whose vector the files give too."""
+    reads = ModelSource.parse(str(tiny))
+    facts = read_facts(reads, CONFIG, name="tiny", expected_digest=None, embeds=True)
+    assert facts.pooled is not None
+    mean, last = (facts.pooled[kind].tolist() for kind in ("mean", "last"))
+    refused = {
+        r"pooled otherwise \(last\); .* pools by mean": vector_reply(last),
+        "not those of its hidden states": vector_reply([1.0] * 64),
+        "embeds no prompt .* 3 numbers from 8 tokens, where 64 from 8": vector_reply([1.0] * 3),
+        "embeds no prompt .* from 7 tokens": vector_reply(mean, 7),
+        "embeds no prompt .* cannot be read": {"data": []},
+    }
+    for reason, reply in refused.items():
+        engine = get_engine(tiny, url=answering(str(tiny), embeddings=reply), runner="pooling")
+        with pytest.raises(ModelNotLoadable, match=reason):
+            engine.start()
+    engine = get_engine(
+        tiny, url=answering(str(tiny), embeddings=vector_reply(mean)), runner="pooling"
+    )
+    engine.start()
+    assert engine.info.limits.modes == ("embed",)
+    engine.close()
+
+
+def test_a_vector_that_is_not_a_number_is_of_no_pooling() -> None:
+    pooled = {"mean": torch.ones(4), "last": torch.tensor([1.0, 0.0, 0.0, 0.0])}
+    assert find_pooling(torch.full((4,), 2.0), pooled, dtype="float32") == "mean"
+    assert find_pooling(torch.full((4,), torch.nan), pooled, dtype="float32") is None
+    assert find_pooling(torch.zeros(4), pooled, dtype="bfloat16") is None
+
+
 def test_a_server_that_runs_already_is_used(
     tiny: Path,
-    answering: Callable[[str], str],
+    answering: Callable[..., str],
     driver_of: Callable[..., Any],
 ) -> None:
     engine = get_engine(tiny, url=answering(str(tiny)))

@@ -14,7 +14,7 @@ from fabric.engine.config import EngineConfig
 from fabric.engine.vllm.command import get_command, get_node_command
 from fabric.errors import SettingInvalid
 from fabric.messages import EngineOptions, VllmOptions
-from fabric.testing.tiny_model import save_tiny_llama
+from fabric.testing.tiny_model import save_tiny_llama, save_tiny_sentences
 
 DIVIDED = {"tensor_parallel": 4, "pipeline_parallel": 2}
 SEVERAL = {"rendezvous": "x1:4321", "local_ranks": 4}
@@ -36,6 +36,22 @@ def test_one_node_is_told_how_its_devices_divide_the_model() -> None:
     words = words_of(EngineConfig(**DIVIDED))
     assert {"--tensor-parallel-size=4", "--pipeline-parallel-size=2"} <= {*words}
     assert not [word for word in words if "node" in word]
+
+
+def test_a_server_embeds_where_the_model_or_the_site_says_so(tmp_path: Path) -> None:
+    def words(options: VllmOptions, path: Path) -> str:
+        return " ".join(get_command(options, EngineConfig(), path=path, name="m@1", port=80))
+
+    plain, sentences = tmp_path / "plain", tmp_path / "sentences"
+    save_tiny_sentences(sentences)
+    assert "--runner" not in words(VllmOptions(), plain)
+    told = words(VllmOptions(runner="pooling"), plain)
+    assert "--runner=pooling" in told
+    assert '--pooler-config={"pooling_type": "MEAN"}' in told
+    found = words(VllmOptions(), sentences)
+    assert "--runner=pooling" in found
+    assert "--pooler-config" not in found
+    assert "--max-num-batched-tokens" not in found
 
 
 def test_the_first_node_answers_and_the_others_follow_it() -> None:

@@ -17,7 +17,7 @@ from fabric.launch.jobs.nodes import (
     get_address,
     get_hosts,
     get_node_command,
-    listen,
+    meet,
 )
 
 COMMAND = ["/opt/python", "-m", "a.module", "a word"]
@@ -77,12 +77,24 @@ def test_a_process_that_does_not_end_by_itself_is_told_to(tmp_path: Path) -> Non
     assert process.poll() == -signal.SIGTERM
 
 
-def test_ports_are_held_from_the_moment_they_are_chosen() -> None:
+@pytest.mark.parametrize("listens", [True, False])
+def test_ports_are_held_from_the_moment_they_are_chosen(listens: bool) -> None:
     """Two jobs on a node at once: neither can take the other's port, nor anybody else."""
-    with listen("127.0.0.1") as first, listen("127.0.0.1") as second:
+    with meet("127.0.0.1", listens=listens) as first, meet("127.0.0.1", listens=listens) as second:
         assert first.getsockname() != second.getsockname()
         with pytest.raises(OSError, match="in use"), socket.socket() as thief:
             thief.bind(first.getsockname())
+
+
+@pytest.mark.parametrize("by_libuv", [True, False])
+def test_whoever_is_told_of_a_held_port_meets_the_others_there(by_libuv: bool) -> None:
+    """As vLLM does, by torch."""
+    dist = pytest.importorskip("torch.distributed")
+    with meet("127.0.0.1", listens=False) as held:
+        at = held.getsockname()
+        first = dist.TCPStore(*at, is_master=True, wait_for_workers=False, use_libuv=by_libuv)
+        first.set("here", "1")
+        assert dist.TCPStore(*at, is_master=False).get("here") == b"1"
 
 
 def test_an_address_is_an_interfaces_or_the_nodes_name() -> None:
@@ -91,4 +103,4 @@ def test_an_address_is_an_interfaces_or_the_nodes_name() -> None:
     with pytest.raises(NodeFailed, match=r"interface ib7 has no IPv4 address; correct `network"):
         get_address("ib7")
     with pytest.raises(NodeFailed, match=r"say `network\.interface`"):
-        listen("192.0.2.77")
+        meet("192.0.2.77", listens=True)
