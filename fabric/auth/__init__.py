@@ -1,4 +1,4 @@
-"""Who calls, and what they may do: projects, API keys, Globus logins, tickets, grants, limits."""
+"""Who calls, and what they may do: projects, keys, logins, tickets, grants, limits, tiers."""
 
 from fabric.auth.authenticator import Authenticator
 from fabric.auth.decide import ANY, MODES, TIERS, Decision, Grant, Permits, get_modes
@@ -8,8 +8,9 @@ from fabric.auth.groups import GROUP_SCOPES, Groups
 from fabric.auth.identity import PROGRAM_SCOPES, SCOPES, Identity, require, require_site
 from fabric.auth.keys import Keys
 from fabric.auth.records import GroupRecord, KeyRecord, ProjectRecord, TicketRecord
-from fabric.auth.rules import Limit, Rulebook, Rules
+from fabric.auth.rules import Limit, Rulebook, Rules, TierTerms
 from fabric.auth.tickets import Tickets
+from fabric.auth.tiers import Tiers
 
 __all__ = [
     "ANY",
@@ -35,6 +36,8 @@ __all__ = [
     "Rules",
     "TicketRecord",
     "Tickets",
+    "TierTerms",
+    "Tiers",
     "get_modes",
     "require",
     "require_site",

@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 from sqlalchemy import Connection, RowMapping, select, update
 
 from fabric.auth.decide import ANY, Grant, Permits
 from fabric.auth.identity import Identity
-from fabric.auth.tables import access_version, grants, limits, private_objects
+from fabric.auth.tables import access_version, grants, limits, private_objects, tiers
 from fabric.sql import Database, Offload
 
 FRESH_S = 0.4
@@ -41,8 +42,31 @@ class Limit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TierTerms:
+    """What was changed of one tier; ``None`` is as the release has it.
+
+    Attributes:
+        tier: Its name.
+        charge_factor: What it multiplies a charge by.
+        weight: Its part of a project's share.
+        first_token_s: Within how many seconds the first token is promised.
+        token_s: And every further one, on average over a request.
+        share_in_time: The part of the requests for which these two hold.
+        share_answered: The part that is answered at all.
+    """
+
+    tier: str
+    charge_factor: Decimal | None = None
+    weight: float | None = None
+    first_token_s: float | None = None
+    token_s: float | None = None
+    share_in_time: float | None = None
+    share_answered: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """All grants and limits as they were at one version of them."""
+    """All grants, limits and changes of tiers as they were at one version of them."""
 
     version: int = -1
     models: frozenset[str] = frozenset()
@@ -51,6 +75,8 @@ class Rules:
     """By subject."""
     limits: Mapping[str, Limit] = field(default_factory=dict)
     """By subject."""
+    tiers: Mapping[str, TierTerms] = field(default_factory=dict)
+    """By name."""
 
     def permits(self, caller: Identity) -> Permits:
         """Return what a caller may do."""
@@ -156,7 +182,19 @@ def _read(database: Database, known: Rules) -> Rules:
             sites=frozenset(name for kind, name in private if kind == "site"),
             grants=by_subject,
             limits={row.subject: Limit(**row._mapping) for row in connection.execute(_LIMITS)},
+            tiers=read_tiers(connection),
         )
+
+
+def read_tiers(connection: Connection) -> dict[str, TierTerms]:
+    """Return what was changed of tiers, by name."""
+    found = {}
+    for row in connection.execute(select(tiers).order_by(tiers.c.tier)):
+        terms = dict(row._mapping)
+        if (millionths := terms.pop("charge_factor_millionths")) is not None:
+            terms["charge_factor"] = Decimal(millionths) / 1_000_000
+        found[row.tier] = TierTerms(**terms)
+    return found
 
 
 _LIMITS = select(*(limits.c[name] for name in Limit.__dataclass_fields__))

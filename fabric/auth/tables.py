@@ -1,4 +1,4 @@
-"""The tables of projects, keys, groups, tickets, grants and limits."""
+"""The tables of projects, keys, groups, tickets, grants, limits and tiers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    Float,
     ForeignKey,
     Integer,
     Table,
@@ -110,3 +111,22 @@ access_version = Table(
     Column("version", BigInteger, nullable=False),
 )
 """One row: how often what callers may do has changed."""
+
+tiers = Table(
+    "tiers",
+    metadata,
+    Column("tier", Text, primary_key=True),
+    Column("charge_factor_millionths", BigInteger),
+    Column("weight", Float),
+    Column("first_token_s", Float),
+    Column("token_s", Float),
+    Column("share_in_time", Float),
+    Column("share_answered", Float),
+    CheckConstraint("charge_factor_millionths > 0", name="charge_factor_millionths_positive"),
+    CheckConstraint("weight > 0", name="weight_positive"),
+    CheckConstraint("first_token_s > 0", name="first_token_s_positive"),
+    CheckConstraint("token_s > 0", name="token_s_positive"),
+    CheckConstraint("share_in_time > 0 AND share_in_time < 1", name="share_in_time_part"),
+    CheckConstraint("share_answered > 0 AND share_answered < 1", name="share_answered_part"),
+)
+"""What is not null is as administrators changed it."""

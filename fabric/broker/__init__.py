@@ -12,7 +12,15 @@ from fabric.broker.observe import Observer
 from fabric.broker.replicas import ReplicaView
 from fabric.broker.run import Run
 from fabric.broker.settings import BrokerSettings
-from fabric.broker.tiers import PROMISES, Promise, Tier, tier_of
+from fabric.broker.tiers import (
+    PROMISES,
+    Promise,
+    Tier,
+    get_factors,
+    get_promises,
+    parameters_of,
+    tier_of,
+)
 
 __all__ = [
     "PROMISES",
@@ -29,5 +37,8 @@ __all__ = [
     "Standing",
     "Tier",
     "Waiting",
+    "get_factors",
+    "get_promises",
+    "parameters_of",
     "tier_of",
 ]

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Protocol, TypedDict
 
 from fabric.auth import Identity, Permits, Rulebook, require
+from fabric.broker.accounts import OwnAccounts
 from fabric.broker.lengths import Lengths
 from fabric.broker.limits import Limiter, Standing, Turn
 from fabric.broker.offers import Offers
@@ -21,6 +22,7 @@ from fabric.broker.records import Facts, Records, get_permitted
 from fabric.broker.select import MAX_SCARCITY, Context, Offer, expected_tokens
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import Ticket, adapter_s_bound
+from fabric.broker.tiers import Factors, get_factors
 from fabric.catalog import Catalog
 from fabric.errors import (
     ContextExceeded,
@@ -66,6 +68,7 @@ class _Checked:
     context: Context
     prompt_tokens_bound: int
     max_output_tokens: int
+    factors: Factors
 
 
 class FindAdapter(Protocol):
@@ -100,11 +103,18 @@ class Admission:
         self._rules = rules
         self._find_adapter = find_adapter
         self._lengths = lengths
+        self.accounts = OwnAccounts()
+        """What pays for users' own instances."""
         self._limiter = Limiter()
         self._turns: dict[str, Turn] = {}
         self._records = Records(
             ledger=ledger, catalog=catalog, offload=offload, settings=settings, rules=rules
         )
+
+    @property
+    def factors(self) -> Factors:
+        """What each tier multiplies a charge by."""
+        return get_factors(self._rules.known.tiers)
 
     def enter(self, run_id: str, identity: Identity) -> None:
         """Count a request. Nothing is awaited, so that no limit can be overshot; the caller has
@@ -242,6 +252,7 @@ class Admission:
             bounds=bounds,
             hidden=facts.hidden,
             own=checked.context.own,
+            factors=checked.factors,
         )
         num_tokens = checked.prompt_tokens_bound + request.sampling.n * checked.max_output_tokens
         limits = self._rules.known.limits_of(identity)
@@ -301,7 +312,8 @@ class Admission:
             prompt_tokens, output_tokens = _bounds(request, version.context_tokens)
         else:
             prompt_tokens, output_tokens = bounds.prompt_tokens, bounds.output_tokens
-        offers = self._offers(request, facts, sites, prompt_tokens, output_tokens, bounds)
+        factors = self.factors
+        offers = self._offers(request, facts, sites, prompt_tokens, output_tokens, bounds, factors)
         if version.digest is None:
             raise NoReplica(model=version.ref, reasons={})
         context = Context(
@@ -318,6 +330,7 @@ class Admission:
             context=context,
             prompt_tokens_bound=prompt_tokens,
             max_output_tokens=output_tokens,
+            factors=factors,
         )
 
     def _offers(
@@ -328,6 +341,7 @@ class Admission:
         prompt_tokens: int,
         output_tokens: int,
         bounds: ProgramBounds | None,
+        factors: Factors,
     ) -> Offers:
         """Return what the request would cost at each site where it may run.
 
@@ -354,7 +368,10 @@ class Admission:
             likely = likely.model_copy(update={"output_tokens": output_tokens} | most)
             likely_device_s = bounds.device_s / MARGIN
         kept_s = kv_block_s_bound(n, prompt_tokens + output_tokens, request.deadline_s)
-        total_usu = sum(one.available_usu for one in facts.allocations)
+        total_usu, now_s = sum(one.available_usu for one in facts.allocations), time.monotonic()
+        short, usual_usu = self.accounts.shortfalls(allowed, now_s), 0
+        if short and facts.usual_rate is not None:
+            usual_usu = charge_usu(facts.usual_rate, tier, likely, device_s=likely_device_s)
         offers = {}
         for site in allowed:
             if (rate := facts.rates.get(site)) is None:
@@ -363,6 +380,7 @@ class Admission:
                 *(rate, tier, prompt_tokens, n * output_tokens),
                 kv_block_s=kept_s,
                 adapter_s=adapter_s_bound(request),
+                factors=factors,
                 **most,
             )
             payer = _payer(facts.allocations, site, needed_usu)
@@ -372,12 +390,15 @@ class Admission:
                 allocation=payer.name if payer else None,
                 available_usu=available_usu,
                 max_charge_usu=needed_usu,
-                expected_charge_usu=charge_usu(rate, tier, likely, device_s=likely_device_s),
+                expected_charge_usu=charge_usu(
+                    rate, tier, likely, device_s=likely_device_s, factors=factors
+                ),
                 scarcity=min(MAX_SCARCITY, total_usu / max(1, available_usu)),
                 burn_usu_per_day=None if payer is None else facts.burns.get(payer.name),
                 days_left=facts.days_left(payer),
                 max_in_flight=facts.max_in_flight.get(site),
                 closures=facts.closures.get(site, ()),
+                lacking_usu=usual_usu * short.get(site, 0.0),
             )
         if not offers:
             raise RateMissing(model=facts.version.ref, site=allowed[0])

@@ -26,6 +26,8 @@ WINDOWS: Final[Mapping[str, float]] = MappingProxyType(
     {"5m": 300.0, "1h": 3_600.0, "6h": 21_600.0, "24h": 86_400.0}
 )
 """Seconds, by name."""
+Promises = Mapping[Tier, Promise]
+
 STEP_S = 10.0
 """How exactly a window begins."""
 
@@ -74,8 +76,8 @@ class Attainment:
     def __init__(self) -> None:
         self._steps: deque[_Step] = deque(maxlen=int(max(WINDOWS.values()) / STEP_S) + 1)
 
-    def ended(self, now: float, outcome: Outcome) -> None:
-        """A run that was admitted is over."""
+    def ended(self, now: float, outcome: Outcome, promises: Promises = PROMISES) -> None:
+        """A run that was admitted is over; what is promised now counts."""
         if not isinstance(outcome.ticket, Ticket) or outcome.state is RunState.CANCELLED:
             return
         tier = tier_of(outcome.ticket.request)
@@ -83,7 +85,7 @@ class Attainment:
             if is_ours(outcome.failure_code):
                 self._step(now).add(tier, "answered", False)
             return
-        step, promise = self._step(now), PROMISES[tier]
+        step, promise = self._step(now), promises[tier]
         deadline_s = outcome.ticket.request.deadline_s
         step.add(tier, "answered", outcome.total_s <= deadline_s)
         if promise.first_token_s is not None and outcome.first_s is not None:
@@ -96,17 +98,19 @@ class Attainment:
         if request.tier != "batch" and error.http_status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             self._step(now).add(tier_of(request), "answered", False)
 
-    def report(self, now: float) -> list[Attained]:
+    def report(self, now: float, promises: Promises = PROMISES) -> list[Attained]:
         """Return how far each promise was kept in each window."""
         return [
-            self._attained(now, tier, measure, window)
-            for tier, promise in PROMISES.items()
+            self._attained(now, tier, promise, measure, window)
+            for tier, promise in promises.items()
             for measure in _measures(promise)
             for window in WINDOWS
         ]
 
-    def _attained(self, now: float, tier: Tier, measure: Measure, window: str) -> Attained:
-        promise, since = PROMISES[tier], now - WINDOWS[window]
+    def _attained(
+        self, now: float, tier: Tier, promise: Promise, measure: Measure, window: str
+    ) -> Attained:
+        since = now - WINDOWS[window]
         steps = (step.counts.get((tier, measure)) for step in self._steps if step.ends_at > since)
         counted = [both for both in steps if both is not None]
         num, num_kept = (sum(both[at] for both in counted) for at in (0, 1))

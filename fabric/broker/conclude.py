@@ -39,69 +39,56 @@ class Conclusion:
         self._catalog = catalog
         self._offload = offload
         self._waiting: deque[End] = deque()
-        self._num_open = 0
-        self._all_written = asyncio.Event()
-        self._all_written.set()
+        self._failed: list[End] = []
+        self._retry: asyncio.TimerHandle | None = None
         self._closing = False
 
     def begin(self, end: End) -> None:
         """Queue the writing now: calls to the database's thread that are not urgent and come later
         find it written."""
-        self._num_open += 1
-        self._all_written.clear()
-        self._queue(end)
+        self._waiting.append(end)
+        # As many calls as ends: when the call for an end is over, that end has been taken.
+        self._offload.post(self._write_next, asyncio.get_running_loop())
 
     async def together(self, ends: Sequence[End], also: Also) -> None:
         """Write ends in one transaction with what ``also`` writes, and return once that is done."""
-        self._num_open += 1
-        self._all_written.clear()
-        try:
-            while not await self._offload(self._try_together, ends, also):
-                if self._closing:
-                    run_ids = [end.run_id for end in ends]
-                    logger.error("runs are not charged", extra={"runs": run_ids})
-                    return
-                await asyncio.sleep(RETRY_S)
-        finally:
-            self._num_open -= 1
-            if not self._num_open:
-                self._all_written.set()
+        while not await self._offload(self._try_together, ends, also):
+            if self._closing:
+                _give_up(ends)
+                return
+            await asyncio.sleep(RETRY_S)
 
     async def close(self) -> None:
         """Wait until all is written; what cannot be written now is given up."""
         self._closing = True
-        await self._all_written.wait()
+        self._again()
+        await self._offload(_nothing)  # It comes after all that was queued.
 
-    def _queue(self, end: End) -> None:
-        self._waiting.append(end)
-        # As many calls as ends: when the call for an end is over, that end has been taken.
-        self._offload(self._write_next).add_done_callback(self._on_written)
+    def _on_failed(self, failed: Sequence[End]) -> None:
+        if self._closing:
+            _give_up(failed)
+            return
+        self._failed += failed
+        if self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._again)
 
-    def _on_written(self, written: asyncio.Future[tuple[int, Sequence[End]]]) -> None:
-        num_written, failed = written.result()
-        self._num_open -= num_written
-        if failed and self._closing:
-            logger.error("runs are not charged", extra={"runs": [end.run_id for end in failed]})
-            self._num_open -= len(failed)
-        elif failed:
-            asyncio.get_running_loop().call_later(RETRY_S, self._again, failed)
-        if not self._num_open:
-            self._all_written.set()
-
-    def _again(self, failed: Sequence[End]) -> None:
+    def _again(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+        failed, self._failed, self._retry = self._failed, [], None
         for end in failed:
-            self._queue(end)
+            self.begin(end)
 
     # ---- on the database's thread ---------------------------------------------------------------
 
-    def _write_next(self) -> tuple[int, Sequence[End]]:
-        """Write the next batch; return how many were written and which could not be."""
+    def _write_next(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Write the next batch; what could not be written is tried again."""
         batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
         if not batch or self._try(batch):
-            return len(batch), ()
+            return
         # One of them may spoil it for the others.
-        failed = [end for end in batch if not self._try([end])]
-        return len(batch) - len(failed), failed
+        if failed := [end for end in batch if not self._try([end])]:
+            loop.call_soon_threadsafe(self._on_failed, failed)
 
     def write(self, batch: Sequence[End]) -> list[int]:
         """Write ends, all or none, and return what each was charged. Blocks."""
@@ -142,6 +129,14 @@ class Conclusion:
         except (HoldNotOpen, ChargeExceedsHold) as error:
             logger.error("run not charged", extra={"run": end.run_id, "code": error.code})
         return 0
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+def _give_up(ends: Sequence[End]) -> None:
+    logger.error("runs are not charged", extra={"runs": [end.run_id for end in ends]})
 
 
 def _uncharged(end: End) -> Void:

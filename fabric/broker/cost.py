@@ -191,8 +191,7 @@ def rates_from(home: str, sites: Sequence[str], context: Context) -> list[float]
 
 def price_s(site: str, context: Context) -> float:
     """Return the charge at a site in seconds: more where the balance is scarce."""
-    offer = context.offers[site]
-    return offer.expected_charge_usu / 1e6 * context.settings.seconds_per_su * offer.pressure
+    return context.offers[site].price_su * context.settings.seconds_per_su
 
 
 def cost_s(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from fabric.auth import Identity
+from fabric.broker.accounts import OwnAccounts
 from fabric.broker.admit import Admission
 from fabric.broker.programs import ProgramBounds, get_bounds
 from fabric.broker.signals import ReplicaExpected, ReplicaGivenUp, StateEvent
@@ -85,10 +86,17 @@ class ProgramDesk:
 
 
 class ArrivalDesk:
-    """Instances that were asked for and have not joined. Called on the broker's event loop."""
+    """What is told of instances by those who start them: when they join, and what is left to pay
+    for them. Called on the broker's event loop.
 
-    def __init__(self, feed: Callable[[StateEvent], None]) -> None:
+    Args:
+        feed: Gives the state an event.
+        accounts: What pays for users' own instances.
+    """
+
+    def __init__(self, feed: Callable[[StateEvent], None], accounts: OwnAccounts) -> None:
         self._feed = feed
+        self.accounts = accounts
 
     def expect(self, instance: str, *, site: str, model: str, ready_in_s: float) -> None:
         """Note when an instance should join: requests that nothing else can serve wait for it.

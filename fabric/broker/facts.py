@@ -94,7 +94,9 @@ class Offer:
     project may spend (1: as good as everything). Where the rate of spending and the end of the
     period are known, they say it better: 1 means that the balance lasts just as long.
     ``max_in_flight`` is how many requests of this hub the site takes at once; ``closures`` are its
-    maintenance, in order.
+    maintenance, in order. ``lacking_usu`` is what the request counts beside its charge at
+    users' own instances, where it is charged nothing: its usual price times what their account
+    lacks.
     """
 
     site: str
@@ -107,6 +109,12 @@ class Offer:
     days_left: float | None = None
     max_in_flight: int | None = None
     closures: tuple[Closure, ...] = ()
+    lacking_usu: float = 0.0
+
+    @property
+    def price_su(self) -> float:
+        """What the request counts in service units, by how scarce they are."""
+        return (self.expected_charge_usu * self.pressure + self.lacking_usu) / 1e6
 
     @property
     def pressure(self) -> float:

@@ -7,7 +7,7 @@ is free, and not by who came first. Batch work takes rows only where others leav
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from fabric.broker.progress import Progress
 from fabric.broker.replicas import Fleet
 from fabric.broker.select import Decision
 from fabric.broker.settings import BrokerSettings
-from fabric.broker.tiers import PROMISES, Tier, tier_of
+from fabric.broker.tiers import PROMISES, Promise, Tier, tier_of
 from fabric.broker.usual import SMOOTHING
 from fabric.errors import NoReplica, Overloaded, TierNotHeld
 from fabric.messages import Request, Usage
@@ -82,6 +82,8 @@ class Line:
         self._placeable_at: dict[str, dict[Hashable, float]] = {}
         """When a replica was last seen that could take the first of a place, had it room."""
         self._freed: set[str] = set()
+        self.promises: Mapping[Tier, Promise] = PROMISES
+        """As administrators have them."""
 
     # ---- who waits ------------------------------------------------------------------------------
 
@@ -159,6 +161,19 @@ class Line:
             for (m, p, t), all_s in sorted(seconds.items())
         ]
 
+    def keeping_promises(self, decide: _Decide) -> _Decide:
+        """Return a way to choose that first looks where a tier's first token is expected in
+        time."""
+
+        def decide_so(request: Request, replicas: Replicas, context: Context) -> Decision:
+            admit_s = self.promises[tier_of(request)].admit_s
+            if admit_s is not None and admit_s < context.remaining_s and not context.tried:
+                with suppress(NoReplica):
+                    return decide(request, replicas, replace(context, remaining_s=admit_s))
+            return decide(request, replicas, context)
+
+        return decide_so
+
     # ---- turns ----------------------------------------------------------------------------------
 
     def turn(self, run: Progress, decision: Decision, now: float) -> Decision | None:
@@ -231,7 +246,7 @@ class Line:
         mine = self._waiter(request, project, own, row_s, deadline_at)
         wait_s = self._wait_s(request, mine, decision)
         times = times_s(request, chosen, context.lengths)
-        work_s, admit_s = times.first_s + times.rest_s, PROMISES[tier].admit_s
+        work_s, admit_s = times.first_s + times.rest_s, self.promises[tier].admit_s
         limits = [("end", times.cold_s + work_s, times.share * work_s, context.remaining_s)]
         if admit_s is not None and not times.cold_s:  # what is promised holds for warm replicas
             limits.insert(0, ("first token", times.first_s, times.share * times.first_s, admit_s))
@@ -371,18 +386,5 @@ class Line:
             seconds=seconds,
             due_at=deadline_at,
             weight=self._settings.project_weights.get(project, 1.0),
-            tier_weight=PROMISES[tier].weight,
+            tier_weight=self.promises[tier].weight,
         )
-
-
-def keeping_promises(decide: _Decide) -> _Decide:
-    """Return a way to choose that first looks where a tier's first token is expected in time."""
-
-    def decide_so(request: Request, replicas: Replicas, context: Context) -> Decision:
-        admit_s = PROMISES[tier_of(request)].admit_s
-        if admit_s is not None and admit_s < context.remaining_s and not context.tried:
-            with suppress(NoReplica):
-                return decide(request, replicas, replace(context, remaining_s=admit_s))
-        return decide(request, replicas, context)
-
-    return decide_so

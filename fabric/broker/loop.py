@@ -137,8 +137,8 @@ class Broker:
             lengths=lengths,
         )
         self.programs = ProgramDesk(self._state, self._admission)
-        self.arrivals = ArrivalDesk(self._feed)
-        self.tiers = TierDesk(self._state, self._admission)
+        self.arrivals = ArrivalDesk(self._feed, self._admission.accounts)
+        self.tiers = TierDesk(self._state, self._admission, self.rules)
         self._channels: dict[str, Channel] = {}
         self._admitting: set[str] = set()
         self._runs: dict[str, Run] = {}
@@ -231,7 +231,7 @@ class Broker:
             Overloaded, TierNotHeld: It would come too late for its deadline or its tier.
         """
         started_at = time.monotonic()
-        await self.rules.current()
+        await self.tiers.heed()
         self._check_open(request)
         if self._is_known(request.id):
             raise Duplicate(kind="run", name=request.id)

@@ -237,7 +237,8 @@ class Metering:
             usage = _bounded(metered.usage, redeemed)
             rate = self._ledger.rate(redeemed.model, redeemed.site, redeemed.created_at)
             device_s = min(redeemed.max_device_s, usage.device_s)
-            charge = charge_usu(rate, redeemed.tier, usage, device_s=device_s)
+            factors = self._admission.factors
+            charge = charge_usu(rate, redeemed.tier, usage, device_s=device_s, factors=factors)
             charge = min(redeemed.held_usu, charge)
             outcome = _outcome(redeemed, metered, usage, charge)
             return self._close(redeemed, outcome)

@@ -55,7 +55,7 @@ class Offers(Mapping[str, Offer]):
         """The same in vectors."""
         if self._columns is None:
             offers = self._offers.values()
-            prices_su = [one.expected_charge_usu / 1e6 * one.pressure for one in offers]
+            prices_su = [one.price_su for one in offers]
             self._columns = Columns(
                 sites=tuple(self._offers),
                 price_su_S=np.array(prices_su),

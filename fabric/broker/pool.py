@@ -187,7 +187,9 @@ class Pool:
                 [np.array([], np.intp), *(self.rows(one) for one in self.groups[digest].values())]
             )
             drawn = self.draw(own, int.from_bytes(prefix[:8]))
-            rows = [int(row) for row in own[np.argsort(drawn)[:num_rows]]]
+            last = min(num_rows, len(own) - 1)
+            few = drawn.argpartition(last)[:num_rows] if len(own) else own
+            rows = own[few][drawn[few].argsort()].tolist()
             if len(self._affine) >= MAX_PREFIXES:
                 self._affine.clear()
             self._affine[prefix, num_rows] = rows

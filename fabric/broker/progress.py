@@ -238,10 +238,8 @@ class Progress:
             return 0
         bounds = self.ticket.bounds
         device_s = 0.0 if bounds is None else min(bounds.device_s, usage.device_s)
-        charge = charge_usu(
-            self.ticket.rates[site], self.ticket.request.tier, usage, device_s=device_s
-        )
-        return min(self.held_usu, charge)
+        rate, tier, factors = self.ticket.rates[site], self.ticket.request.tier, self.ticket.factors
+        return min(self.held_usu, charge_usu(rate, tier, usage, device_s=device_s, factors=factors))
 
     def decode_tokens_per_s(self) -> float:
         """Return the rate of one row of this attempt, or 0 if it was too short to say."""

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -38,7 +39,8 @@ class Facts:
     the rules of ``rules_version``, and ``hidden`` the other sites and the digests of other models.
     ``closures`` are the sites' maintenance by the broker's clock, ``max_in_flight`` their limits
     where they have any, and ``burns`` what each allocation is charged a day. ``own`` are the sites
-    of the caller's own, and whether they keep requests.
+    of the caller's own, and whether they keep requests; ``usual_rate`` is the price where a site
+    has none of its own.
     """
 
     version: ModelVersion
@@ -53,6 +55,7 @@ class Facts:
     closures: Mapping[str, tuple[Closure, ...]] = field(default_factory=dict)
     burns: Mapping[str, float] = field(default_factory=dict)
     own: Mapping[str, bool] = field(default_factory=dict)
+    usual_rate: Rate | None = None
 
     def days_left(self, allocation: AllocationBalance | None) -> float | None:
         """Return the days until an allocation ends, if it does."""
@@ -128,6 +131,9 @@ class Records:
                     rates[site.name] = self._ledger.rate(version.ref, site.name)
                 except RateMissing:
                     continue
+        usual_rate = None
+        with suppress(RateMissing):
+            usual_rate = self._ledger.rate(version.ref, "*")
         now, now_s = utc_now(), time.monotonic()
         site_rules = {site.name: site.rules for site in sites}
         return Facts(
@@ -147,6 +153,7 @@ class Records:
                 for site in sites
                 if site.own is not None and site.own.belongs_to(permits.project, permits.key_id)
             },
+            usual_rate=usual_rate,
         )
 
     def _burn(self, project: str) -> Mapping[str, float]:

@@ -65,6 +65,11 @@ class Run:
         finally:
             self._withdraw()
 
+    @property
+    def has_more(self) -> bool:
+        """Whether an event is there that was not read yet."""
+        return bool(self._backlog)
+
     async def cancel(self) -> None:
         """End the run and return when it has ended; what was computed is charged.
 

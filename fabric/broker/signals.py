@@ -11,9 +11,10 @@ from datetime import datetime
 
 from fabric.broker.programs import ProgramBounds
 from fabric.broker.select import Offer
+from fabric.broker.tiers import Factors
 from fabric.catalog import RedemptionRecord
 from fabric.errors import FabricError
-from fabric.ledger import Rate, kv_block_s_bound
+from fabric.ledger import TIERS, Rate, kv_block_s_bound
 from fabric.messages import (
     Event,
     Hello,
@@ -48,6 +49,7 @@ class Ticket:
         bounds: What a program may take.
         hidden: Sites and digests of which the caller is told nothing.
         own: Sites of the caller's own, and whether they keep the request.
+        factors: What each tier multiplies a charge by.
     """
 
     request: Request
@@ -66,6 +68,7 @@ class Ticket:
     bounds: ProgramBounds | None = None
     hidden: frozenset[str] = frozenset()
     own: Mapping[str, bool] = field(default_factory=dict)
+    factors: Factors = field(default_factory=lambda: TIERS)
 
     @property
     def program(self) -> str | None:

@@ -15,7 +15,7 @@ from fabric.broker.coming import Arrivals
 from fabric.broker.experience import Experience
 from fabric.broker.hedge import suits
 from fabric.broker.lengths import Lengths
-from fabric.broker.line import Line, keeping_promises
+from fabric.broker.line import Line
 from fabric.broker.outcome import (
     backoff_s,
     broken,
@@ -110,10 +110,10 @@ class BrokerState:
         self.runs: dict[str, Progress] = {}
         self._settings = settings
         self._started_at = started_at
-        self._decide = keeping_promises(decide)
         self._tasks = Tasks(settings, salt_key)
         self._budget = RetryBudget(settings)
         self.line = Line(settings, self.fleet)
+        self._decide = self.line.keeping_promises(decide)
         self._races = Races(settings, self.fleet, self._release)
         self.experience = Experience(
             settings, self.fleet, self.arrivals, self._races.waits, lengths

@@ -133,6 +133,9 @@ def inspect_site(path: Path) -> tuple[SiteSpec | None, tuple[Problem, ...]]:
     """Return what a file says, or everything that is wrong in it."""
     try:
         return SiteSpec.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))), ()
+    except FileNotFoundError:
+        reason = "there is no such file; check the path"
+        return None, (Problem(field="site file", value=path, reason=reason),)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = f"it cannot be read as YAML: {error}"
         return None, (Problem(field="site file", value=path, reason=reason),)

@@ -6,6 +6,7 @@ that is not there.
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -113,15 +114,19 @@ class BalanceConfig(_Frozen):
     """How a project's balance is asked for: with which command, or of which facility's API.
 
     ``resource`` is sbank's name of the machine, or the capability of a facility's allocations;
-    ``url`` is where the facility's API is, its version included.
+    ``url`` is where the facility's API is, its version included; ``since`` is the day from which
+    the centre counts what an account of its Slurm has used.
     """
 
     kind: Literal["slurm", "sbank", "accounts", "showusage", "taccinfo", "mybalance", "iri"]
     resource: Name | None = None
     url: _Url | None = None
+    since: date | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        if self.since is not None and self.kind != "slurm":
+            raise unfit("since", "the kind slurm alone takes it; leave it out")
         if (self.kind == "iri") != (self.url is not None):
             raise unfit("url", "the kind iri needs it, and no other kind takes it")
         if self.kind == "sbank" and self.resource is None:

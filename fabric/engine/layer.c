@@ -22,6 +22,7 @@ typedef struct {
     void *keys, *values; /* the layer's pools */
     long heads, kv_heads, head_size, window;
     float scale, gate_a, gate_b;
+    long linears[7]; /* which of the model's q, k, v, o, gate, up and down are, or -1 */
 } Layer;
 
 typedef struct { /* a chunk that is attended as a whole */
@@ -29,10 +30,16 @@ typedef struct { /* a chunk that is attended as a whole */
     const int64_t *table;
 } Span;
 
+typedef struct { /* low-rank changes of tokens: what add_lowrank takes, for all linear layers */
+    long num;
+    const int64_t *tokens, *factors, *ranks; /* [num], [linears, num, 3], the greatest of each */
+} Change;
+
 typedef struct {
-    long num, num_singles, table_width, num_spans;
+    long num, num_singles, table_width, num_spans, num_changes;
     const int64_t *slots, *tables, *lengths;
     const Span *spans;
+    const Change *changes;
     void *room; /* for N (2 E + (2 H + 2 K) D + H D + 3 I) numbers */
 } Step;
 
@@ -70,6 +77,17 @@ static const Touch untouched = {.point = END};
         return next;                                                                               \
     }                                                                                              \
                                                                                                    \
+    /* Add to y, of whose rows the stride is given, what changes add to a linear layer of x. */    \
+    static int change_##NAME(const Step *step, long linear, const T *x, long K, T *y, long stride, \
+                             long O) {                                                             \
+        int failed = 0;                                                                            \
+        for (const Change *c = step->changes; c < step->changes + step->num_changes; c++)          \
+            if (linear >= 0 && c->ranks[linear])                                                   \
+                failed |= add_lowrank_##NAME(x, K, y, stride, K, O, c->tokens,                     \
+                                             c->factors + 3 * c->num * linear, c->num);            \
+        return failed;                                                                             \
+    }                                                                                              \
+                                                                                                   \
     /* to [M, K] times x, of whose rows the strides are given. */                                  \
     static void multiply_by_##NAME(T *to, const T *x, long x_stride, long M, long K) {             \
         _Pragma("omp parallel for if (M * K > 65536)") for (long m = 0; m < M; m++)                \
@@ -88,12 +106,17 @@ static const Touch untouched = {.point = END};
         T *q = qkv + N * width, *k = q + N * H * D, *mixed = k + N * K * D;                        \
         T *gate_up = mixed + N * H * D, *inner = gate_up + 2 * N * I;                              \
         T *keys = layer->keys, *values = layer->values;                                            \
+        const long *linears = layer->linears;                                                      \
+        int failed = 0;                                                                            \
         const Touch *next = touches ? touches : &untouched;                                        \
                                                                                                    \
         next = touch_##NAME(next, IN, x, E, E);                                                    \
         rms_norm_##NAME(x, E, layer->before.weight, layer->before.eps, N, E, normed);              \
         next = touch_##NAME(next, ATTN_IN, normed, E, E);                                          \
         MULTIPLY(&layer->qkv, normed, N, qkv);                                                     \
+        failed |= change_##NAME(step, linears[0], normed, E, qkv, width, H * D);                   \
+        failed |= change_##NAME(step, linears[1], normed, E, qkv + H * D, width, K * D);           \
+        failed |= change_##NAME(step, linears[2], normed, E, qkv + (H + K) * D, width, K * D);     \
         next = touch_##NAME(next, ATTN_Q, qkv, width, H * D);                                      \
         next = touch_##NAME(next, ATTN_K, qkv + H * D, width, K * D);                              \
         next = touch_##NAME(next, ATTN_V, qkv + (H + K) * D, width, K * D);                        \
@@ -115,6 +138,7 @@ static const Touch untouched = {.point = END};
                             mixed + span->begin * H * D))                                          \
                 return 1;                                                                          \
         MULTIPLY(&layer->out, mixed, N, y);                                                        \
+        failed |= change_##NAME(step, linears[3], mixed, H * D, y, E, E);                          \
         next = touch_##NAME(next, ATTN_OUT, y, E, E);                                              \
         add_to_##NAME(y, x, N * E);                                                                \
         next = touch_##NAME(next, MID, y, E, E);                                                   \
@@ -122,16 +146,19 @@ static const Touch untouched = {.point = END};
         rms_norm_##NAME(y, E, layer->between.weight, layer->between.eps, N, E, normed);            \
         next = touch_##NAME(next, MLP_IN, normed, E, E);                                           \
         MULTIPLY(&layer->gate_up, normed, N, gate_up);                                             \
+        failed |= change_##NAME(step, linears[4], normed, E, gate_up, 2 * I, I);                   \
+        failed |= change_##NAME(step, linears[5], normed, E, gate_up + I, 2 * I, I);               \
         next = touch_##NAME(next, MLP_GATE, gate_up, 2 * I, I);                                    \
         next = touch_##NAME(next, MLP_UP, gate_up + I, 2 * I, I);                                  \
         gate_##NAME(gate_up, 2 * I, N, I, layer->gate_a, layer->gate_b, inner);                    \
         multiply_by_##NAME(inner, gate_up + I, 2 * I, N, I);                                       \
         next = touch_##NAME(next, MLP_ACT, inner, I, I);                                           \
         MULTIPLY(&layer->down, inner, N, branch);                                                  \
+        failed |= change_##NAME(step, linears[6], inner, I, branch, E, E);                         \
         next = touch_##NAME(next, MLP_OUT, branch, E, E);                                          \
         add_to_##NAME(y, branch, N * E);                                                           \
         next = touch_##NAME(next, OUT, y, E, E);                                                   \
-        return 0;                                                                                  \
+        return failed;                                                                             \
     }
 
 static void multiply_bf16(const Linear *by, const bf16 *x, long M, bf16 *y) {

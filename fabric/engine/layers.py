@@ -1,9 +1,10 @@
 """Decoder layers of Llama's kind run by one call of the kernels each, where nobody looks inside.
 
-A step in which a hook or a delta acts inside a layer runs that layer's modules, as ever; the others
-are spared their calls. What only adds a vector to a token, or keeps what stands there, the kernels
-do on their way (``touches.py``). The bits are the same. Which layers compute what Llama's do is
-decided by their source, as in ``fused.py``; attention may see a window as well.
+A step in which a hook acts inside a layer runs that layer's modules, as ever; the others are spared
+their calls. What only adds a vector to a token, or keeps what stands there, the kernels do on their
+way (``touches.py``), and so they do what deltas of short chunks add to linear layers. The bits are
+the same. Which layers compute what Llama's do is decided by their source, as in ``fused.py``;
+attention may see a window as well.
 
 Shapes: N tokens of the step, E hidden size, D head size.
 """
@@ -15,9 +16,10 @@ import ctypes
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from fabric.engine.attention import Scoring, StepAttention
 from fabric.engine.cache import KvCache
 from fabric.engine.fused import Gate, RmsNorm, rotates_natively
 from fabric.engine.linear import NativeWeight, get_native_weight
+from fabric.engine.lowrank import Changes
 from fabric.engine.native import Native, load_native
 from fabric.engine.touches import Touches
 
@@ -56,6 +59,7 @@ class _Layer(ctypes.Structure):
         *((name, _POINTER) for name in ("keys", "values")),
         *((name, _LONG) for name in ("heads", "kv_heads", "head_size", "window")),
         *((name, _FLOAT) for name in ("scale", "gate_a", "gate_b")),
+        ("linears", _LONG * 7),
     )
 
 
@@ -63,11 +67,17 @@ class _Span(ctypes.Structure):
     _fields_ = (*((name, _LONG) for name in ("begin", "num", "start")), ("table", _POINTER))
 
 
+class _Change(ctypes.Structure):
+    _fields_ = (("num", _LONG), *((name, _POINTER) for name in ("tokens", "factors", "ranks")))
+
+
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, _LONG) for name in ("num", "num_singles", "table_width", "num_spans")),
-        *((name, _POINTER) for name in ("slots", "tables", "lengths", "spans", "room")),
-    )
+        *((name, _LONG)
+          for name in ("num", "num_singles", "table_width", "num_spans", "num_changes")),
+        *((name, _POINTER)
+          for name in ("slots", "tables", "lengths", "spans", "changes", "room")),
+    )  # fmt: skip
 
 
 class WholeLayers:
@@ -76,17 +86,25 @@ class WholeLayers:
     Args:
         model: Its linear layers packed, its norms and activations fused.
         cache: Of its keys and values.
+        linears: The linear layers that deltas can change, with their places in a delta's table.
         first_layer: The one that ``cache`` begins with.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: KvCache, *, first_layer: int = 0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: KvCache,
+        *,
+        linears: Mapping[nn.Module, int] = MappingProxyType({}),
+        first_layer: int = 0,
+    ) -> None:
         native = load_native() if cache.device.type == "cpu" else None
         self._layers: dict[int, _WholeLayer] = {}
         for module in model.modules():
             if native is not None and (weights := _weights(module)) is not None:
                 index: int = module.self_attn.layer_idx
                 pools = cache.layer(index - first_layer)
-                self._layers[index] = _WholeLayer(native, module, weights, pools)
+                self._layers[index] = _WholeLayer(native, module, weights, pools, linears)
 
     def learn(self, layer: int, scoring: Scoring) -> None:
         """Take over how the modules of a layer want its scores made: a layer that nothing is
@@ -100,22 +118,24 @@ class WholeLayers:
         attention: StepAttention,
         *,
         but: Collection[int] = (),
-        touches: Callable[[int], Touches | None] = lambda _: None,
+        touches: Mapping[int, Touches] = MappingProxyType({}),
+        changes: Sequence[Changes] | None = (),
     ) -> Iterator[Collection[int]]:
         """Run layers whole inside this, but these and those whose modules someone has hooked; gives
-        the layers that run so. What ``touches`` says of those is done, of others it is not."""
+        the layers that run so. What ``touches`` says of those is done, of others it is not; so are
+        ``changes`` of their linear layers; without them, ``None``, no layer runs whole."""
         ready = {at: one for at, one in self._layers.items() if one.ready and at not in but}
         layers = ready.values()
         # The kernel for long chunks is of bfloat16 alone.
         taken = not attention.spans or all(layer.dtype == torch.bfloat16 for layer in layers)
-        if not ready or not taken or _has_any_global_hook():
+        if changes is None or not ready or not taken or _has_any_global_hook():
             yield ()
             return
         most = max(layer.token_numbers for layer in layers)
-        step = _WholeStep(attention, most, next(iter(layers)).dtype)
+        step = _WholeStep(attention, changes, most, next(iter(layers)).dtype)
         for at, layer in ready.items():
             # Past nn.Module's own bookkeeping, which takes longer than all the rest of this.
-            layer.module.__dict__["forward"] = partial(layer.forward, step, touches(at))
+            layer.module.__dict__["forward"] = partial(layer.forward, step, touches.get(at))
         try:
             yield ready
         finally:
@@ -126,12 +146,21 @@ class WholeLayers:
 class _WholeStep:
     """What all layers of a step are told, and room for what they compute on the way."""
 
-    def __init__(self, attention: StepAttention, token_numbers: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        attention: StepAttention,
+        changes: Sequence[Changes],
+        token_numbers: int,
+        dtype: torch.dtype,
+    ) -> None:
         spans = attention.spans
+        self._c_changes = (_Change * len(changes))(
+            *(_Change(c.num_tokens, c.tokens, c.table, c.ranks) for c in changes)
+        )
         self._c_spans = (_Span * len(spans))(
             *(_Span(s.begin, s.end - s.begin, s.start, s.table.data_ptr()) for s in spans)
         )
-        self._pointed_to = attention
+        self._pointed_to = attention, changes
         self.num = len(attention.slots_N)
         self.room = torch.empty(self.num * token_numbers, dtype=dtype)
         singles = attention.num_singles
@@ -140,10 +169,12 @@ class _WholeStep:
             num_singles=singles,
             table_width=attention.tables.shape[1] if singles else 0,
             num_spans=len(spans),
+            num_changes=len(changes),
             slots=attention.slots_N.data_ptr(),
             tables=attention.tables.data_ptr() if singles else None,
             lengths=attention.lengths_B.data_ptr() if singles else None,
             spans=ctypes.addressof(self._c_spans),
+            changes=ctypes.addressof(self._c_changes),
             room=self.room.data_ptr(),
         )
 
@@ -157,6 +188,7 @@ class _WholeLayer:
         module: nn.Module,
         weights: tuple[NativeWeight, ...],
         pools: tuple[Tensor, Tensor],
+        linears: Mapping[nn.Module, int],
     ) -> None:
         keys, values = pools
         norms = module.input_layernorm, module.post_attention_layernorm
@@ -181,6 +213,7 @@ class _WholeLayer:
             head_size=self._head_size,
             gate_a=module.mlp.act_fn.a,
             gate_b=module.mlp.act_fn.b,
+            linears=tuple(linears.get(one, -1) for group in _linears(module) for one in group),
         )
         self.token_numbers = (
             2 * qkv.num_inputs + qkv.num_outputs
@@ -238,14 +271,19 @@ def _weights(layer: nn.Module) -> tuple[NativeWeight, ...] | None:
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     if not (all(type(norm) is RmsNorm for norm in norms) and rotates_natively(attention)):
         return None
-    groups = (
+    weights = tuple(get_native_weight(group) for group in _linears(layer))
+    return weights if all(weights) and type(mlp.act_fn) is Gate else None  # type: ignore[return-value]
+
+
+def _linears(layer: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
+    """Return the linear layers of a layer like Llama's, those together that are given the same."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
         (attention.q_proj, attention.k_proj, attention.v_proj),
         (attention.o_proj,),
         (mlp.gate_proj, mlp.up_proj),
         (mlp.down_proj,),
     )
-    weights = tuple(get_native_weight(group) for group in groups)
-    return weights if all(weights) and type(mlp.act_fn) is Gate else None  # type: ignore[return-value]
 
 
 def _same_lines(module: nn.Module, of: type[nn.Module]) -> bool:

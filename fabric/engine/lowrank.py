@@ -88,6 +88,8 @@ class LowRankLayers:
         self._modules: list[nn.Module] = [model.get_submodule(name) for name in sizes]
         self._like = next(model.parameters())
         self.dtype = self._like.dtype
+        self.indices = {module: i for i, module in enumerate(self._modules)}
+        """Their places in a delta's table."""
         self._wrapped = False
         self._step: _Step | None = None
 
@@ -118,14 +120,18 @@ class LowRankLayers:
         return Delta(placed, len(self.sizes))
 
     @contextmanager
-    def applied(self, spans: Sequence[Span]) -> Iterator[None]:
-        """Run what is inside with the deltas counting for their tokens, and no others."""
+    def applied(self, spans: Sequence[Span]) -> Iterator[Sequence[Changes] | None]:
+        """Run what is inside with the deltas counting for their tokens, and no others.
+
+        Gives them as the kernels take them, for layers whose modules are not called; ``None`` where
+        some are not for the kernels.
+        """
         before = self._step
         if spans:
             self._wrap()
         self._step = _Step(spans, self._get_native()) if spans else None
         try:
-            yield
+            yield () if self._step is None else self._step.changes
         finally:
             self._step = before
 
@@ -156,7 +162,12 @@ class _Step:
         self._native = native
         self._long = [s for s in spans if native is None or s.stop - s.start >= _LONG]
         short = [s for s in spans if native is not None and s.stop - s.start < _LONG]
-        self._rounds = [_Round(tokens) for tokens in _distinct(short)]
+        self._rounds = [Changes(tokens) for tokens in _distinct(short)]
+
+    @property
+    def changes(self) -> Sequence[Changes] | None:
+        """All of it, if the kernels can do it."""
+        return None if self._long else self._rounds
 
     def add(self, layer: int, x_1NK: Tensor, y_1NO: Tensor) -> Tensor:
         """Return the layer's output with what the deltas add to it."""
@@ -185,7 +196,7 @@ def _add(span: Span, layer: int, x_NK: Tensor, y_nO: Tensor) -> None:
         y_nO.addmm_(x_NK[span.start : span.stop] @ down_RK.T, up_RO)
 
 
-class _Round:
+class Changes:
     """Tokens that are all different, with the delta of each: what the kernel takes at once."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
@@ -193,17 +204,19 @@ class _Round:
         self._tokens_T = np.concatenate([np.arange(s.start, s.stop) for s in spans])
         tables = [s.delta.table for s in spans for _ in range(s.start, s.stop)]
         self._table_LT3: Table = np.stack(tables, axis=1)
-        self._num_tokens = len(tables)
-        # Asked once: numpy takes longer to find them than the kernel to add a row.
-        self._tokens, self._table = self._tokens_T.ctypes.data, self._table_LT3.ctypes.data
+        self._ranks_L: Table = self._table_LT3[:, :, 2].max(axis=1)
+        self._changed: list[int] = self._ranks_L.tolist()
         self._layer_bytes = self._table_LT3.strides[0]
-        ranks_L: Table = self._table_LT3[:, :, 2].max(axis=1)
-        self._ranks: list[int] = ranks_L.tolist()
+        self.num_tokens = len(tables)
+        # Addresses, asked once: numpy takes longer to find them than the kernel to add a row.
+        self.tokens, self.table = self._tokens_T.ctypes.data, self._table_LT3.ctypes.data
+        self.ranks = self._ranks_L.ctypes.data
 
     def add(self, native: Native, layer: int, x_1NK: Tensor, y_1NO: Tensor) -> None:
-        if self._ranks[layer]:
-            table = self._table + layer * self._layer_bytes
-            native.add_lowrank(x_1NK, y_1NO, self._tokens, table, self._num_tokens)
+        """Add what the deltas add to a layer's outputs."""
+        if self._changed[layer]:
+            table = self.table + layer * self._layer_bytes
+            native.add_lowrank(x_1NK, y_1NO, self.tokens, table, self.num_tokens)
 
 
 def _distinct(spans: Sequence[Span]) -> list[list[Span]]:

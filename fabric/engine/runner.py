@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
@@ -63,8 +62,8 @@ class StepHooks(Protocol):
     def attended(self) -> Collection[int]:
         """Return the layers in whose attention it acts."""
 
-    def touches(self, layer: int) -> Touches | None:
-        """Return what it wants done inside a layer that runs whole."""
+    def touches(self) -> Mapping[int, Touches]:
+        """Return what it wants done inside layers that run whole."""
 
     def beside(self, whole: Collection[int]) -> AbstractContextManager[None]:
         """Run the model inside this, too: it does itself what ``touches`` says of layers but these,
@@ -113,7 +112,9 @@ class Runner:
         self.cache = KvCache(
             layers, num_blocks=num_blocks + scratch, dtype=model.dtype, device=model.device
         )
-        self._whole = WholeLayers(model, self.cache, first_layer=first_layer)
+        self._whole = WholeLayers(
+            model, self.cache, linears=self.lowrank.indices, first_layer=first_layer
+        )
 
     def forward(self, chunks: Sequence[Chunk], programs: StepHooks | None = None) -> Tensor:
         """Run one step.
@@ -145,23 +146,28 @@ class Runner:
             self._whole.learn(layer, scoring)
             return attention(layer - self._first_layer, q_NHD, k_NKD, v_NKD, scoring)
 
-        spans = _spans(chunks)
-        # What runs layers whole knows this attention alone, and no deltas.
-        own = attention if isinstance(attention, StepAttention) and not spans else None
-        with self.lowrank.applied(spans):
+        def whole(
+            but: Collection[int] = (), touches: Mapping[int, Touches] = MappingProxyType({})
+        ) -> AbstractContextManager[Collection[int]]:
+            if not isinstance(attention, StepAttention):
+                return nullcontext(())
+            return self._whole.applied(attention, but=but, touches=touches, changes=changes)
+
+        with self.lowrank.applied(_spans(chunks)) as changes:
             if programs is None:
-                with nullcontext() if own is None else self._whole.applied(own):
+                with whole():
                     return run_ragged(self.model, chunks, attend)
-            logits_WV = torch.zeros(0, 1)
-            whole = partial(self._whole.applied, but=programs.attended(), touches=programs.touches)
+            logits_WV: Tensor | None = None
+            seen, touches = programs.attended(), programs.touches()
             # Hooked first: a layer runs whole only where nobody looks inside.
             with (
                 programs.hooked(),
-                nullcontext(()) if own is None else whole(own) as layers,
+                whole(seen, touches) as layers,
                 programs.beside(layers),
             ):
                 logits_WV = run_ragged(self.model, chunks, programs.around(attend))
-            return logits_WV  # noqa: RET504 - the programs may end the pass before
+            # The programs may have ended the pass before there were any.
+            return torch.zeros(0, 1) if logits_WV is None else logits_WV
 
     def graph_decoding(self, *, max_rows: int, num_blocks: int, capture: Capture) -> None:
         """Let steps in which rows only decode run from fixed buffers from now on.

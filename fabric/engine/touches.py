@@ -62,15 +62,15 @@ class Touches:
     """The touches of one layer, as the kernels read them.
 
     Args:
-        at: By point, of those in ``TOUCHED``.
+        at: By point; those that are not in ``TOUCHED`` are in no layer that runs whole.
     """
 
     def __init__(self, at: Mapping[str, Sequence[Touch]]) -> None:
         self._pointed_to = at
         ordered = [
             _c_touch(TOUCHED.index(point), touch)
-            for point in sorted(at, key=TOUCHED.index)
-            for touch in at[point]
+            for point in TOUCHED
+            for touch in at.get(point, ())
         ]
         self._c = (_Touch * (len(ordered) + 1))(*ordered, _Touch(point=len(TOUCHED)))
         self.address = ctypes.addressof(self._c)

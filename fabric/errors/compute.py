@@ -65,8 +65,9 @@ class LaunchImpossible(LaunchError):
     http_status = 400
 
     def __init__(self, *, param: str, value: object, reason: str) -> None:
+        given = f"without a {param}" if value is None else f"with {param} {value!r}"
         super().__init__(
-            f"The launch cannot be made with {param} {value!r}: {reason}.",
+            f"The launch cannot be made {given}: {reason}.",
             param=param,
             value=value if isinstance(value, int | float | str | None) else str(value),
             reason=reason,

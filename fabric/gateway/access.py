@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from ipaddress import ip_address
+from typing import Any, cast
 
 from fastapi import params
+from fastapi.routing import APIRoute
 from starlette.exceptions import WebSocketException
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
 from starlette.routing import BaseRoute
 from starlette.websockets import WebSocket
 
@@ -65,6 +68,25 @@ class LocalOrNeeds(Needs):
         """
         if not _is_local(connection):
             await super().__call__(connection)
+
+
+class DirectRoute(APIRoute):
+    """A route whose endpoint takes the request and returns the reply, and nothing else.
+
+    Its caller is checked as declared; FastAPI's search for what else an endpoint may want, most of
+    what it adds to a request, is left out.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what serves a request."""
+        endpoint = self.endpoint
+        (needs,) = (one for one in declarations(self) if isinstance(one, Needs))
+
+        async def serve(request: Request) -> Response:
+            await needs(request)
+            return cast(Response, await endpoint(request))
+
+        return serve
 
 
 class NeedsLaunch(Access):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from fabric.gateway.access import Needs
+from fabric.gateway.access import DirectRoute, Needs
 from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.exchange import Exchange
 from fabric.gateway.openai_models import ChatBody
@@ -17,7 +17,12 @@ from fabric.gateway.sse import quote
 from fabric.gateway.tools import as_delta, join_calls
 from fabric.messages import ScoredToken, Token
 
-router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(Needs("query"))])
+router = APIRouter(
+    prefix="/v1",
+    tags=["openai"],
+    dependencies=[Depends(Needs("query"))],
+    route_class=DirectRoute,
+)
 
 
 @router.post("/chat/completions", openapi_extra=documented(ChatBody))

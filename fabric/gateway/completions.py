@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from fabric.gateway.access import Needs
+from fabric.gateway.access import DirectRoute, Needs
 from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.exchange import Exchange
 from fabric.gateway.openai_models import CompletionBody
@@ -17,7 +17,12 @@ from fabric.gateway.replies import Json, stream_reply, whole_reply
 from fabric.gateway.sse import quote
 from fabric.messages import ScoredToken, TextInput, Token
 
-router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(Needs("query"))])
+router = APIRouter(
+    prefix="/v1",
+    tags=["openai"],
+    dependencies=[Depends(Needs("query"))],
+    route_class=DirectRoute,
+)
 
 
 @router.post("/completions", openapi_extra=documented(CompletionBody))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from fabric.gateway.access import Needs
+from fabric.gateway.access import DirectRoute, Needs
 from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.exchange import Exchange
 from fabric.gateway.hub import caller_of
@@ -19,7 +19,12 @@ from fabric.messages import Embedding, RunCompleted, RunFailed
 MAX_AT_ONCE = 64
 """Runs of one request in flight at once; at most half of what the caller may have."""
 
-router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(Needs("query"))])
+router = APIRouter(
+    prefix="/v1",
+    tags=["openai"],
+    dependencies=[Depends(Needs("query"))],
+    route_class=DirectRoute,
+)
 
 
 @router.post("/embeddings", openapi_extra=documented(EmbeddingBody))

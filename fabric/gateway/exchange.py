@@ -48,6 +48,7 @@ class Exchange:
         self._metrics = metrics
         self._began_at = began_at
         self._unfinished = set(runs)
+        self._current: Run | None = None
         self._departure: asyncio.Task[None] | None = None
 
     @classmethod
@@ -96,6 +97,11 @@ class Exchange:
         for run in self._unfinished:
             await run.cancel()
 
+    @property
+    def has_more(self) -> bool:
+        """Whether the next event is there already."""
+        return self._current is not None and self._current.has_more
+
     async def events(self) -> AsyncIterator[tuple[int, RunEvent]]:
         """Yield the events of the runs with their index, one run after the other.
 
@@ -103,7 +109,7 @@ class Exchange:
         """
         for index, (run, request) in enumerate(zip(self.runs, self.requests, strict=True)):
             model = request.model.partition("@")[0]
-            last_at = None
+            last_at, self._current = None, run
             async for event in run.events():
                 match event:
                     case Token(choice=0):

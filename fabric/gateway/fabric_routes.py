@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Generic, Literal, TypeVar
@@ -230,11 +231,24 @@ def _site(hub: Hub, site: SiteRecord, permits: Permits) -> Site:
         display=site.display,
         channel=site.channel,
         state=_site_state(site, report, {view.state for view in here}),
-        detail="; ".join(filter(None, (report.detail if report else "", _closing(site)))),
+        detail="; ".join(filter(None, _details(hub, site, permits))),
         replicas=_replicas(
             view for view in here if permits.sees_model(view.model.partition("@")[0])
         ),
     )
+
+
+def _details(hub: Hub, site: SiteRecord, permits: Permits) -> Iterator[str]:
+    if (report := hub.reports.get(site.name)) is not None:
+        yield report.detail
+    yield _closing(site)
+    # What an account has left is told to those alone whose it is.
+    if site.own is not None and site.own.belongs_to(permits.project, permits.key_id):
+        now = time.monotonic()
+        for one in hub.broker.arrivals.accounts.of(site.name, now):
+            left, minutes = f"{one.available:,.6g} {one.unit}", (now - one.asked_at) / 60
+            short = "; too little for what was asked for" if one.shortfall else ""
+            yield f"account {one.name}: {left} left, asked {minutes:.0f} min ago{short}"
 
 
 def _closing(site: SiteRecord) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -28,13 +29,16 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, ("model_name", *labels), registry=self.registry)
+        # The library looks every label up under a lock, at every token: remembered here.
+        def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
+            made = Counter(name, text, ("model_name", *labels), registry=self.registry)
+            return cache(made.labels)
 
-        def histogram(name: str, text: str) -> Histogram:
-            return Histogram(
+        def histogram(name: str, text: str) -> Callable[[str], Histogram]:
+            made = Histogram(
                 name, text, ("model_name",), registry=self.registry, buckets=_LATENCY_BUCKETS_S
             )
+            return cache(made.labels)
 
         self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens processed.")
         self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
@@ -80,19 +84,19 @@ class Metrics:
 
     def run_admitted(self, model: str, request: Request) -> None:
         """Count it."""
-        self._admitted.labels(model, request.tier).inc()
+        self._admitted(model, request.tier).inc()
 
     def run_placed(self, model: str, placement: Placement, attempt: int) -> None:
         """Count it by site."""
-        self._attempts.labels(model, placement.site, "yes" if attempt > 1 else "no").inc()
+        self._attempts(model, placement.site, "yes" if attempt > 1 else "no").inc()
 
     def first_token(self, model: str, seconds: float) -> None:
         """Record the time to first token."""
-        self._first_token_s.labels(model).observe(seconds)
+        self._first_token_s(model).observe(seconds)
 
     def token(self, model: str) -> None:
         """Count it."""
-        self._generation_tokens.labels(model).inc()
+        self._generation_tokens(model).inc()
 
     def run_ended(
         self,
@@ -105,33 +109,33 @@ class Metrics:
         failure_code: str | None,
     ) -> None:
         """Count what it consumed and how it ended."""
-        self._ended.labels(model, state, failure_code or "").inc()
-        self._charge.labels(model).inc(charge_usu)
-        self._device_s.labels(model).inc(usage.device_s)
-        self._prompt_tokens.labels(model).inc(usage.prompt_tokens)
-        self._prefix_queries.labels(model).inc(usage.prompt_tokens)
-        self._prefix_hits.labels(model).inc(usage.cached_prompt_tokens)
+        self._ended(model, state, failure_code or "").inc()
+        self._charge(model).inc(charge_usu)
+        self._device_s(model).inc(usage.device_s)
+        self._prompt_tokens(model).inc(usage.prompt_tokens)
+        self._prefix_queries(model).inc(usage.prompt_tokens)
+        self._prefix_hits(model).inc(usage.cached_prompt_tokens)
         if state is RunState.COMPLETED:
-            self._e2e_s.labels(model).observe(e2e_s)
+            self._e2e_s(model).observe(e2e_s)
 
     # ---- from the gateway --------------------------------------------------------------------
 
     def placed(self, model: str, seconds: float) -> None:
         """Record the time from a read request to its first placement."""
-        self._placement_s.labels(model).observe(seconds)
+        self._placement_s(model).observe(seconds)
 
     def token_gap(self, model: str, seconds: float) -> None:
         """Record the time between two tokens."""
-        self._token_gap_s.labels(model).observe(seconds)
+        self._token_gap_s(model).observe(seconds)
 
     def run_completed(self, model: str, run: RunCompleted) -> None:
         """Record where a completed run's time went."""
         for reason in run.finish_reasons:
-            self._success.labels(model, reason).inc()
-        self._queue_s.labels(model).observe(run.usage.queue_s)
+            self._success(model, reason).inc()
+        self._queue_s(model).observe(run.usage.queue_s)
         if run.first_token_s is not None:
-            self._prefill_s.labels(model).observe(max(0.0, run.first_token_s - run.usage.queue_s))
-            self._decode_s.labels(model).observe(max(0.0, run.total_s - run.first_token_s))
+            self._prefill_s(model).observe(max(0.0, run.first_token_s - run.usage.queue_s))
+            self._decode_s(model).observe(max(0.0, run.total_s - run.first_token_s))
 
     def watch_replicas(self, replicas: Callable[[], Sequence[ReplicaView]]) -> None:
         """Report the load of the replicas whenever the metrics are read."""

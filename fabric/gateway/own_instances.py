@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,6 +15,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import AwareDatetime, Field
 
 from fabric.auth import Decision, Identity
+from fabric.broker.accounts import Account
 from fabric.catalog import LaunchRecord, OwnSite
 from fabric.errors import Duplicate, NotFound, NotGranted, RequestInvalid
 from fabric.gateway.access import Needs
@@ -28,6 +30,8 @@ from fabric.messages.wire import Wire
 
 MAX_LIFETIME_S = 60 * 86_400
 """The longest that a launch token is good for: weeks in a queue, then a job of days."""
+MAX_UNITS = 1e12
+"""The most that an account may have, in any unit."""
 
 router = APIRouter(
     prefix="/v1/fabric/instances", tags=["instances"], dependencies=[Depends(Needs("launch"))]
@@ -69,6 +73,18 @@ class JobBody(Wire):
     unit: str = Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")
     source: Literal["sacct", "scontrol", "qstat", "launcher"]
     ended_at: AwareDatetime
+
+
+class BalanceBody(Wire):
+    """``POST /v1/fabric/instances/{instance}/balance``: what is left of the account that pays.
+
+    ``available`` and ``needed``, what jobs that were asked for may still take, are in ``unit``.
+    """
+
+    account: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    unit: str = Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")
+    available: float = Field(ge=-MAX_UNITS, le=MAX_UNITS, allow_inf_nan=False)
+    needed: float | None = Field(default=None, ge=0, le=MAX_UNITS, allow_inf_nan=False)
 
 
 class EndBody(Wire):
@@ -179,6 +195,26 @@ async def report_job(request: Request, instance: str) -> JobCharge:
         **body.model_dump(),
     )
     return await hub.offload(hub.ledger.note_job, charge)
+
+
+@router.post("/{instance}/balance", openapi_extra=documented(BalanceBody))
+async def report_balance(request: Request, instance: str) -> LaunchRecord:
+    """Note what the account has left that pays for an instance of the caller's.
+
+    It counts for choices among instances at its site alone, and is forgotten after an hour.
+    """
+    body = await read_body(request, BalanceBody)
+    hub, caller = hub_of(request), caller_of(request)
+    launch = await hub.offload(_find, hub, caller, instance)
+    account = Account(
+        name=body.account,
+        unit=body.unit,
+        available=body.available,
+        needed=body.needed,
+        asked_at=time.monotonic(),
+    )
+    hub.broker.arrivals.accounts.tell(launch.site, account)
+    return launch
 
 
 @router.post("/{instance}/end", openapi_extra=documented(EndBody))

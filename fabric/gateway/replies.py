@@ -139,29 +139,34 @@ class _Stream:
             FabricError: A run failed before anything was yielded.
         """
         ends: list[RunCompleted] = []
+        pieces: list[bytes] = []
         async with self._exchange as exchange:
             async for run, event in exchange.events():
                 match event:
                     case Token():
-                        yield self._token(run, event)
+                        pieces.append(self._token(run, event))
                     case Placed():
                         self._place(exchange.runs[run].id, event)
                     case PromptScored():
                         self._shape.prompt_scored(run, event.tokens)
                     case RunCompleted():
                         ends.append(event)
-                        yield b"".join(self._endings(run, event))
+                        pieces += self._endings(run, event)
                     case RunFailed():
                         if not (self._opened or ends):
                             raise event.failure.to_error()
-                        yield _broken(event)
+                        yield b"".join((*pieces, _broken(event)))
                         return
+                is_last = len(ends) == len(exchange.runs)
+                if pieces and not (exchange.has_more or is_last):
+                    yield b"".join(pieces)
+                    pieces.clear()
         last = DONE
         if self._include_usage:
             usage = json.dumps(usage_object([end.usage for end in ends]))
             ours = json.dumps(_whole_object(ends))
             last = frame(f'{self._head}],"usage":{usage},"fabric":{ours}}}') + DONE
-        yield last
+        yield b"".join((*pieces, last))
 
     def _place(self, run_id: str, event: Placed) -> None:
         self.site = event.placement.site

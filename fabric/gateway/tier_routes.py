@@ -65,7 +65,9 @@ class Queue:
 @router.get("/slo")
 async def read_attainment(request: Request) -> Listing[Attained]:
     """Return how far the promise of each tier was kept, over several windows."""
-    return Listing(data=hub_of(request).broker.tiers.attained())
+    tiers = hub_of(request).broker.tiers
+    await tiers.heed()
+    return Listing(data=tiers.attained())
 
 
 @router.get("/queue")

@@ -38,7 +38,6 @@ _JOURNAL = Query(
     _Row,
     columns=[column.name for column in journal.c if column.name != "id"],
 )
-_ENTRIES = Prepared(insert(entries))
 _OPEN = {
     "sqlite": sqlite.insert(accounts).on_conflict_do_nothing(),
     "postgresql": postgresql.insert(accounts).on_conflict_do_nothing(),
@@ -91,8 +90,9 @@ def post(
     if key is not None and is_posted(connection, key, kind, deltas_usu):
         return
     changes = [(account, delta) for account, delta in ordered if delta]
+    numbered = _numbered(changes)
     if changes:
-        _move(connection, changes)
+        _move(connection, changes, numbered)
     row = {
         "kind": kind,
         "at": at,
@@ -106,11 +106,8 @@ def post(
         "memo": memo,
     }
     (written,) = _JOURNAL.all(connection, row)
-    lines = [
-        {"journal_id": written.id, "account_id": account, "amount_usu": delta}
-        for account, delta in changes
-    ]
-    _ENTRIES.run_many(connection, lines)
+    if changes:
+        _entries(len(changes)).run(connection, {"journal": written.id, **numbered})
 
 
 def account_id(connection: Connection, name: str, *, may_go_negative: bool = False) -> int:
@@ -157,15 +154,36 @@ def is_posted(connection: Connection, key: str, kind: str, deltas_usu: Mapping[i
     return True
 
 
-def _move(connection: Connection, changes: Sequence[tuple[int, int]]) -> None:
+def _move(
+    connection: Connection, changes: Sequence[tuple[int, int]], numbered: Mapping[str, int]
+) -> None:
     """Move balances, in order of account; the transaction is undone if one would be overdrawn."""
-    values: dict[str, int] = {}
-    for number, (account, delta) in enumerate(changes):
-        values |= {f"account_{number}": account, f"delta_{number}": delta}
-    moved = {row.id for row in _moves(len(changes)).all(connection, values)}
+    moved = {row.id for row in _moves(len(changes)).all(connection, numbered)}
     for account, delta in changes:
         if account not in moved:
             _refuse(connection, account, delta)
+
+
+def _numbered(changes: Sequence[tuple[int, int]]) -> dict[str, int]:
+    """Return changes as the values of a statement for as many."""
+    values: dict[str, int] = {}
+    for number, (account, delta) in enumerate(changes):
+        values |= {f"account_{number}": account, f"delta_{number}": delta}
+    return values
+
+
+@cache
+def _entries(num: int) -> Prepared:
+    """Return the statement that writes so many entries of a journal row."""
+    lines: list[dict[str, object]] = [
+        {
+            "journal_id": bindparam("journal"),
+            "account_id": bindparam(f"account_{number}"),
+            "amount_usu": bindparam(f"delta_{number}"),
+        }
+        for number in range(num)
+    ]
+    return Prepared(insert(entries).values(lines))
 
 
 @cache

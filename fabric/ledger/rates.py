@@ -103,7 +103,13 @@ class Prices(TypedDict):
     stored_usu: NotRequired[int | Decimal]
 
 
-def price_usu(rate: Rate, tier: str, quantities: Mapping[str, float | Decimal]) -> int:
+def price_usu(
+    rate: Rate,
+    tier: str,
+    quantities: Mapping[str, float | Decimal],
+    *,
+    factors: Mapping[str, Decimal] = TIERS,
+) -> int:
     """Return what quantities cost, in micro-SU. Those that are no integers are rounded up to a
     millionth.
 
@@ -111,6 +117,7 @@ def price_usu(rate: Rate, tier: str, quantities: Mapping[str, float | Decimal]) 
         rate: The prices.
         tier: A key of ``TIERS``.
         quantities: How much of what each of ``PRICES`` is for.
+        factors: What each tier multiplies a charge by, where that is not the release's.
 
     Raises:
         RequestInvalid: A quantity is negative or not finite.
@@ -125,10 +132,17 @@ def price_usu(rate: Rate, tier: str, quantities: Mapping[str, float | Decimal]) 
                 reason = "a quantity is a number from 0 on"
                 raise RequestInvalid(param=name, value=str(quantity), reason=reason)
             total += getattr(rate, name) * (quantity if is_whole else _millionths(quantity))
-        return ceil(TIERS[tier] * total)
+        return ceil(factors[tier] * total)
 
 
-def charge_usu(rate: Rate, tier: str, usage: Usage, *, device_s: float = 0.0) -> int:
+def charge_usu(
+    rate: Rate,
+    tier: str,
+    usage: Usage,
+    *,
+    device_s: float = 0.0,
+    factors: Mapping[str, Decimal] = TIERS,
+) -> int:
     """Return what a usage costs, in micro-SU.
 
     Cached tokens beyond the prompt's own (a site's false report) are not priced.
@@ -138,6 +152,7 @@ def charge_usu(rate: Rate, tier: str, usage: Usage, *, device_s: float = 0.0) ->
         tier: A key of ``TIERS``.
         usage: What was used.
         device_s: Seconds of computing that are priced: a program's, and no others'.
+        factors: See ``price_usu``.
     """
     cached = min(usage.cached_prompt_tokens, usage.prompt_tokens)
     quantities = {
@@ -150,7 +165,7 @@ def charge_usu(rate: Rate, tier: str, usage: Usage, *, device_s: float = 0.0) ->
         "kv_block_usu": usage.kv_block_s,
         "adapter_usu": usage.adapter_s / HOUR_S,
     }
-    return price_usu(rate, tier, quantities)
+    return price_usu(rate, tier, quantities, factors=factors)
 
 
 def max_charge_usu(
@@ -164,6 +179,7 @@ def max_charge_usu(
     device_s: float = 0.0,
     kv_block_s: float = 0.0,
     adapter_s: float = 0.0,
+    factors: Mapping[str, Decimal] = TIERS,
 ) -> int:
     """Return the most a request may cost, in micro-SU: what is held for it.
 
@@ -177,6 +193,7 @@ def max_charge_usu(
         device_s: The most seconds of computing it is charged for.
         kv_block_s: The most block-seconds it can keep; see ``kv_block_s_bound``.
         adapter_s: The most seconds it can use an adapter's slot.
+        factors: See ``price_usu``.
     """
     dearer = max(rate.prompt_usu, rate.cached_prompt_usu)
     quantities = {
@@ -188,7 +205,7 @@ def max_charge_usu(
         "kv_block_usu": kv_block_s,
         "adapter_usu": adapter_s / HOUR_S,
     }
-    return price_usu(replace(rate, prompt_usu=dearer), tier, quantities)
+    return price_usu(replace(rate, prompt_usu=dearer), tier, quantities, factors=factors)
 
 
 def kv_block_s_bound(num_rows: int, row_tokens: int, seconds: float) -> float:

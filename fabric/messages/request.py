@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import uuid
+import secrets
 from functools import cached_property
 from typing import Annotated, Literal, Self
 
@@ -51,7 +51,7 @@ AdapterDigest = Annotated[str, StringConstraints(pattern=r"^blake3:[0-9a-f]{64}$
 
 def new_id(kind: str) -> str:
     """Return a fresh identifier such as ``run_3f0c…``: ``kind``, then 32 hexadecimal digits."""
-    return f"{kind}_{uuid.uuid4().hex}"
+    return f"{kind}_{secrets.token_hex(16)}"
 
 
 class TextInput(Wire):

@@ -343,6 +343,10 @@ class AsyncFabric:
         """Note what an instance's job took; see ``Fabric.report_job``."""
         return await instances.report_job(self._transport, instance, job)
 
+    async def report_balance(self, instance: str, balance: Mapping[str, object]) -> None:
+        """Note what is left of the account that pays; see ``Fabric.report_balance``."""
+        await instances.report_balance(self._transport, instance, balance)
+
     async def drain_instance(self, instance: str) -> None:
         """Ask an instance of the project's to finish what it has and leave."""
         await instances.drain(self._transport, instance)

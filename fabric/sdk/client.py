@@ -437,6 +437,21 @@ class Fabric:
         """
         return self._background.run(self._fabric.report_job(instance, job))
 
+    def report_balance(self, instance: str, balance: Mapping[str, object]) -> None:
+        """Note what the account has left that pays for an instance of the project's.
+
+        It counts for choices among instances at its site alone.
+
+        Args:
+            instance: What it pays for.
+            balance: ``account``, its ``unit``, what is ``available``, and ``needed``, what jobs
+                that were asked for may still take, or ``None``.
+
+        Raises:
+            NotFound: There is no such instance, or it is somebody else's.
+        """
+        self._background.run(self._fabric.report_balance(instance, balance))
+
     def drain_instance(self, instance: str) -> None:
         """Ask an instance of the project's to finish what it has and leave.
 

@@ -68,6 +68,13 @@ async def report_job(transport: Transport, instance: str, job: Mapping[str, obje
     return reply
 
 
+async def report_balance(
+    transport: Transport, instance: str, balance: Mapping[str, object]
+) -> None:
+    """Note what the account has left that pays for an instance."""
+    await transport.post(f"{_PATH}/{instance}/balance", dict(balance))
+
+
 async def drain(transport: Transport, instance: str) -> None:
     """Ask an instance to finish what it has and leave."""
     await transport.post(f"{_PATH}/{instance}/drain", {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -18,7 +19,9 @@ CHECKPOINT_S = 2.0
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_Call = tuple["asyncio.Future[Any]", Callable[[], Any]]
+_Call = tuple["asyncio.Future[Any] | None", Callable[[], Any]]
+
+logger = logging.getLogger(__name__)
 
 
 class Offload:
@@ -44,13 +47,17 @@ class Offload:
         self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[T]:
         """Return the future of ``function(*args, **kwargs)``. Call it on an event loop."""
-        return self._queue(self._calls, partial(function, *args, **kwargs))
+        return self._await(self._calls, partial(function, *args, **kwargs))
+
+    def post(self, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """As a call that nobody waits for: the loop is not woken. What it raises is logged."""
+        self._queue(self._calls, None, partial(function, *args, **kwargs))
 
     def urgent(
         self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[T]:
         """As a call, but before all that wait and are not urgent."""
-        return self._queue(self._urgent, partial(function, *args, **kwargs))
+        return self._await(self._urgent, partial(function, *args, **kwargs))
 
     @asynccontextmanager
     async def checkpointing(self) -> AsyncIterator[None]:
@@ -73,16 +80,21 @@ class Offload:
         if self._thread is not None:
             self._thread.join()
 
-    def _queue(self, lane: deque[_Call], call: Callable[[], T]) -> asyncio.Future[T]:
+    def _await(self, lane: deque[_Call], call: Callable[[], T]) -> asyncio.Future[T]:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._queue(lane, future, call)
+        return future
+
+    def _queue(
+        self, lane: deque[_Call], future: asyncio.Future[Any] | None, call: Callable[[], object]
+    ) -> None:
         if self._closed:
             raise RuntimeError("The database's thread has ended.")
         if self._thread is None:
             self._thread = Thread(target=self._run, name="database", daemon=True)
             self._thread.start()
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         lane.append((future, call))
         self._turns.put(True)
-        return future
 
     async def _checkpoint(self) -> None:
         while True:
@@ -96,6 +108,12 @@ class Offload:
         """Run the calls; one is there for each turn."""
         while self._turns.get():
             future, call = (self._urgent or self._calls).popleft()
+            if future is None:
+                try:
+                    call()
+                except BaseException:
+                    logger.exception("a call to the database that nobody waits for failed")
+                continue
             try:
                 answer = partial(_deliver, future, call(), None)
             except BaseException as error:

@@ -1,7 +1,7 @@
 """Statements run so often that SQLAlchemy's own way to run them would cost more than they do.
 
 They are written in its language, compiled by it once for each kind of database, and handed to the
-driver: what takes SQLAlchemy 16 us takes 3. Errors come as it would raise them.
+driver: a lookup that takes SQLAlchemy 19 us takes 4. Errors come as it would raise them.
 """
 
 from __future__ import annotations
@@ -87,18 +87,16 @@ class Prepared:
         keys = None if self._columns is None else list(self._columns)
         compiled = self._statement.compile(dialect=dialect, column_keys=keys)
         assert isinstance(compiled, SQLCompiler)
+        # Where values go by position, one that is used twice is named twice.
         names = compiled.positiontup if compiled.positional else compiled.bind_names.values()
-        binds = {name: compiled.binds[name] for name in names or ()}
+        binds = [(name, compiled.binds[name]) for name in names or ()]
         return _Form(
             sql=str(compiled),
-            names=tuple(names or ()),
+            names=tuple(name for name, _ in binds),
             processors=tuple(
-                binds[name].type.dialect_impl(dialect).bind_processor(dialect)
-                for name in names or ()
+                bind.type.dialect_impl(dialect).bind_processor(dialect) for _, bind in binds
             ),
-            constants={
-                name: bind.effective_value for name, bind in binds.items() if not bind.required
-            },
+            constants={name: bind.effective_value for name, bind in binds if not bind.required},
             by_position=compiled.positional,
             results=tuple(
                 column.type.dialect_impl(dialect).result_processor(dialect, None)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, TypeVar
 
-from fabric.broker.select import Offer
+from fabric.broker.select import Context, Offer
 from fabric.broker.settings import BrokerSettings
 from fabric.broker.signals import (
     Admitted,
@@ -36,6 +36,7 @@ from fabric.messages import (
     Finished,
     Hello,
     Limits,
+    Placement,
     Request,
     RunFailed,
     Sampling,
@@ -113,7 +114,8 @@ class Rig:
     """A state with a clock, and all the instructions it has given."""
 
     def __init__(self, *sites: str, started_at: float = 0.0, **settings: Any) -> None:
-        self.state = BrokerState(BrokerSettings(**settings), started_at=started_at)
+        self.settings = BrokerSettings(**settings)
+        self.state = BrokerState(self.settings, started_at=started_at)
         self.now = LATE
         self.done: list[Instruction] = []
         for site in sites:
@@ -232,3 +234,23 @@ def admit(rig: Rig, **changes: Any) -> SendTask:
     assert sent is not None
     rig.accept(sent)
     return sent
+
+
+def foresee(rig: Rig, **changes: Any) -> Placement | None:
+    """Return where a request would go if it was admitted now; raises as ``BrokerState.foresee``."""
+    request, context = informed(rig, **changes)
+    return rig.state.foresee(rig.now, request, context, project="astro")
+
+
+def informed(rig: Rig, **changes: Any) -> tuple[Request, Context]:
+    """Return a request and what a choice for it rests on; ``changes`` as for ``make_ticket``."""
+    ticket = make_ticket(**changes)
+    context = Context(
+        model=ticket.model,
+        digest=ticket.digest,
+        offers=ticket.offers,
+        remaining_s=ticket.request.deadline_s,
+        settings=rig.settings,
+    )
+    request = ticket.request
+    return request, rig.state.experience.informed(rig.now, request, context)

@@ -44,6 +44,7 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
         typed = typed.replace("--wait", f"--wait --module {MODULE}")
         done = Block(language="console", text=typed).run(environ, tmp_path, timeout_s=240)
         assert "#SBATCH --time=30" in done.stdout
+        assert "your project's requests for this model go nowhere else while" in done.stdout
         assert "word0 word1" in done.stdout
         assert "its owner ended it" in done.stderr
 

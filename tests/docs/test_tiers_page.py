@@ -32,6 +32,9 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
     slo, queue = (json.loads(line) for line in re.findall(r'\{"data":.*?"list"\}', outputs[2]))
     assert {one["tier"] for one in slo["data"]} == set(PROMISES)
     assert queue["data"] == []
+    told = re.search(r"^interactive +(\S+) +(\S+ s) .*changed$", outputs[3], re.M)
+    assert told is not None
+    assert told.groups() == ("2", "1.5 s")
     for name in re.findall(r"^\| `(fabric_\w+)`", TEXT, re.M):
         assert f"# TYPE {name} gauge" in metrics
 

@@ -16,12 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fabric.testing.hub import RunningHub, running_hub
+from fabric.testing.hub import RunningHub, running_hub, wait_until
 from fabric.testing.person import Person
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SHIMS = Path(__file__).parents[1] / "data" / "pbs"
+BALANCES = SHIMS.parent / "balances"
 FULL = "Not Running: Insufficient amount of resource: ncpus"
 SITE = {
     "system": {
@@ -32,7 +33,7 @@ SITE = {
             "workq": {"nodes": "cpu", "default": True, "units_per_node_hour": 3600.0},
             "gone": {"nodes": "cpu"},
         },
-        "charge": {"unit": "SU"},
+        "charge": {"unit": "SU", "balance": {"kind": "showusage"}},
         "sources": ["the test"],
         "checked": "2026-11",
     },
@@ -53,7 +54,10 @@ class Cluster(Person):
     def __init__(self, hub: RunningHub, folder: Path) -> None:
         self.jobs = folder / "pbs"
         self.jobs.mkdir()
-        path = f"{SHIMS}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = f"{folder}:{SHIMS}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        shown, usage = (BALANCES / "showusage.txt").read_text(), folder / "showusage"
+        usage.write_text(f"#!{sys.executable} -IS\nprint({shown!r})\n")
+        usage.chmod(0o755)
         super().__init__(hub, folder, "test-pbs", PATH=path, PBS_SHIM=str(self.jobs))
         self.know(SITE)
 
@@ -76,12 +80,17 @@ def pbs(hub: RunningHub, tmp_path: Path) -> Iterator[Cluster]:
 
 def test_a_job_waits_runs_serves_ends_and_is_accounted_for(pbs: Cluster) -> None:
     (pbs.jobs / "full").touch()
-    name = pbs.launch()["name"]
+    shares = ("--account", "abc123", "--sharing", "private", "--overflow")
+    name = pbs.launch(*shares)["name"]
     waiting = pbs.wait_job(name, lambda job: bool(job.detail))
     assert (waiting.state, waiting.detail) == ("pending", FULL)
     (pbs.jobs / "full").unlink()
     ready = pbs.wait_job(name, lambda job: job.state == "ready")
     assert pbs.fabric.complete("hello", model="brought@1", max_tokens=1).text == "word0"
+    left = "account abc123: 19,873.7 "
+    wait_until(lambda: any(left in one.detail for one in pbs.fabric.sites()), timeout_s=60)
+    assert left in pbs.run("explain", "hello", "--model", "brought@1").stdout
+    assert [one.overflow for one in pbs.fabric.instances()] == [True]
     stopped = pbs.run("stop", name)
     assert "its owner ended it" in stopped.stderr, stopped.stderr
 
@@ -92,8 +101,10 @@ def test_a_job_waits_runs_serves_ends_and_is_accounted_for(pbs: Cluster) -> None
     assert job.charge == pytest.approx(job.usage.elapsed_s) != 0
     [memo] = [line for line in pbs.fabric.usage().lines if line.kind == "memo"]
     assert (memo.job, memo.amount_usu) == (ready.job_id, 0)
-    assert f"{job.charge:,.4g} SUs (1 node" in memo.memo
-    assert f"{job.charge:.3g} SUs" in pbs.run("instances", name).stdout
+    assert f"{job.charge:,.4g} SUs of abc123 (1 node" in memo.memo
+    shown = pbs.run("instances", name, environ={"COLUMNS": "200"}).stdout
+    assert f"{job.charge:.3g} SUs" in shown
+    assert " private, overflow " in shown
 
 
 def test_a_job_that_was_killed_by_hand_is_noticed(pbs: Cluster) -> None:

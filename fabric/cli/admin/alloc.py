@@ -15,6 +15,7 @@ from fabric.cli.admin.change import undoable_options
 from fabric.cli.admin.database import (
     UTC_TIME,
     Books,
+    check_future,
     confirm,
     database_options,
     day,
@@ -70,6 +71,7 @@ def add(
     Example:
       fabric-admin alloc add astro --site alpha --amount '100 node-hour'
     """
+    check_future("--ends", ends_at)
     books.keys.project(project)
     if site != "*":
         books.catalog.get_site(site)
@@ -139,6 +141,10 @@ def modify(
     Example:
       fabric-admin alloc modify astro --period 2027 --ends 2028-03-01
     """
+    check_future("--ends", ends_at)
+    if not (amount_usu or starts_at or ends_at):
+        reason = "nothing to change was given; say at least one of --su, --amount, --starts, --ends"
+        raise RequestInvalid(param="allocation", value=project, reason=reason)
     allocation = find(books, project, site, period)
     with books.database.transaction():
         if amount_usu and amount_usu > 0:

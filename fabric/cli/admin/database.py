@@ -17,10 +17,12 @@ import click
 
 from fabric.cli.exits import Exit
 from fabric.cli.options import output_options
+from fabric.cli.output import note
+from fabric.errors import RequestInvalid
 
 if TYPE_CHECKING:
     from fabric.audit import AuditLog
-    from fabric.auth import Grants, Groups, Keys
+    from fabric.auth import Grants, Groups, Keys, Tiers
     from fabric.catalog import Catalog
     from fabric.ledger import Ledger
     from fabric.sql import Database
@@ -39,6 +41,7 @@ class Books:
     audit: AuditLog
     catalog: Catalog
     ledger: Ledger
+    tiers: Tiers
 
 
 @contextmanager
@@ -78,7 +81,7 @@ def open_books(
 def get_books(database: Database) -> Books:
     """Return the rooms over an open database of this release's schema."""
     from fabric.audit import AuditLog
-    from fabric.auth import Grants, Groups, Keys
+    from fabric.auth import Grants, Groups, Keys, Tiers
     from fabric.catalog import Catalog
     from fabric.ledger import Ledger
 
@@ -90,6 +93,7 @@ def get_books(database: Database) -> Books:
         audit=AuditLog(database),
         catalog=Catalog(database),
         ledger=Ledger(database),
+        tiers=Tiers(database),
     )
 
 
@@ -149,6 +153,26 @@ class UtcTime(click.DateTime):
 
 
 UTC_TIME = UtcTime()
+
+
+def check_future(option: str, at: datetime | None) -> None:
+    """Refuse an end that lies in the past.
+
+    Raises:
+        RequestInvalid: It does.
+    """
+    if at is not None and at <= datetime.now(UTC):
+        reason = "it is over; give a time to come, or use `delete` to end it now"
+        raise RequestInvalid(param=option, value=at.isoformat(), reason=reason)
+
+
+def warn_of_absent(books: Books, *, model: str | None = None, site: str | None = None) -> None:
+    """Say which of these is not in the catalog: it may be added later, or be mistyped."""
+    models = {name for one in books.catalog.models() for name in (one.name, one.ref)}
+    sites = {one.name for one in books.catalog.sites()}
+    for kind, name, known in (("model", model, models), ("site", site, sites)):
+        if name not in (None, "*") and name not in known:
+            note(f"There is no {kind} {name!r} yet: this counts once it is added.")
 
 
 def day(at: datetime | None, otherwise: str = "") -> str:

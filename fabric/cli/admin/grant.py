@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from fabric.cli.admin.change import Change, change_options
-from fabric.cli.admin.database import Books, database_options, yes_option
+from fabric.cli.admin.database import Books, database_options, warn_of_absent, yes_option
 from fabric.cli.output import Column, Output, note
 from fabric.errors import NotFound
 
@@ -80,6 +80,7 @@ def add(
         lambda: _find(books, subject, model, site),
         {"modes": frozenset(modes or MODES), "tiers": frozenset(tiers or TIERS)},
     )
+    warn_of_absent(books, model=model, site=site)
 
 
 @grant.command()

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from fabric.cli.admin.change import Change, change_options
-from fabric.cli.admin.database import UTC_TIME, Books, database_options, yes_option
+from fabric.cli.admin.database import (
+    UTC_TIME,
+    Books,
+    check_future,
+    database_options,
+    yes_option,
+)
 from fabric.cli.options import Command
 from fabric.cli.output import Column, Output, note, to_json
 
@@ -75,6 +81,7 @@ def add(
     Example:
       fabric-admin key add astro --scope site --site anvil > anvil.key
     """
+    check_future("--expires", expires_at)
     if site is not None:
         books.catalog.get_site(site)
     limit = {} if max_concurrent is None else {"max_concurrent": max_concurrent}
@@ -136,6 +143,7 @@ def modify(
     Example:
       fabric-admin key modify 5b1e0c7a94d2 --max-concurrent 8
     """
+    check_future("--expires", expires_at)
     before = books.keys.key(key_id)
     after = books.keys.modify(
         key_id,

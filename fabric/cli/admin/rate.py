@@ -16,6 +16,7 @@ from fabric.cli.admin.database import (
     confirm,
     database_options,
     day,
+    warn_of_absent,
     yes_option,
 )
 from fabric.cli.admin.rate_measure import measure
@@ -217,5 +218,6 @@ def _set(
 ) -> None:
     given = {name: price for name, price in prices.items() if price is not None}
     record = books.ledger.set_rate(model, site, effective_from=starts_at, **given)
+    warn_of_absent(books, model=model, site=site)
     from_at = day(record.effective_from)
     output.json(record) if output.is_json else note(f"Prices of {model} at {site} from {from_at}.")

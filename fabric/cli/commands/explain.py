@@ -43,6 +43,10 @@ def explain(prompt: str | None, options: Options, fabric: Fabric, output: Output
         [_row(candidate, parts, placement, corrected) for candidate in _ranked(placement)],
     )
     click.echo(why(placement.site, placement.reason))
+    there = {candidate.site for candidate in placement.candidates}
+    for site in fabric.sites():
+        if site.name in there and site.detail:
+            click.echo(f"{site.name}: {site.detail}")
 
 
 def _ranked(placement: Placement) -> list[Candidate]:

@@ -6,6 +6,7 @@ Shapes: N tokens of a step, F features of a point, R tokens that something is ad
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,24 +38,28 @@ class Composition:
             for point, kept in steady.saves.items():
                 touch = Keep(row=row, room=self.rooms[row], span=kept.span)
                 self._at.setdefault(point, []).append(touch)
-        self._in_layers: dict[int, dict[str, list[Touch]]] = {}
-        for point, touches in self._at.items():
-            if (layer := layer_of(point)) is not None:
-                self._in_layers.setdefault(layer, {})[point.split(".", 2)[2]] = touches
-        self._made: dict[int, Touches] = {}
+        self._by_layer: dict[int | None, list[str]] = {}
+        for point in self._at:
+            self._by_layer.setdefault(_layer_of(point), []).append(point)
         self._adds: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def touches(self, layer: int) -> Touches | None:
-        """Return what happens in a layer, if anything, for the kernels that run it whole."""
-        if layer not in self._in_layers:
-            return None
-        if layer not in self._made:
-            self._made[layer] = Touches(self._in_layers[layer])
-        return self._made[layer]
+    @cached_property
+    def touches(self) -> dict[int, Touches]:
+        """By layer, what happens in it, for the kernels that run layers whole."""
+        return {
+            layer: Touches({point.split(".", 2)[2]: self._at[point] for point in points})
+            for layer, points in self._by_layer.items()
+            if layer is not None
+        }
 
     def outside(self, whole: Collection[int]) -> list[str]:
         """Return the points at which something happens, but for those in these layers."""
-        return [point for point in self._at if layer_of(point) not in whole]
+        return [
+            point
+            for layer, points in self._by_layer.items()
+            if layer not in whole
+            for point in points
+        ]
 
     def serve(self, point: str, tap: Tap, x: Tensor) -> Tensor | None:
         """Do what happens at a point of a module's tensor; return another one where it was changed
@@ -74,7 +79,7 @@ class Composition:
         return None if tap.shared else result
 
 
-def layer_of(point: str) -> int | None:
+def _layer_of(point: str) -> int | None:
     """Return the layer that a point is in, if any."""
     return int(point.split(".", 2)[1]) if point.startswith("layers.") else None
 

@@ -150,12 +150,7 @@ class Execution:
 
     def num_wanted(self, start: int, count: int) -> int:
         """Return of how many of the last tokens of a chunk its nodes want logits."""
-        asking = [
-            node
-            for node, point in zip(self._nodes, self._points, strict=True)
-            if point == "logits" or (isinstance(node, ops.Grad) and node.wrt == "logits")
-        ]
-        places = (self._reach.positions(node, start, count) for node in asking)  # type: ignore[arg-type]
+        places = (self._reach.positions(node, start, count) for node in self._asking)  # type: ignore[arg-type]
         return max((start + count - min(at) for at in places if at), default=0)
 
     # What a step asks.
@@ -202,10 +197,8 @@ class Execution:
             ProgramTooLarge: That is more than it may.
         """
         assert self.steady is not None
-        for kept in self.steady.saves.values():
-            for node in kept.nodes.values():
-                dtype = self.steady.dtype if node.dtype is None else DTYPES[node.dtype]
-                self._count(node, (kept.span.stop - kept.span.start) * dtype.itemsize)
+        for node, num_bytes in self.steady.sizes:
+            self._count(node, num_bytes)
         room = torch.empty(self.steady.num_kept, dtype=self.steady.dtype)
         self._kept.append((room, position))
         return room
@@ -240,7 +233,10 @@ class Execution:
         """Return the saves, joined over the steps; ``streamed`` ones only if asked for."""
         if not self._prepared:
             self._prepare()
-        self._unpack()
+        if self.steady is not None:
+            for k, value in self.steady.unpacked(self._kept):
+                self._parts.setdefault(k, []).append(value)
+            self._kept = []
         results = {}
         for k, node in enumerate(self._nodes):
             if isinstance(node, ops.Save) and (streamed or not node.stream) and k in self._parts:
@@ -255,6 +251,15 @@ class Execution:
         """Whether the same nodes act in all steps of decoding."""
         sels = [node.sel for node in self._nodes if isinstance(node, _TOUCHING)]
         return all(sel.steps is None and sel.pos in ("all", "last") for sel in sels)
+
+    @cached_property
+    def _asking(self) -> list[ops.Node]:
+        """Nodes that want logits."""
+        return [
+            node
+            for node, point in zip(self._nodes, self._points, strict=True)
+            if point == "logits" or (isinstance(node, ops.Grad) and node.wrt == "logits")
+        ]
 
     @cached_property
     def _dynamic(self) -> frozenset[int]:
@@ -393,20 +398,6 @@ class Execution:
         limit = self._max_bytes if node.reduce is None else MAX_VALUE_BYTES
         if self._num_bytes > limit:
             raise ProgramTooLarge(cap="saved bytes", value=self._num_bytes, limit=limit)
-
-    def _unpack(self) -> None:
-        """Make parts of what steps have kept."""
-        if not self._kept:
-            return
-        assert self.steady is not None
-        rooms, at = zip(*self._kept, strict=True)
-        self._kept = []
-        kept_TX = torch.stack(rooms)
-        for kept in self.steady.saves.values():
-            data = kept_TX[:, kept.span].reshape(-1, *kept.shape)
-            for k, node in kept.nodes.items():
-                own = data if node.dtype is None else data.to(DTYPES[node.dtype])
-                self._parts.setdefault(k, []).append(Value(own, at))
 
     def _joined(self, k: int, values: Sequence[Value]) -> Value:
         if k in self._single or k not in self._dynamic:

@@ -6,6 +6,7 @@ Shapes: S keys of one run, K key-value heads, D head size, M cache blocks' token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,7 +63,7 @@ class Gathering:
             steady=steady,
             composition=self._composition,
         )
-        with torch.inference_mode():
+        with torch.inference_mode() if found else nullcontext():
             step.begin()
         return step
 

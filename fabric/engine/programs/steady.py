@@ -5,13 +5,14 @@ Shapes: F features of a point.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fabric.engine.programs.values import Value
+from fabric.engine.programs.values import DTYPES, Value
 from fabric.messages import nodes as ops
 
 
@@ -37,7 +38,7 @@ class Kept:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Steady:
     """What a run does in every step of decoding, by point, where it is this and nothing else."""
 
@@ -48,6 +49,29 @@ class Steady:
     """Numbers that a step keeps."""
     dtype: torch.dtype
     """Of those."""
+
+    @cached_property
+    def sizes(self) -> list[tuple[ops.Save, int]]:
+        """Its saves, with the bytes that each adds in a step."""
+        return [
+            (node, (kept.span.stop - kept.span.start) * self._dtype_of(node).itemsize)
+            for kept in self.saves.values()
+            for node in kept.nodes.values()
+        ]
+
+    def unpacked(self, steps: Sequence[tuple[Tensor, int]]) -> Iterator[tuple[int, Value]]:
+        """Return what each save has of steps, of which the numbers and the position are given."""
+        if not steps:
+            return
+        rooms, at = zip(*steps, strict=True)
+        kept_TX = torch.stack(rooms)
+        for kept in self.saves.values():
+            data = kept_TX[:, kept.span].reshape(-1, *kept.shape)
+            for k, node in kept.nodes.items():
+                yield k, Value(data.to(self._dtype_of(node)), at)
+
+    def _dtype_of(self, node: ops.Save) -> torch.dtype:
+        return self.dtype if node.dtype is None else DTYPES[node.dtype]
 
 
 def simplified(

@@ -155,6 +155,9 @@ class ProgramStep:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Run the model inside this: its touched points are served."""
+        if not self.runs:
+            yield
+            return
         with ExitStack() as stack:
             for module, at in self._private().items():
                 stack.callback(module.register_forward_hook(self._replacing(at)).remove)
@@ -177,9 +180,9 @@ class ProgramStep:
             self._hook(stack, points, self._composition.serve)
             yield
 
-    def touches(self, layer: int) -> Touches | None:
-        """Return what runs do in a layer in all steps."""
-        return self._composition.touches(layer)
+    def touches(self) -> Mapping[int, Touches]:
+        """Return what runs do in layers in all steps."""
+        return self._composition.touches
 
     def attended(self) -> set[int]:
         """Return the layers that have points inside their attention served."""

@@ -5,40 +5,44 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from decimal import Decimal
 
 from fabric.errors import BalanceUnavailable
-from fabric.launch.balances.command import (
-    TIMEOUT_S,
-    ask,
-    check_project,
-    no_allocation,
-)
+from fabric.launch.balances import sreport
+from fabric.launch.balances.command import TIMEOUT_S, ask, check_project, no_allocation
 from fabric.launch.balances.protocol import Balance
 
 _COMMAND = ("scontrol", "show", "assoc_mgr", "flags=assoc,qos")
 _MINUTES = re.compile(r"\bGrpTRESMins=(\S*)")
-_ACCOUNT = re.compile(r"^ClusterName=\S* Account=(\S+) UserName= ")
+_ACCOUNT = re.compile(r"^ClusterName=\S* Account=(\S+) UserName= ", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlurmBalance:
-    """What the controller lets an account use, in hours of a trackable resource.
+    """What Slurm lets an account use, in hours of a trackable resource.
 
-    Usage decays where Slurm is told so; then what is available grows by itself.
+    Usage decays where Slurm is told so; then what is available grows by itself. Where the
+    controller shows neither the account nor a limit of its quality of service, the database is
+    asked (``sreport``).
 
     Args:
         tres: The resource that is limited; ``billing`` is what charges are made of.
-        timeout_s: How long the command may take.
+        since: The day from which the database's usage counts, if Slurm never resets it.
+        timeout_s: How long each command may take.
     """
 
     tres: str = "billing"
+    since: date | None = None
     timeout_s: float = TIMEOUT_S
 
     async def balance(self, project: str) -> Balance:
         """Return an account's balance."""
         command = (*_COMMAND, f"accounts={check_project(project)}")
-        return parse(await ask(*command, timeout_s=self.timeout_s), project, self.tres)
+        told = await ask(*command, timeout_s=self.timeout_s)
+        if _is_shown(told, project) or _get_limits(told, project, self.tres):
+            return parse(told, project, self.tres)
+        return await sreport.get_balance(project, self.tres, self.since, timeout_s=self.timeout_s)
 
 
 def parse(output: str, project: str, tres: str = "billing") -> Balance:
@@ -51,14 +55,9 @@ def parse(output: str, project: str, tres: str = "billing") -> Balance:
         BalanceUnavailable: The account is not there, or nothing limits it.
     """
     shown = " ".join((*_COMMAND, f"accounts={project}"))
-    records = list(_records(output, project))
-    if not records:
+    if not any(_records(output, project)):
         raise no_allocation(shown, project)
-    limits = []
-    for record in records:
-        if minutes := _MINUTES.search(record):
-            pattern = rf"(?:^|,){re.escape(tres)}=(\d+)\((\d+)\)"
-            limits += [(int(a), int(b)) for a, b in re.findall(pattern, minutes[1])]
+    limits = _get_limits(output, project, tres)
     if not limits:
         raise BalanceUnavailable(
             command=shown,
@@ -72,6 +71,18 @@ def parse(output: str, project: str, tres: str = "billing") -> Balance:
         used=Decimal(used) / 60,
         available=Decimal(granted - used) / 60,
     )
+
+
+def _is_shown(output: str, project: str) -> bool:
+    return any(named[1] == project for named in _ACCOUNT.finditer(output))
+
+
+def _get_limits(output: str, project: str, tres: str) -> list[tuple[int, int]]:
+    """Return the limits that hold for an account, each with its usage, in minutes."""
+    pattern = re.compile(rf"(?:^|,){re.escape(tres)}=(\d+)\((\d+)\)")
+    told = (_MINUTES.search(record) for record in _records(output, project))
+    found = (each for minutes in told if minutes for each in pattern.findall(minutes[1]))
+    return [(int(limit), int(used)) for limit, used in found]
 
 
 def _records(output: str, project: str) -> Iterator[str]:

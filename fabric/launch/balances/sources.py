@@ -48,7 +48,7 @@ def get_balance_source(site: SiteSpec, token: str | None = None) -> BalanceSourc
             command = sbank.COMMAND.replace("{resource}", resource)
             return CommandBalance(command=command, parse=partial(sbank.parse, resource=resource))
         case "slurm":
-            return SlurmBalance()
+            return SlurmBalance(since=config.since)
         case "iri":
             if token:
                 return FacilityBalance(url=str(config.url), token=token, capability=config.resource)

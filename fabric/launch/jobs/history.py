@@ -9,6 +9,8 @@ from typing import Self
 from pydantic import ValidationError
 
 from fabric.launch.forecast import WaitEstimator, WaitForecast
+from fabric.launch.jobs.order import Order
+from fabric.launch.jobs.records import JobRecord
 from fabric.messages.wire import Wire
 
 READ_BYTES_S = 1e9
@@ -51,6 +53,22 @@ class History:
         """Remember a job."""
         with self._path.open("a") as file:
             file.write(passed.model_dump_json() + "\n")
+
+    def remember(self, order: Order, queue: str | None, job: JobRecord) -> None:
+        """Remember a job of an order whose instance has become ready."""
+        assert job.started_at is not None
+        assert job.ready_at is not None
+        self.add(
+            Passed(
+                machine=order.machine,
+                queue=queue or "",
+                nodes=order.nodes,
+                walltime_s=order.walltime_s,
+                model=order.model,
+                wait_s=max(0.0, (job.started_at - job.submitted_at).total_seconds()),
+                load_s=max(0.0, (job.ready_at - job.started_at).total_seconds()),
+            )
+        )
 
     def forecast_wait(
         self, machine: str, queue: str, *, nodes: int, walltime_s: float, hint_s: float | None

@@ -54,3 +54,6 @@ class InstanceHub(Protocol):
 
     def report_job(self, instance: str, job: Mapping[str, object]) -> object:
         """Note what an instance's job took; the same again changes nothing."""
+
+    def report_balance(self, instance: str, balance: Mapping[str, object]) -> None:
+        """Note what the account has left that pays for an instance."""

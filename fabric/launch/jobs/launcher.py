@@ -35,13 +35,14 @@ from fabric.launch.jobs.decide import (
     decide,
     get_ready_in_s,
 )
-from fabric.launch.jobs.history import History, Passed
+from fabric.launch.jobs.history import History
 from fabric.launch.jobs.hub import InstanceHub
 from fabric.launch.jobs.login import LoginNode, Sight
 from fabric.launch.jobs.observe import LEAVING, observe
 from fabric.launch.jobs.plan import LaunchPlan, get_launch_plan
 from fabric.launch.jobs.queue import JobPhase
 from fabric.launch.jobs.records import JobRecord, LaunchFolder, LaunchRecord
+from fabric.launch.jobs.standing import Standing
 from fabric.messages import InstanceSpec, InstanceState, Launch
 
 SLOWEST_POLL_S = 15.0
@@ -96,6 +97,7 @@ class Launcher:
         self._plan = plan
         self._planned_at = time.monotonic()
         self._accounts = JobAccounts(record.order, record.site, record.queue)
+        self._standing = Standing(hub, login.balance)
         self._unsent: dict[str, InstanceSpec] = {}
         self._vain: set[str] = set()
         self._joined: frozenset[str] = frozenset()
@@ -132,6 +134,8 @@ class Launcher:
             if self._record.ended_at is None:
                 self._bury_unknown()
                 while self._try_step():
+                    if self._plan is not None:
+                        self._standing.look(self._plan, self._sorted(), self._now)
                     age_s = time.monotonic() - self._changed_at
                     fastest_s = self._login.fastest_poll_s
                     time.sleep(min(SLOWEST_POLL_S, max(fastest_s, age_s / 10)))
@@ -177,6 +181,9 @@ class Launcher:
             JobsFailing: As ``run``.
             FabricError: As ``run``.
         """
+        if self._folder.is_deleted():
+            self._abandon()
+            return False
         on_disk = self._folder.launch()
         if on_disk is not None:
             # What its owner's other commands write.
@@ -250,7 +257,7 @@ class Launcher:
         if changed != job:
             self._put(changed)
             if changed.ready_at is not None and job.ready_at is None:
-                self._remember(changed)
+                self._history.remember(self._record.order, self._get_plan().queue, changed)
             if not changed.open:
                 self._forget(changed)
 
@@ -389,6 +396,16 @@ class Launcher:
             except FabricError as error:
                 logger.info("the hub was not told when %s joins: %s", job.instance, error.message)
 
+    def _abandon(self) -> None:
+        """End the jobs of a launch whose folder was deleted: nobody could find them any more."""
+        logger.warning("the folder of %s was deleted; its jobs are ended", self._folder.name)
+        for job in filter(lambda one: one.open, self._sorted()):
+            try:
+                self._cancel(job)
+                self._hub.end_instance(job.instance, "the folder of its launch was deleted")
+            except FabricError as error:
+                logger.warning("job %s is not ended: %s", job.job_id, error.message)
+
     def _finish(self, over: Over) -> None:
         self._write_end(InstanceState.FAILED if over.failed else InstanceState.STOPPED, over.reason)
         num_failed = sum(job.ready_at is None for job in self._sorted())
@@ -404,22 +421,6 @@ class Launcher:
         ended = {"state": state, "detail": detail, "ended_at": self._now}
         self._record = self._record.model_copy(update=ended)
         self._folder.write_launch(self._record)
-
-    def _remember(self, job: JobRecord) -> None:
-        order, plan = self._record.order, self._get_plan()
-        assert job.started_at is not None
-        assert job.ready_at is not None
-        self._history.add(
-            Passed(
-                machine=order.machine,
-                queue=plan.queue or "",
-                nodes=order.nodes,
-                walltime_s=order.walltime_s,
-                model=order.model,
-                wait_s=max(0.0, (job.started_at - job.submitted_at).total_seconds()),
-                load_s=max(0.0, (job.ready_at - job.started_at).total_seconds()),
-            )
-        )
 
     def _tell_charges(self) -> None:
         """Tell the hub what jobs took that have ended, each once it is known."""

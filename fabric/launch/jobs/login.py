@@ -47,7 +47,8 @@ class LoginNode(Protocol):
         """
 
     def balance(self, site: SiteSpec, account: str, token: str | None = None) -> Balance:
-        """Return what an account has left, asked of the centre.
+        """Return what an account has left, asked of the centre. It may be called from another
+        thread, beside what the one does.
 
         Raises:
             SettingInvalid: The site's file does not say how to ask.

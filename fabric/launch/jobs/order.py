@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from fabric.config.endpoint import Name, Walltime, to_seconds, unfit
 from fabric.launch.jobs.staging import Wish
@@ -68,12 +68,12 @@ class Order(Wire):
     staging: Wish = "auto"
     options: EngineOptions = EngineOptions()
 
-    @model_validator(mode="after")
-    def _keeps_what_it_can(self) -> Self:
-        if self.sharing == "shared" and self.overflow is False:
-            reason = "instances for everybody keep nobody's requests; leave it out"
-            raise unfit("overflow", reason)
-        return self
+    @field_validator("overflow")
+    @classmethod
+    def _keeps_what_it_can(cls, overflow: bool | None, order: ValidationInfo) -> bool | None:
+        if overflow is False and order.data.get("sharing") == "shared":
+            raise unfit("overflow", "instances for everybody keep nobody's requests; leave it out")
+        return overflow
 
     @property
     def keeps(self) -> bool:

@@ -21,7 +21,7 @@ from typing import IO, Literal, TypeVar
 from pydantic import ValidationError
 
 from fabric.config import SiteSpec
-from fabric.errors import NotFound
+from fabric.errors import NotFound, RequestInvalid
 from fabric.launch.jobs.accounting import JobUsage
 from fabric.launch.jobs.order import Order
 from fabric.messages import InstanceSpec, InstanceState, InstanceStatus
@@ -147,11 +147,16 @@ class LaunchFolder:
         """Return the folder of a launch by its name or the beginning of it.
 
         Raises:
-            NotFound: There is none, or several begin so.
+            NotFound: There is none.
+            RequestInvalid: Several begin so.
         """
-        found = [one for one in cls.all(root) if one.name.startswith(name)]
-        if len(found) != 1 or not name:
-            raise NotFound(kind="single launch" if len(found) > 1 else "launch", name=name)
+        found = [one for one in cls.all(root) if name and one.name.startswith(name)]
+        if not found:
+            raise NotFound(kind="launch", name=name)
+        if len(found) > 1:
+            names = ", ".join(one.name for one in found)
+            reason = f"several launches begin so ({names}); give more of the name"
+            raise RequestInvalid(param="launch", value=name, reason=reason)
         return found[0]
 
     @classmethod
@@ -184,6 +189,10 @@ class LaunchFolder:
     def launch(self) -> LaunchRecord | None:
         """Return the launch's record; ``None`` if it cannot be read."""
         return _read(self.path / "launch.json", LaunchRecord)
+
+    def is_deleted(self) -> bool:
+        """Return whether somebody has deleted the folder; a file system that is away has not."""
+        return self.path.parent.exists() and not self.path.exists()
 
     def write_launch(self, record: LaunchRecord) -> None:
         """Keep the launch's record."""

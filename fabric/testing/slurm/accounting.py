@@ -56,6 +56,9 @@ class Accounting:
             f"AccountingStoragePass={self.directory.parent / 'munge.sock'}\n"
             "AccountingStorageEnforce=associations,limits,qos,safe\n"
             "PriorityType=priority/multifactor\n"
+            "PriorityDecayHalfLife=0\n"
+            "PriorityUsageResetPeriod=YEARLY\n"
+            "PrivateData=usage\n"
         )
 
     def start(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fabric.cli import launches
+from fabric.launch.jobs import LaunchFolder
 from fabric.testing.hub import RunningHub
 from fabric.testing.person import PATIENCE_S, Person
 from fabric.testing.slurm.rig import Slurm
@@ -32,6 +33,7 @@ SYSTEM: dict[str, Any] = {
     "sources": ["the test"],
     "checked": "2026-11",
 }
+ENDPOINT = {"scheduler": "slurm", "walltime": "00:10:00", "exclusive": False}
 
 
 class User(Person):
@@ -43,6 +45,7 @@ class User(Person):
         folder: Where the user's files are.
         hub_url: How the user reaches the hub, if not at its own address.
         system: What the machine's file says beside ``SYSTEM``.
+        endpoint: What it says of jobs beside their usual walltime.
         models: The models that it names.
     """
 
@@ -54,6 +57,7 @@ class User(Person):
         *,
         hub_url: str | None = None,
         system: Mapping[str, Any] = {},
+        endpoint: Mapping[str, Any] = {},
         models: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         own = {"FABRIC_BASE_URL": hub_url or hub.base_url, "COLUMNS": "120"}
@@ -64,15 +68,13 @@ class User(Person):
                 "title": "A Slurm of the tests' own",
                 "system": {**SYSTEM, **system},
                 "models": list(models),
-                "endpoint": {"scheduler": "slurm", "walltime": "00:10:00", "exclusive": False},
+                "endpoint": {**ENDPOINT, **endpoint},
             }
         )
 
     def shown(self, name: str) -> dict[str, Any]:
-        """Return what ``fabric instances`` says of a launch."""
-        done = self.run("instances", name, "--format", "json")
-        assert done.returncode == 0, done.stderr
-        return dict(json.loads(done.stdout)[0])
+        """Return what ``fabric instances`` says of a launch, without a process for each look."""
+        return launches.describe(LaunchFolder(self.launches / name))
 
     def wait(self, name: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Return what is said of a launch once a condition holds."""

@@ -14,6 +14,7 @@ from fabric.broker import Run
 from fabric.errors import (
     InsufficientBalance,
     NoReplica,
+    StorageBusy,
 )
 from fabric.messages import (
     Placed,
@@ -49,6 +50,42 @@ async def test_a_request_is_answered_charged_and_recorded(
     assert hub.allocation().held_usu == 0
     [view] = broker.replicas()
     assert (view.instance, view.num_in_flight) == ("alpha-1", 0)
+
+
+@pytest.mark.parametrize("closes", [False, True])
+async def test_an_end_that_cannot_be_written_is_written_later_and_once(
+    hub: Any,
+    caller: Identity,
+    ask: Ask,
+    read: Any,
+    until: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    closes: bool,
+) -> None:
+    record, tries = hub.catalog.record_runs, []
+
+    def record_at_third_try(records: Any) -> None:
+        tries.append(records)
+        if len(tries) < 3:
+            raise StorageBusy(reason="locked")
+        record(records)
+
+    hub.grant()
+    broker = await hub.broker()
+    broker.attach(hub.channel("alpha"))
+    monkeypatch.setattr(hub.catalog, "record_runs", record_at_third_try)
+    run = await broker.submit(caller, ask())
+    await read(run)
+    await until(lambda: len(tries) == 2)  # with others and alone
+    await hub.offload(lambda: None)  # the broker has heard of it
+    if closes:
+        await broker.close()
+        assert len(tries) == 3
+    await until(lambda: len(tries) == 3)
+    record_of_run = await settled(hub, run)
+    assert record_of_run.charge_usu == 83
+    assert (hub.allocation().available_usu, hub.allocation().held_usu) == (1_000_000 - 83, 0)
+    hub.ledger.verify()
 
 
 async def test_a_lost_site_costs_an_unstarted_request_nothing_but_time(

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from fabric.broker.coming import MEMORY_S
 from fabric.broker.cost import HELD_UP
-from fabric.broker.select import Context, decide
+from fabric.broker.select import decide
 from fabric.broker.signals import (
     ReplicaExpected,
     ReplicaGivenUp,
     ReplicaReported,
     SendTask,
-    Ticket,
 )
 from fabric.errors import NoReplica
 from fabric.messages import Load, Placed, Placement, RunCompleted, RunFailed
-from fabric.testing.broker_rig import DIGEST, SEEDLESS, Rig, admit, make_ticket, offer, only
+from fabric.testing.broker_rig import SEEDLESS, Rig, admit, foresee, informed, offer, only
 
 PATIENCE_S = 10.0
 
@@ -43,22 +40,6 @@ def expect(
         ReplicaExpected(
             now=rig.now, instance=instance, site=site, model=model, ready_in_s=ready_in_s
         )
-    )
-
-
-def foresee(rig: Rig, **changes: Any) -> object:
-    ticket = make_ticket(**changes)
-    context = context_of(rig, ticket)
-    return rig.state.foresee(rig.now, ticket.request, context, project="astro")
-
-
-def context_of(rig: Rig, ticket: Ticket) -> Context:
-    return Context(
-        model=ticket.model,
-        digest=DIGEST,
-        offers=ticket.offers,
-        remaining_s=ticket.request.deadline_s,
-        settings=rig.state._settings,
     )
 
 
@@ -103,9 +84,7 @@ def busy() -> Rig:
 
 
 def outlook(rig: Rig) -> Placement:
-    ticket = make_ticket()
-    request, context = ticket.request, context_of(rig, ticket)
-    context = rig.state.experience.informed(rig.now, request, context)
+    request, context = informed(rig)
     return decide(request, rig.state.fleet.snapshots(rig.now), context).outlook()
 
 

@@ -115,6 +115,56 @@ def test_what_is_no_limit_is_refused(admin: Admin, args: list[str], code: int) -
     assert admin.json("limit", "show") == []
 
 
+# ---- tiers ---------------------------------------------------------------------------------------
+
+
+def test_a_tier_is_changed_shown_and_reset(admin: Admin) -> None:
+    released = admin.json("tier", "show")
+    assert [one["tier"] for one in released if one["changed"]] == []
+    before = next(one for one in released if one["tier"] == "interactive")
+    tried = admin.json("tier", "modify", "interactive", "--first-token", "1", "--dry-run")
+    assert tried["changes"]["first_token_s"] == {"from": 2.0, "to": 1.0}
+    assert admin.json("tier", "show") == released
+    changed = admin.json("tier", "modify", "interactive", "--charge-factor", "2.25")
+    assert changed == before | {"charge_factor": "2.25", "changed": ["charge_factor"]}
+    again = admin.json("tier", "modify", "interactive", "--first-token", "1", "--answered", "0.9")
+    assert again["changed"] == ["charge_factor", "first_token_s", "share_answered"]
+    assert (again["first_token_s"], again["admit_s"]) == (1.0, 1.0)
+    assert admin.json("tier", "show", "interactive") == again
+    assert "changed" in admin.ok("tier", "show").stdout
+    assert admin.run("tier", "delete", "interactive").exit_code == 3
+    admin.ok("tier", "delete", "interactive", "-y")
+    assert admin.json("tier", "show") == released
+    assert admin.run("tier", "delete", "interactive", "-y").exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "told"),
+    [
+        (["standard"], 3, "--charge-factor, --weight"),
+        (["standard", "--charge-factor", "nan"], 3, "1000"),
+        (["standard", "--charge-factor", "0"], 3, "1000"),
+        (["standard", "--charge-factor", "1e300"], 3, "1000"),
+        (["standard", "--charge-factor", "0.12345678"], 3, "six decimal places"),
+        (["standard", "--weight", "-1"], 3, "from 0.001"),
+        (["standard", "--weight", "many"], 2, "many"),
+        (["standard", "--first-token", "inf"], 3, "86400"),
+        (["standard", "--in-time", "1"], 3, "0.9999"),
+        (["batch", "--weight", "1"], 3, "--weight"),
+        (["batch", "--first-token", "1"], 3, "--first-token"),
+        (["introspection", "--charge-factor", "2"], 3, "--charge-factor"),
+        (["urgent", "--weight", "1"], 2, "urgent"),
+    ],
+)
+def test_what_is_no_parameter_of_a_tier_changes_nothing(
+    admin: Admin, args: list[str], code: int, told: str
+) -> None:
+    refused = admin.run("tier", "modify", *args)
+    assert refused.exit_code == code, refused.stderr
+    assert told in refused.stderr
+    assert not any(one["changed"] for one in admin.json("tier", "show"))
+
+
 # ---- the audit log -------------------------------------------------------------------------------
 
 
@@ -177,6 +227,8 @@ CHANGES: list[tuple[str, list[str]]] = [
     ("limit add", ["project:bio", "--requests", "5"]),
     ("limit modify", ["project:bio", "--requests", "6"]),
     ("limit delete", ["project:bio", "-y"]),
+    ("tier modify", ["interactive", "--weight", "5"]),
+    ("tier delete", ["interactive", "-y"]),
     ("model delete", ["toy", "-y"]),
     ("site delete", ["alpha", "-y"]),
     ("project delete", ["bio", "-y"]),

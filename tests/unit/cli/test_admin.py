@@ -46,6 +46,58 @@ def test_an_agents_key_needs_a_site_that_exists(admin: Admin, project: str) -> N
     assert admin.json(*options)["site"] == "alpha"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("alloc", "add", "astro", "--su", "1", "--ends", "2020-01-01"),
+        ("alloc", "modify", "astro", "--ends", "2020-01-01"),
+        ("key", "add", "astro", "--expires", "2020-01-01"),
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_an_end_that_is_over_is_refused(
+    admin: Admin, project: str, command: tuple[str, ...]
+) -> None:
+    refused = admin.run(*command)
+    assert refused.exit_code == 3
+    assert "'2020-01-01T00:00:00+00:00': it is over" in refused.stderr
+    assert admin.json("alloc", "show") == admin.json("key", "show", "--project", project) == []
+
+
+def test_a_key_cannot_end_in_the_past(admin: Admin, project: str) -> None:
+    key = admin.json("key", "add", project)
+    refused = admin.run("key", "modify", key["id"], "--expires", "2020-01-01")
+    assert (refused.exit_code, "it is over" in refused.stderr) == (3, True)
+    assert admin.json("key", "show", key["id"])["expires_at"] is None
+
+
+def test_an_allocation_is_not_changed_by_nothing(admin: Admin, project: str) -> None:
+    admin.ok("alloc", "add", project, "--su", "10")
+    refused = admin.run("alloc", "modify", project)
+    assert refused.exit_code == 3
+    assert "--su, --amount, --starts, --ends" in refused.stderr
+
+
+def test_prices_and_grants_of_what_is_not_there_are_told(admin: Admin, project: str) -> None:
+    prices = ("--prompt", "1", "--output", "2")
+    told = admin.ok("rate", "add", "smol@1", "gamma", *prices).stderr
+    assert "There is no model 'smol@1' yet" in told
+    assert "There is no site 'gamma' yet" in told
+    assert "There is no" not in admin.ok("rate", "add", "*", "*", *prices).stderr
+    grant = ("grant", "add", f"project:{project}", "--site")
+    assert "There is no site 'gamma' yet" in admin.ok(*grant, "gamma").stderr
+    admin.ok("site", "add", "alpha")
+    assert "There is no" not in admin.ok(*grant, "alpha").stderr
+
+
+def test_a_site_file_that_is_not_there_is_told_so(admin: Admin, tmp_path: Path) -> None:
+    admin.ok("site", "add", "alpha")
+    refused = admin.run("site", "modify", "alpha", "--file", str(tmp_path / "none.yaml"))
+    assert refused.exit_code == 3
+    assert "there is no such file" in refused.stderr
+    assert "YAML" not in refused.stderr
+
+
 def test_grants_are_exact_to_the_micro_su(admin: Admin, project: str) -> None:
     admin.ok("alloc", "add", project, "--su", "10")
     admin.ok("alloc", "modify", project, "--su", "0.000001")

@@ -43,7 +43,7 @@ def test_balance_is_shown_with_unit_and_time() -> None:
     [
         (["alcf-polaris"], 2, "--project"),
         (["nowhere", "--project", "p"], 3, "shipped sites are"),
-        (["purdue-anvil", "--project", "p"], 3, "`mybalance`"),
+        (["eurohpc-lumi", "--project", "p"], 3, "`lumi-allocations`"),
         (["nersc-perlmutter", "--project", "p"], 3, "token"),
         (["alcf-polaris", "--project", "-x"], 3, "project"),
         (["alcf-aurora", "--project", "p"], 5, "no allocation of 'p'"),

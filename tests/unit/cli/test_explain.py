@@ -9,7 +9,18 @@ from click.testing import CliRunner
 
 from fabric.cli.commands.explain import explain
 from fabric.messages import Candidate, Placement
-from fabric.sdk import Fabric
+from fabric.sdk import Fabric, Site
+
+
+def site(name: str) -> Site:
+    return Site(
+        name=name,
+        display=name,
+        channel="session",
+        state="ready",
+        detail="account m1: 3 node-hours left, asked 4 min ago",
+        replicas=(),
+    )
 
 
 @pytest.fixture
@@ -33,6 +44,7 @@ def corrections(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         )
 
     monkeypatch.setattr(Fabric, "explain", answer)
+    monkeypatch.setattr(Fabric, "sites", lambda _: tuple(map(site, ("s0", "elsewhere"))))
     return found
 
 
@@ -45,3 +57,5 @@ def test_what_observation_corrected_is_told_where_it_did(
     assert told.exit_code == 0, told.output
     assert ("OBSERVED/PREDICTED" in told.output) == is_told
     assert ("1.70" in told.output) == is_told
+    assert "\ns0: account m1: 3 node-hours left, asked 4 min ago\n" in told.output
+    assert "elsewhere" not in told.output

@@ -217,7 +217,7 @@ def test_tables_fit_eighty_columns(admin: Furnished) -> None:
         assert noun == "function" or len(lines) > 1
         assert max(map(len, lines), default=0) <= 80, noun
     assert max(map(len, admin.ok("project", "group", "show").stdout.splitlines())) <= 80
-    tiers = CliRunner().invoke(fabric_admin, ["tier", "show"]).stdout.splitlines()
+    tiers = admin.ok("tier", "show").stdout.splitlines()
     assert max(map(len, tiers)) <= 80
     shown = {line.split()[0]: line.split()[1] for line in tiers[1:]}
     assert shown == {

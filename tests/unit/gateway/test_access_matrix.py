@@ -300,6 +300,9 @@ MATRIX: dict[tuple[str, str], list[Call]] = {
         mine(World.instance, sent=body(ready_in_s=5))
     ],
     ("POST", f"{F}/instances/{{instance}}/job"): [mine(World.instance, sent=body(**JOB))],
+    ("POST", f"{F}/instances/{{instance}}/balance"): [
+        mine(World.instance, sent=body(account="m1", unit="node-hours", available=3))
+    ],
     ("POST", f"{F}/instances/{{instance}}/end"): [mine(World.instance, sent=body(reason="over"))],
     ("GET", f"{F}/functions"): [LIST],
     ("WEBSOCKET", f"{F}/session"): [ANY],

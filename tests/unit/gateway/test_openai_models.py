@@ -151,8 +151,10 @@ def test_text_parts_are_joined_and_developers_speak_as_the_system() -> None:
 
 def test_the_fabric_object_arrives_in_the_request() -> None:
     ours = {"data_site": "alpha", "data_bytes": 5, "sites": ["alpha"], "deadline_s": 3}
+    ours |= {"overflow": True}
     request = chat(fabric=ours | {"policy": "fastest", "tier": "batch"})
     assert (request.data_site, request.data_bytes, request.sites) == ("alpha", 5, ("alpha",))
+    assert request.overflow
     assert (request.deadline_s, request.policy, request.tier) == (3.0, "fastest", "batch")
 
 

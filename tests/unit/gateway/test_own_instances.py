@@ -26,6 +26,7 @@ JOB = {
     "source": "sacct",
     "ended_at": "2026-11-21T12:00:00+00:00",
 }
+BALANCE = {"account": "m1234", "unit": "node-hours", "available": 1204, "needed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,7 @@ def test_an_instance_is_its_owners_to_see_and_to_end(
         "drain": {},
         "outlook": {"ready_in_s": 5},
         "job": JOB | {"launch": "l-00000000"},
+        "balance": BALANCE,
         "end": {"reason": "mine"},
     }
     for call, body in calls.items():
@@ -222,3 +224,74 @@ def test_a_wait_that_makes_no_sense_is_refused(
     instance = add(hub, clients.owner)["instance"]
     body = {"ready_in_s": ready_in_s}
     assert clients.owner.post(f"{PATH}/{instance}/outlook", json=body).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("sharing", "owners"),
+    [
+        ("private", {"owner"}),
+        ("project", {"owner", "colleague", "reader"}),
+        ("shared", {"owner", "colleague", "reader"}),
+    ],
+)
+def test_what_an_account_has_left_is_told_to_those_whose_it_is(
+    hub: RunningHub, clients: Clients, sharing: str, owners: set[str]
+) -> None:
+    launch = add(hub, clients.owner, sharing=sharing, machine=f"paid-{sharing}")
+    path = f"{PATH}/{launch['instance']}/balance"
+    for available in (7.5, 1204):
+        told = clients.owner.post(path, json=BALANCE | {"available": available})
+        assert told.status_code == 200, told.text
+    for name in ("owner", "colleague", "reader", "stranger"):
+        sites = getattr(clients, name).get("/v1/fabric/sites").json()["data"]
+        [detail] = [one["detail"] for one in sites if one["name"] == launch["site"]] or [""]
+        is_told = detail.startswith("account m1234: 1,204 node-hours left, asked ")
+        assert (is_told, bool(detail)) == (name in owners, name in owners), name
+
+
+def test_an_account_that_falls_short_is_said_to(hub: RunningHub, clients: Clients) -> None:
+    launch = add(hub, clients.owner, machine="poor")
+    poor = BALANCE | {"available": -2}
+    clients.owner.post(f"{PATH}/{launch['instance']}/balance", json=poor)
+    sites = clients.owner.get("/v1/fabric/sites").json()["data"]
+    [detail] = [one["detail"] for one in sites if one["name"] == launch["site"]]
+    assert "-2 node-hours left" in detail
+    assert detail.endswith("; too little for what was asked for")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"available": "NaN"},
+        {"available": 1e13},
+        {"needed": -1},
+        {"needed": "Infinity"},
+        {"account": "a; rm"},
+        {"account": ""},
+        {"unit": "a\nb"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_balance_that_makes_no_sense_is_refused(
+    hub: RunningHub, clients: Clients, wrong: dict[str, object]
+) -> None:
+    instance = add(hub, clients.owner)["instance"]
+    reply = clients.owner.post(f"{PATH}/{instance}/balance", json=BALANCE | wrong)
+    assert reply.status_code == 400, reply.text
+
+
+def test_an_instance_for_all_cannot_keep_its_owners_requests(
+    hub: RunningHub, clients: Clients
+) -> None:
+    body = {"model": model(hub), "machine": "delta", "sharing": "shared", "overflow": False}
+    reply = clients.owner.post(PATH, json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "overflow")
+    sites = {
+        (sharing, overflow): add(hub, clients.owner, sharing=sharing, overflow=overflow)["site"]
+        for sharing in ("private", "project")
+        for overflow in (True, False, None)
+    }
+    assert len(set(sites.values())) == 4, "with and without are places of their own"
+    told = {one["site"]: one["overflow"] for one in clients.owner.get(PATH).json()["data"]}
+    assert all(told[site] is bool(overflow) for (_, overflow), site in sites.items())

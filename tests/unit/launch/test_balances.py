@@ -5,12 +5,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from fabric.config import SiteSpec, find_site, load_site
 from fabric.errors import BalanceUnavailable, RequestInvalid, SettingInvalid
@@ -27,6 +29,7 @@ from fabric.launch.balances import (
     sbank,
     showusage,
     slurm,
+    sreport,
     taccinfo,
 )
 
@@ -69,6 +72,10 @@ def read(name: str) -> str:
             mybalance.parse(read("mybalance-roar.txt"), "dml129-engagement_gpu"),
             *("hours", "80640", "0", "80640"),
         ),
+        (mybalance.parse(read("mybalance-anvil.txt"), "astro"), "SU", "150.0", "0.5", "149.5"),
+        (mybalance.parse(read("mybalance-anvil.txt"), "astro-gpu"), "SU", "100", "0", "100"),
+        # Anvil hides what is overdrawn.
+        (mybalance.parse(read("mybalance-anvil.txt"), "gifted"), "SU", "0.1", "0.1", "0"),
         (taccinfo.parse(read("taccinfo-frontera.txt"), "TACC-SCI"), "SU", None, None, "102149"),
         (taccinfo.parse(read("taccinfo-lonestar6.txt"), "OTH24028"), "SU", None, None, "525"),
         (
@@ -103,6 +110,9 @@ def test_balance_is_what_the_centre_wrote(
         lambda: showusage.parse(read("showusage.txt"), "Project"),
         lambda: mybalance.parse(read("mybalance-roar.txt"), "dml129"),
         lambda: mybalance.parse(read("mybalance-roar.txt"), "Project"),
+        lambda: mybalance.parse(read("mybalance-anvil.txt"), "Allocation"),
+        lambda: mybalance.parse(read("mybalance-anvil.txt"), "Account"),
+        lambda: mybalance.parse(read("mybalance-anvil.txt"), "astr"),
         lambda: taccinfo.parse(read("taccinfo-lonestar6.txt"), "TACC"),
         lambda: taccinfo.parse(read("taccinfo-frontera.txt"), "/home1"),
         lambda: slurm.parse(read("assoc_mgr-limited-qos.txt"), "account"),
@@ -120,6 +130,8 @@ def test_account_that_nothing_limits_has_no_balance() -> None:
         slurm.parse(read("assoc_mgr-unlimited.txt"), "guests")
     with pytest.raises(BalanceUnavailable, match="nothing to run out of"):
         mybalance.parse(read("mybalance-roar.txt"), "open")
+    with pytest.raises(BalanceUnavailable, match="nothing to run out of"):
+        mybalance.parse(read("mybalance-anvil.txt"), "child")
 
 
 @pytest.mark.parametrize("output", ["", "Project Balance\nbiology 324817276\n"])
@@ -135,10 +147,120 @@ def test_the_least_of_several_limits_counts() -> None:
     assert slurm.parse(limited, "guests").used == 10
 
 
+# ---- sreport -------------------------------------------------------------------------------------
+
+COUNTING = read("config-local-slurm.txt").replace("7-00:00:00", "00:00:00")
+"""As the rig has it, without decay."""
+TOLD = {
+    # A quality of service is shown to everybody, with those it counts.
+    "assoc_mgr": read("assoc_mgr-limited-qos.txt")
+    .replace("billing=1000(0)", "billing=N(0)")
+    .replace("accounta", "astro"),
+    "config": COUNTING.replace("= NONE", "= YEARLY"),
+    "assoc": "billing=6000,cpu=9000\n",
+    "sreport": read("sreport-local-slurm.txt"),
+}
+SLURM = """
+told = {told!r}
+with open({log!r}, "a") as log:
+    print(*sys.argv, file=log)
+print(next(told[word] for word in (*sys.argv[2:], "sreport") if word in told), end="")
+"""
+
+
+@pytest.fixture
+def hiding(install: Callable[[str, str], None], tmp_path: Path) -> Callable[..., list[str]]:
+    """Install a Slurm whose controller shows no account; return what its commands are asked."""
+
+    def hide(**changes: str) -> list[str]:
+        for name in ("scontrol", "sacctmgr", "sreport"):
+            install(name, SLURM.format(told={**TOLD, **changes}, log=str(tmp_path / "asked")))
+        return asked()
+
+    def asked() -> list[str]:
+        log = tmp_path / "asked"
+        return log.read_text().splitlines() if log.exists() else []
+
+    return hide
+
+
+async def test_an_account_that_the_controller_hides_is_summed_by_sreport(
+    hiding: Callable[..., list[str]],
+) -> None:
+    hiding()
+    balance = await SlurmBalance().balance("astro")
+    assert (balance.unit, balance.granted) == ("billing hours", Decimal(100))
+    # With the account below it: the users' own 10 and 5 minutes, and 16 there.
+    assert (balance.used, balance.available) == (Decimal(31) / 60, Decimal(5969) / 60)
+    assert balance.as_of == datetime(2026, 11, 22, 5).astimezone(UTC)
+    asked = hiding()[-1]
+    year = datetime.now().astimezone().year
+    assert f"Accounts=astro Start={year}-01-01 End=now" in asked
+
+
+async def test_an_account_without_a_row_has_used_nothing(
+    hiding: Callable[..., list[str]],
+) -> None:
+    hiding(assoc="cpu=60\n")
+    balance = await SlurmBalance(tres="cpu").balance("nova")
+    assert (balance.used, balance.available) == (Decimal(0), Decimal(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"assoc": ""}, r"cluster=rig account=astro.* no allocation of 'astro'"),
+        ({"assoc": "\n"}, "no GrpTRESMins of its own limits the billing of 'astro'"),
+        ({"assoc": "cpu=60\n"}, "no GrpTRESMins of its own limits the billing of 'astro'"),
+        ({"config": read("config-local-slurm.txt")}, "halved every 7-00:00:00"),
+        ({"config": COUNTING}, r"PriorityUsageResetPeriod is NONE.*since: 2026-10-01"),
+        ({"sreport": "sreport: fatal"}, "no report of AccountUtilizationByUser"),
+    ],
+)
+async def test_what_sreport_cannot_tell_is_not_guessed(
+    hiding: Callable[..., list[str]], changes: dict[str, str], said: str
+) -> None:
+    hiding(**changes)
+    with pytest.raises(BalanceUnavailable, match=said):
+        await SlurmBalance().balance("astro")
+
+
+async def test_a_site_file_says_since_when_usage_counts(hiding: Callable[..., list[str]]) -> None:
+    hiding(config=COUNTING)
+    source = get_balance_source(with_balance(kind="slurm", since="2026-10-01"))
+    assert (await source.balance("astro")).granted == 100
+    assert "Start=2026-10-01 End=now" in hiding()[-1]
+    with pytest.raises(ValidationError, match="the kind slurm alone takes it"):
+        with_balance(kind="accounts", since="2026-10-01")
+
+
+@pytest.mark.parametrize(
+    ("period", "start"),
+    [
+        ("DAILY", "2026-11-22"),
+        ("WEEKLY", "2026-11-22"),
+        ("MONTHLY", "2026-11-01"),
+        ("QUARTERLY", "2026-10-01"),
+        ("YEARLY", "2026-01-01"),
+    ],
+)
+def test_usage_counts_since_slurm_reset_it(period: str, start: str) -> None:
+    config = {"PriorityUsageResetPeriod": period}
+    assert sreport.get_start(config, date(2026, 11, 22)) == date.fromisoformat(start)
+
+
+def test_a_week_begins_on_sunday_as_slurms_does() -> None:
+    config = {"PriorityUsageResetPeriod": "WEEKLY"}
+    starts = {sreport.get_start(config, date(2026, 11, day)) for day in range(15, 22)}
+    assert starts == {date(2026, 11, 15)}
+
+
 def test_two_balances_of_one_project_are_refused() -> None:
     twice = read("showusage.txt") + read("showusage.txt").replace("19873.7", "3.0")
     with pytest.raises(BalanceUnavailable, match="2 different"):
         showusage.parse(twice, "abc123")
+    with pytest.raises(BalanceUnavailable, match="tells 2 balances of 'spent'"):
+        mybalance.parse(read("mybalance-anvil.txt"), "spent")
 
 
 @pytest.fixture
@@ -296,6 +418,7 @@ async def test_facility_answer_that_is_not_clear_is_refused(
     ("site", "name", "recorded", "project", "available"),
     [
         ("ncsa-delta", "accounts", "accounts-delta", "bbka-delta-gpu", 5_000_000),
+        ("purdue-anvil", "mybalance", "mybalance-anvil", "astro", Decimal("149.5")),
         ("olcf-frontier", "showusage", "showusage", "ABC123", Decimal("19873.7")),
     ],
 )
@@ -318,17 +441,21 @@ def test_site_file_names_what_is_no_command_on_the_path() -> None:
     assert isinstance(source_of("nersc-perlmutter"), FacilityBalance)
 
 
-async def test_a_users_own_file_may_name_mybalance(install: Callable[[str, str], None]) -> None:
+def with_balance(**balance: Any) -> SiteSpec:
     fields = load_site(find_site("local-slurm")).model_dump(mode="json", exclude_defaults=True)
-    fields["system"]["charge"] = {"unit": "core hour", "balance": {"kind": "mybalance"}}
+    fields["system"]["charge"] = {"unit": "core hour", "balance": balance}
+    return SiteSpec.model_validate(fields)
+
+
+async def test_a_users_own_file_may_name_mybalance(install: Callable[[str, str], None]) -> None:
     install("mybalance", f"print({read('mybalance-roar.txt')!r})")
-    source = get_balance_source(SiteSpec.model_validate(fields))
+    source = get_balance_source(with_balance(kind="mybalance"))
     assert (await source.balance("dml129-engagement")).used == Decimal("11530.7")
 
 
 def test_site_without_a_source_says_what_to_run_by_hand() -> None:
-    with pytest.raises(SettingInvalid, match="`mybalance`"):
-        get_balance_source(load_site(find_site("purdue-anvil")))
+    with pytest.raises(SettingInvalid, match="`lumi-allocations`"):
+        get_balance_source(load_site(find_site("eurohpc-lumi")))
     with pytest.raises(SettingInvalid, match="does not say"):
         get_balance_source(SiteSpec(name="lab"))
     with pytest.raises(SettingInvalid, match="token"):

@@ -85,3 +85,16 @@ async def test_the_log_is_kept_short_meanwhile(
                     break
                 await asyncio.sleep(0.01)
         assert b"numbers" in path.read_bytes()
+
+
+async def test_what_is_posted_runs_in_its_turn_and_its_error_stops_nothing(
+    offload: Offload, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[str] = []
+    before = offload(seen.append, "before")
+    offload.post(seen.append, "posted")
+    offload.post(lambda: seen.append(str(1 // 0)))
+    await offload(seen.append, "after")
+    await before
+    assert seen == ["before", "posted", "after"]
+    assert "ZeroDivisionError" in caplog.text

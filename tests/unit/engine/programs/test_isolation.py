@@ -92,7 +92,7 @@ def test_a_prompt_longer_than_a_step_is_read_as_a_whole(rig_of, program_of, hear
     assert len(other.wait().ids()) == 60
 
 
-def test_preempted_runs_start_over_and_tell_nothing_twice(rig_of, program_of, vector):
+def test_preempted_runs_start_over_and_tell_nothing_twice(rig_of, program_of, vector, outcome):
     rig = rig_of(fresh="small", cache_bytes=2**18)
     reads = [
         *STEER,
@@ -100,7 +100,12 @@ def test_preempted_runs_start_over_and_tell_nothing_twice(rig_of, program_of, ve
         {"op": "save", "name": "h", "x": 2},
         {"op": "save", "name": "now", "x": 2, "stream": True},
     ]
-    runs = [generate(reads, name=f"r{i}", ids=LONG[i : i + 20], num=120) for i in range(6)]
+    streams = [generate(reads, name=f"r{i}", ids=LONG[i : i + 20], num=120) for i in range(3)]
+    steady = [
+        {"id": f"r{i}", "nodes": reads[:-1], "ids": LONG[i : i + 20], "gen": {"max_tokens": 120}}
+        for i in range(3, 6)
+    ]
+    runs = [*streams, *steady]
     program = program_of(*runs, constants=vector)
     before = rig.engine.load().num_preempted
     heard = rig.send(program)
@@ -109,10 +114,12 @@ def test_preempted_runs_start_over_and_tell_nothing_twice(rig_of, program_of, ve
     assert rig.engine.load().num_preempted > before
     expected = rig.expect(program, vector)
     steps = [(e.run, e.step) for e in heard.events if e.type == "saves" and e.step is not None]
-    assert sorted(steps) == [(f"r{i}", step) for i in range(6) for step in range(120)]
+    assert sorted(steps) == [(f"r{i}", step) for i in range(3) for step in range(120)]
+    saves = outcome(heard).saves
     for i in range(6):
         assert [t.position for t in heard.tokens(i)] == list(range(120))
         assert heard.ids(i) == expected[f"r{i}"].tokens
+        assert torch.allclose(saves[f"r{i}"]["h"], expected[f"r{i}"].saves["h"], atol=1e-4)
 
 
 class TestPrefixes:

@@ -6,6 +6,7 @@ Jobs run by a real submission to the PBS of tests/data/pbs; the hub is a record 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from fabric.errors import (
     JobsFailing,
     LaunchImpossible,
     NotFound,
+    RequestInvalid,
     SettingInvalid,
     TaskLost,
 )
@@ -45,10 +47,17 @@ class Told:
     expected: dict[str, float] = field(default_factory=dict)
     jobs: list[Mapping[str, object]] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
+    balances: list[Mapping[str, object]] = field(default_factory=list)
     num_added: int = 0
 
     def add_instance(
-        self, model: str, machine: str, *, sharing: str, lifetime_s: float
+        self,
+        model: str,
+        machine: str,
+        *,
+        sharing: str,
+        overflow: bool | None,
+        lifetime_s: float,
     ) -> Mapping[str, object]:
         if self.is_away:
             raise HubUnreachable(url="http://hub", reason="it is away")
@@ -81,6 +90,9 @@ class Told:
             raise HubUnreachable(url="http://hub", reason="it is away")
         self.jobs.append(job)
         return job
+
+    def report_balance(self, instance: str, balance: Mapping[str, object]) -> None:
+        self.balances.append(balance)
 
 
 class Forgetful(LocalLogin):
@@ -151,6 +163,18 @@ def test_a_job_whose_submission_was_not_answered_is_submitted_once(
     assert only(folder).remark == FULL
     assert len(list(pbs.glob("[0-9]*"))) == 1
     assert hub.expected["inst_1"] > 0
+
+
+def test_the_beginning_of_a_name_is_enough_if_one_launch_has_it(tmp_path: Path) -> None:
+    first, second = begin(tmp_path), begin(tmp_path)
+    assert LaunchFolder.find(tmp_path, second.name).path == second.path
+    with pytest.raises(RequestInvalid) as several:
+        LaunchFolder.find(tmp_path, "l-")
+    assert first.name in several.value.message
+    assert second.name in several.value.message
+    for unknown in ("", "x"):
+        with pytest.raises(NotFound):
+            LaunchFolder.find(tmp_path, unknown)
 
 
 def test_whoever_begins_a_launch_waits_for_the_answer(tmp_path: Path, pbs: Path) -> None:
@@ -230,6 +254,35 @@ def test_a_job_that_was_never_answered_for_ends_with_the_launch(tmp_path: Path, 
     assert hub.ended == ["inst_1"]
     # The job is still in the queue; it will find nothing to run.
     assert not list(folder.path.rglob("*.spec.json"))
+
+
+def test_a_launch_whose_folder_was_deleted_ends_and_so_do_its_jobs(
+    tmp_path: Path, pbs: Path
+) -> None:
+    (pbs / "full").touch()
+    root, hub = tmp_path / "l", Told()
+    folder = begin(root)
+    launcher = make(folder, hub, LocalLogin(root))
+    assert launcher.step()
+    job_id = only(folder).job_id
+    assert job_id is not None
+    shutil.rmtree(folder.path)
+    launcher.run()
+    assert hub.ended == ["inst_1"]
+    assert (pbs / job_id.split(".")[0] / "end").exists(), "it was not deleted from the queue"
+
+
+def test_a_launch_goes_on_while_its_file_system_is_away(tmp_path: Path, pbs: Path) -> None:
+    (pbs / "full").touch()
+    root, hub = tmp_path / "l", Told()
+    folder = begin(root)
+    launcher = make(folder, hub, LocalLogin(root))
+    assert launcher.step()
+    root.rename(tmp_path / "away")
+    assert not folder.is_deleted()
+    (tmp_path / "away").rename(root)
+    assert launcher.step()
+    assert hub.ended == []
 
 
 def test_what_a_job_took_is_told_once_though_the_hub_was_away(tmp_path: Path, pbs: Path) -> None:

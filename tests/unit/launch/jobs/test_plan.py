@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fabric.cli.launches import checked
 from fabric.config import SiteSpec, load_site, shipped_sites
 from fabric.errors import LaunchImpossible
 from fabric.launch.jobs import Order, get_launch_plan
@@ -23,6 +24,31 @@ def order(**changes: object) -> Order:
 def site(**system: object) -> SiteSpec:
     facts = {"center": "Here", "scheduler": "local", "sources": ["a test"], "checked": "2026-11"}
     return SiteSpec.model_validate({"name": "here", "system": facts | system})
+
+
+@pytest.mark.parametrize(
+    ("changes", "keeps"),
+    [
+        ({}, True),
+        ({"overflow": False}, True),
+        ({"sharing": "private"}, True),
+        ({"sharing": "private", "overflow": True}, False),
+        ({"sharing": "shared"}, False),
+        ({"sharing": "shared", "overflow": True}, False),
+    ],
+    ids=str,
+)
+def test_instances_keep_requests_unless_they_overflow_or_are_for_everybody(
+    changes: dict[str, object], keeps: bool
+) -> None:
+    assert order(**changes).keeps is keeps
+
+
+def test_instances_for_everybody_cannot_keep_requests() -> None:
+    fields = {"model": "m@1", "machine": "here", "walltime": "00:30:00", "sharing": "shared"}
+    with pytest.raises(LaunchImpossible, match="keep nobody's requests; leave it out") as caught:
+        checked(Order, fields | {"overflow": False})
+    assert caught.value.detail["param"] == "overflow"
 
 
 @pytest.fixture
@@ -63,7 +89,7 @@ def test_what_a_queue_refuses_is_refused_before_it_is_asked(
 
 def test_a_queue_must_be_named_where_none_is_the_default(history: History) -> None:
     two = site(queues={"a": {}, "b": {}})
-    with pytest.raises(LaunchImpossible, match="name one of a, b"):
+    with pytest.raises(LaunchImpossible, match="without a queue: name one of a, b"):
         get_launch_plan(order(), two, history)
     assert get_launch_plan(order(queue="b"), two, history).queue == "b"
 
