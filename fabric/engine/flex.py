@@ -117,6 +117,7 @@ class PagedRows:
         self._ranks_BP = ranks_BP
         """Where each block of the pool stands in each row's table; -1: nowhere."""
         self._masks: dict[int, BlockMask] = {}
+        self._caps: dict[float, Mod] = {}
 
     def attend(self, layer: int, q_NHD: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention of the rows' tokens, one row after the other, [N, H, value size]."""
@@ -126,13 +127,18 @@ class PagedRows:
             q_BHLD,
             keys_TKD.transpose(0, 1)[None],
             values_TKD.transpose(0, 1)[None],
-            score_mod=_get_cap(scoring.cap) if scoring.cap else None,
+            score_mod=self._get_cap(scoring.cap),
             block_mask=self._mask(scoring.window),
             scale=scoring.scale,
             enable_gqa=q_NHD.shape[1] != keys_TKD.shape[1],
             kernel_options=_OPTIONS,
         )
         return out_BHLD.transpose(1, 2).flatten(0, 1)
+
+    def _get_cap(self, cap: float) -> Mod | None:
+        if cap and cap not in self._caps:
+            self._caps[cap] = _get_cap(torch.full((), cap, device=self._starts_B.device))
+        return self._caps.get(cap)
 
     def _mask(self, window: int) -> BlockMask:
         if window not in self._masks:
@@ -157,26 +163,30 @@ class PagedRows:
             num_BQ[:, None].int(),
             blocks_BQM[:, None].int(),
             BLOCK_SIZE=(_QUERIES, BLOCK_TOKENS),
-            mask_mod=_get_sight(self._ranks_BP, self._starts_B, window),
+            mask_mod=_get_sight(self._ranks_BP, self._starts_B, window or self._num_slots),
             seq_lengths=(self._num_tokens, self._num_slots),
             compute_q_blocks=False,
         )
 
 
+# What the functions below know is in tensors: of numbers torch would make kernels anew, or fail to.
+
+
 def _get_sight(ranks_BP: Tensor, starts_B: Tensor, window: int) -> Mod:
     """Return what says whether a token of a row sees a slot of the pool."""
+    reach = starts_B.new_full((), window)
 
     def sees(b: Tensor, _h: Tensor, q: Tensor, slot: Tensor) -> Tensor:
         rank = ranks_BP[b, slot // BLOCK_TOKENS]
         at, now = rank * BLOCK_TOKENS + slot % BLOCK_TOKENS, starts_B[b] + q
-        seen = (rank >= 0) & (at <= now)
-        return seen & (at > now - window) if window else seen
+        return (rank >= 0) & (at <= now) & (at > now - reach)
 
     return sees
 
 
-@functools.cache
-def _get_cap(cap: float) -> Mod:
+def _get_cap(cap: Tensor) -> Mod:
+    """Return what keeps scores under a number."""
+
     def under(score: Tensor, _b: Tensor, _h: Tensor, _q: Tensor, _slot: Tensor) -> Tensor:
         return torch.tanh(score / cap) * cap
 
