@@ -44,9 +44,14 @@ class _Form:
         ]
         return bound if self.by_position else dict(zip(self.names, bound, strict=True))
 
+    def own(self, values: _Values) -> dict[str, object]:
+        """Return those of the values that it takes."""
+        return {name: value for name, value in values.items() if name in self.names}
+
 
 class Prepared:
-    """A statement without rows.
+    """A statement without rows. Where somebody listens to statements, as the audit log does, it is
+    run as any other.
 
     Args:
         statement: What is run; it has no list that expands.
@@ -65,12 +70,17 @@ class Prepared:
             DBAPIError: The database refused it.
         """
         form = self._form(connection)
+        if _is_heard(connection):
+            connection.execute(self._statement, form.own(values))
+            return
         self._execute(connection, form, form.bind(values)).close()
 
     def run_many(self, connection: Connection, rows: Sequence[_Values]) -> None:
         """Run it once for each of some rows. Raises as ``run`` does."""
         form = self._form(connection)
-        if len(rows) == 1:
+        if _is_heard(connection) and rows:
+            connection.execute(self._statement, [form.own(values) for values in rows])
+        elif len(rows) == 1:
             self._execute(connection, form, form.bind(rows[0])).close()
         elif rows:
             bound = [form.bind(row) for row in rows]
@@ -142,6 +152,9 @@ class Query(Prepared, Generic[RowT]):
     def all(self, connection: Connection, values: _Values) -> list[RowT]:
         """Return its rows. Raises as ``run`` does."""
         form = self._form(connection)
+        if _is_heard(connection):
+            told = connection.execute(self._statement, form.own(values))
+            return [self._row(*each) for each in told]
         parameters = form.bind(values)
         cursor = self._execute(connection, form, parameters)
         try:
@@ -162,6 +175,10 @@ class Query(Prepared, Generic[RowT]):
     def first(self, connection: Connection, values: _Values) -> RowT | None:
         """Return its first row, if any. Raises as ``run`` does."""
         return next(iter(self.all(connection, values)), None)
+
+
+def _is_heard(connection: Connection) -> bool:
+    return bool(connection.engine.dispatch.before_execute)
 
 
 def _refuse(
