@@ -1,8 +1,7 @@
 """Statements run so often that SQLAlchemy's own way to run them would cost more than they do.
 
 They are written in its language, compiled by it once for each kind of database, and handed to the
-driver: a lookup that takes SQLAlchemy 19 us takes 4. Errors come as it would raise them. Where
-somebody watches statements, as the audit log does, it runs them itself.
+driver: a lookup that takes SQLAlchemy 19 us takes 4. Errors come as it would raise them.
 """
 
 from __future__ import annotations
@@ -45,9 +44,14 @@ class _Form:
         ]
         return bound if self.by_position else dict(zip(self.names, bound, strict=True))
 
+    def own(self, values: _Values) -> dict[str, object]:
+        """Return those of the values that it takes."""
+        return {name: value for name, value in values.items() if name in self.names}
+
 
 class Prepared:
-    """A statement without rows.
+    """A statement without rows. Where somebody listens to statements, as the audit log does, it is
+    run as any other.
 
     Args:
         statement: What is run; it has no list that expands.
@@ -65,18 +69,17 @@ class Prepared:
         Raises:
             DBAPIError: The database refused it.
         """
-        if _is_watched(connection):
-            connection.execute(self._statement, values)
-            return
         form = self._form(connection)
+        if _is_heard(connection):
+            connection.execute(self._statement, form.own(values))
+            return
         self._execute(connection, form, form.bind(values)).close()
 
     def run_many(self, connection: Connection, rows: Sequence[_Values]) -> None:
         """Run it once for each of some rows. Raises as ``run`` does."""
         form = self._form(connection)
-        if _is_watched(connection):
-            for row in rows:
-                connection.execute(self._statement, row)
+        if _is_heard(connection) and rows:
+            connection.execute(self._statement, [form.own(values) for values in rows])
         elif len(rows) == 1:
             self._execute(connection, form, form.bind(rows[0])).close()
         elif rows:
@@ -148,9 +151,10 @@ class Query(Prepared, Generic[RowT]):
 
     def all(self, connection: Connection, values: _Values) -> list[RowT]:
         """Return its rows. Raises as ``run`` does."""
-        if _is_watched(connection):
-            return [self._row(*row) for row in connection.execute(self._statement, values)]
         form = self._form(connection)
+        if _is_heard(connection):
+            told = connection.execute(self._statement, form.own(values))
+            return [self._row(*each) for each in told]
         parameters = form.bind(values)
         cursor = self._execute(connection, form, parameters)
         try:
@@ -173,8 +177,7 @@ class Query(Prepared, Generic[RowT]):
         return next(iter(self.all(connection, values)), None)
 
 
-def _is_watched(connection: Connection) -> bool:
-    """Return whether somebody is told of each statement, as the audit log is: SQLAlchemy tells."""
+def _is_heard(connection: Connection) -> bool:
     return bool(connection.engine.dispatch.before_execute)
 
 
