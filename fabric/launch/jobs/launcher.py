@@ -488,12 +488,8 @@ class Launcher:
     def _get_plan(self, *, fresh: bool = False) -> LaunchPlan:
         stale = fresh and time.monotonic() - self._planned_at >= FORECAST_S
         if self._plan is None or stale:
-            self._plan = get_launch_plan(
-                self._record.order,
-                self._record.site,
-                self._history,
-                ask=self._login.estimate_wait,
-            )
+            record, ask = self._record, self._login.estimate_wait
+            self._plan = get_launch_plan(record.order, record.site, self._history, ask=ask)
             self._planned_at = time.monotonic()
         return self._plan
 
