@@ -123,6 +123,7 @@ class LeadingCache(KvCache):
     """Rank 0's cache, whose blocks are changed on all ranks."""
 
     def __init__(self, own: KvCache, leader: Leader) -> None:
+        self.device = own.device
         self._own = own
         self._leader = leader
 
