@@ -67,10 +67,10 @@ class PartRunner(Runner):
         self._vocabulary = vocabulary
         self._divided = divided
 
-    def forward(self, chunks: Sequence[Chunk], programs: StepHooks | None = None) -> Tensor:
-        """See ``Runner.forward``; the logits are right at rank 0. There are no programs here."""
+    def _forward(self, chunks: Sequence[Chunk], programs: StepHooks | None) -> Tensor:
+        """See ``Runner``; the logits are right at rank 0. There are no programs here."""
         assert programs is None
-        return self.collect(super().forward(chunks))
+        return self.collect(super()._forward(chunks, programs))
 
     def collect(self, logits_WV: Tensor) -> Tensor:
         """Return, at rank 0, whole logits [W, V] in float32."""
