@@ -20,6 +20,10 @@ MARGIN_S = 20.0
 LOAD_FACTOR = 2.0
 """A load may take so many times longer than the usual one: others read the same file system."""
 
+EARLIEST_SHARE = 2 / 3
+"""A successor is submitted when no more than this part of a job's walltime is left: whatever the
+forecast, no job is replaced as fast as the next one loads."""
+
 UNKNOWN_WAIT_SHARE = 0.25
 """The part of its walltime that a job is taken to wait where nobody knows."""
 
@@ -165,7 +169,7 @@ def _successor_due(job: JobRecord, order: Order, now: datetime, outlook: Outlook
     # It must be ready before this one is told to drain.
     load_s = LOAD_FACTOR * outlook.load_s
     early_s = _usual_wait_s(order, outlook) + load_s + MARGIN_S + get_warning_s(order.walltime_s)
-    early = timedelta(seconds=early_s)
+    early = timedelta(seconds=min(early_s, EARLIEST_SHARE * order.walltime_s))
     return now >= job.deadline_at - early
 
 

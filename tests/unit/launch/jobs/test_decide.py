@@ -8,6 +8,7 @@ import pytest
 
 from fabric.launch.jobs import JobRecord, Order
 from fabric.launch.jobs.decide import (
+    EARLIEST_SHARE,
     LOAD_FACTOR,
     MARGIN_S,
     HandOver,
@@ -89,6 +90,15 @@ def test_an_unknown_wait_counts_a_part_of_the_walltime() -> None:
     assert decide(kept, [job("a", READY, age_s=WALLTIME_S / 2)], NOW, unknown) == []
     late = job("a", READY, age_s=0.69 * WALLTIME_S)
     assert decide(kept, [late], NOW, unknown) == [Submit(0, 1)]
+
+
+def test_no_job_is_replaced_as_fast_as_the_next_one_loads() -> None:
+    """A scheduler may say for each that it will wait for hours, and start it at once."""
+    kept = order(keep_until=NOW + timedelta(days=1))
+    outlook = Outlook(wait_s=10 * WALLTIME_S, load_s=50.0, idle_s={})
+    due_s = (1 - EARLIEST_SHARE) * WALLTIME_S
+    assert decide(kept, [job("a", READY, age_s=due_s - 1)], NOW, outlook) == []
+    assert decide(kept, [job("a", READY, age_s=due_s)], NOW, outlook) == [Submit(0, 1)]
 
 
 def test_one_successor_is_enough() -> None:
