@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections import defaultdict
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fabric.engine import torch_engine
 from fabric.engine.config import EngineConfig
 from fabric.engine.partition import crew as crews
 from fabric.engine.partition.agent import Station, parse_arguments
@@ -25,6 +27,7 @@ from fabric.engine.partition.loading import move_part
 from fabric.engine.partition.opening import Opening
 from fabric.engine.partition.streaming import HostMemory
 from fabric.engine.source import ModelSource
+from fabric.engine.torch_engine import TorchEngine
 from fabric.errors import RankLost
 from fabric.testing.pretend_ranks import DIVIDED, LAYOUTS
 
@@ -130,6 +133,32 @@ def test_a_step_during_which_a_rank_is_lost_gives_no_result(alone) -> None:
     with pytest.raises(RankLost, match="Rank 1"), crew.together():
         crew._lose(1, "it was ended by SIGKILL")
     assert told
+
+
+def test_a_rank_lost_while_the_engine_waits_for_ever_ends_start_and_close(
+    tiny_dir, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch_engine, "_WAKE_S", 0.1)
+    engine = TorchEngine(ModelSource.parse(str(tiny_dir)), EngineConfig(), name="tiny")
+    lost = RankLost(rank=1, num_ranks=2, reason="it was ended by SIGKILL")
+    waits, wakes = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        waits.set()
+        wakes.wait(60)
+
+    def lose() -> None:
+        assert waits.wait(60)
+        engine._lose(lost)
+
+    monkeypatch.setattr(engine, "_build", wait)
+    threading.Thread(target=lose).start()
+    try:
+        with pytest.raises(RankLost, match="SIGKILL"):
+            engine.start()
+        engine.close()
+    finally:
+        wakes.set()
 
 
 def test_a_moved_part_keeps_tied_tensors_one_and_absent_ones_absent(tiny_llama) -> None:
