@@ -99,6 +99,7 @@ class TorchEngine:
         self._crew = crew
         self._failure: Future[FabricError] = Future()
         self._ready: Future[None] = Future()
+        self._batch: AnyBatch | None = None
         self._closing = ExitStack()
 
     @property
@@ -321,10 +322,19 @@ class TorchEngine:
                 self._failure.set_result(error)
             self._closed = EngineStopped(reason=error.message.rstrip("."))
             self._changed.notify()
-        # While it starts, the engine's thread may wait for that rank and never wake.
         self._fail_start(error)
+        if threading.current_thread() is not self._thread:
+            threading.Thread(target=self._stop_for_thread, name="stop", daemon=True).start()
+
+    def _stop_for_thread(self) -> None:
+        """Fail what the engine's thread has, if it waits for the lost rank and does not wake."""
+        assert self._thread is not None
+        self._thread.join(_WAKE_S)
+        if self._thread.is_alive() and self._batch is not None:
+            self._stop(self._batch)
 
     def _serve(self, batch: AnyBatch) -> None:
+        self._batch = batch
         try:
             while self._take_orders(batch):
                 batch.step()

@@ -161,6 +161,28 @@ def test_a_rank_lost_while_the_engine_waits_for_ever_ends_start_and_close(
         wakes.set()
 
 
+def test_requests_fail_after_a_loss_though_the_engines_thread_never_wakes(
+    drive, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch_engine, "_WAKE_S", 0.1)
+    driver = drive()
+    steps, wakes = threading.Event(), threading.Event()
+
+    def step() -> None:
+        steps.set()
+        wakes.wait(60)
+
+    monkeypatch.setattr(driver.engine._batch, "step", step)
+    heard = driver.greedy([5, 6, 7])
+    try:
+        assert steps.wait(60)
+        driver.engine._lose(RankLost(rank=1, num_ranks=2, reason="it was ended by SIGKILL"))
+        assert heard.failed.failure.code == "engine_stopped"
+        assert "Rank 1" in heard.failed.failure.message
+    finally:
+        wakes.set()
+
+
 def test_a_moved_part_keeps_tied_tensors_one_and_absent_ones_absent(tiny_llama) -> None:
     model = tiny_llama(tie_word_embeddings=True)
     model.model.layers[0].mlp.up_proj.to("meta")
