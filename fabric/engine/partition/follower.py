@@ -138,7 +138,8 @@ def _end_when_told() -> None:
 
 def _beat(station: Station, ending: threading.Event) -> None:
     store = station.connect()  # a connection serves one thread at a time
-    while not ending.wait(BEAT_S):
+    ended = False
+    while not ended:
         try:
             store.add(f"beat/{station.rank}", 1)
         except dist.DistError as error:
@@ -147,6 +148,7 @@ def _beat(station: Station, ending: threading.Event) -> None:
                 print(f"rank {station.rank} ends, rank 0 is gone: {error}", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(PEER_LOST)
+        ended = ending.wait(BEAT_S)
 
 
 if __name__ == "__main__":
