@@ -18,7 +18,8 @@ class EngineConfig:
 
     Args:
         dtype: Of the weights and the KV cache; ``float16`` is for GPUs without bfloat16.
-        device: Where the model is: ``cuda`` a GPU, ``auto`` one where torch sees it.
+        device: Where the model is: ``cuda`` a GPU, ``auto`` one where torch sees it; of a divided
+            model a GPU for each process.
         attention: How rows find their keys: ``auto`` is the kernels' way on a CPU and ``flex`` on a
             GPU, which reads them where they lie; ``gathered`` copies a row's together first.
         graphs: Whether a GPU replays the kernels of a step in which rows only decode.
@@ -49,7 +50,8 @@ class EngineConfig:
         local_ranks: Ranks on this node; ``None``: all.
         rank_timeout_s: How long a rank may be silent before it counts as lost.
         offload: Where weights are that do not fit: ``disk`` leaves the layers' matrices in the
-            model's files and reads them at every step.
+            model's files and reads them at every step; ``host`` keeps them in the memory beside a
+            GPU.
         adapter_bytes: Memory of the adapters that are loaded.
 
     Raises:

@@ -19,15 +19,14 @@ _USED = 0.92
 
 
 def choose_device(config: EngineConfig) -> torch.device:
-    """Return where a model runs.
+    """Return where a model runs; if it is divided, where its first rank does.
 
     Raises:
         SettingInvalid: A GPU is asked for and torch sees none, or for what GPUs are not used for.
     """
-    divided = config.num_ranks > 1 or config.offload != "none"
     asked = config.device
     if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() and not divided else "cpu"
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
     if asked == "cpu":
         if config.attention == "flex":
             raise _refusal("attention", "flex", "it is for GPUs; leave it out on a CPU")
@@ -39,12 +38,36 @@ def choose_device(config: EngineConfig) -> torch.device:
             " build of torch for its driver, or set device: cpu"
         )
         raise _refusal("device", asked, reason)
-    if divided:
-        raise _refusal("device", asked, "a model that is divided or offloaded runs on CPUs here")
     if config.batch_invariant:
         reason = "the kernels of GPUs sum in an order that depends on the batch; leave it out"
         raise _refusal("batch_invariant", True, reason)
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def choose_gpu(index: int, num_ranks: int) -> torch.device:
+    """Return the GPU of one of a node's ranks: each takes another, in their order.
+
+    Args:
+        index: Of the rank on its node.
+        num_ranks: On the node.
+
+    Raises:
+        SettingInvalid: There are fewer GPUs than ranks.
+    """
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < num_ranks:
+        reason = (
+            f"a node with {num_ranks} ranks of the model shows them {num_gpus} GPUs, and each rank"
+            " needs one of its own; ask the scheduler for more, start fewer ranks on a node"
+            " (local_ranks), or set device: cpu"
+        )
+        raise _refusal("device", "cuda", reason)
+    return torch.device("cuda", index)
+
+
+def uses_flex(config: EngineConfig, device: torch.device) -> bool:
+    """Say whether rows find their keys by flex attention."""
+    return device.type != "cpu" and config.attention != "gathered"
 
 
 def _refusal(setting: str, value: object, reason: str) -> SettingInvalid:

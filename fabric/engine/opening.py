@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from fabric.engine.attention import StepAttention
 from fabric.engine.cache import BLOCK_TOKENS
 from fabric.engine.config import EngineConfig
-from fabric.engine.device import choose_cache_bytes, choose_device
+from fabric.engine.device import choose_cache_bytes, choose_device, uses_flex
 from fabric.engine.draft_model import DraftModel, load_draft_model
 from fabric.engine.flex import FlexAttention
 from fabric.engine.fused import fuse
@@ -99,7 +99,7 @@ def open_whole(
             dtype=config.dtype,
             context_tokens=get_context_tokens(loaded, config, name=name),
         )
-    with_flex = device.type != "cpu" and config.attention != "gathered"
+    with_flex = uses_flex(config, device)
     with_graphs = with_flex and config.graphs
     cached = [*layers, *(draft.layers if draft else ())]
     block_bytes = sum(layer.num_values for layer in cached) * model.dtype.itemsize * BLOCK_TOKENS

@@ -43,6 +43,9 @@ __all__ = ["VERSIONS", "EngineConfig", "TorchEngine"]
 
 _logger = getLogger(__name__)
 
+_WAKE_S = 30.0
+"""How long the thread may take to end after a rank was lost: it may wait for a GPU for ever."""
+
 VERSIONS = (
     f"fabric {__version__} (torch {torch.__version__}, transformers {transformers.__version__})"
 )
@@ -95,6 +98,8 @@ class TorchEngine:
         self._load = Load()
         self._crew = crew
         self._failure: Future[FabricError] = Future()
+        self._ready: Future[None] = Future()
+        self._batch: AnyBatch | None = None
         self._closing = ExitStack()
 
     @property
@@ -115,12 +120,9 @@ class TorchEngine:
             ModelNotLoadable: The files are missing or of a kind that cannot be served.
             DigestMismatch: The tensors are not those that were asked for.
         """
-        ready: Future[None] = Future()
-        self._thread = threading.Thread(
-            target=self._run, args=(ready,), name=f"engine {self._name}", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name=f"engine {self._name}", daemon=True)
         self._thread.start()
-        ready.result()
+        self._ready.result()
 
     def submit(self, task: Task, sink: EventSink) -> None:
         """Queue a task and return at once; see ``Engine.submit``."""
@@ -164,7 +166,7 @@ class TorchEngine:
             self._adapters.close(closed)
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            thread.join(_WAKE_S if self._failure.done() else None)
 
     def _submit(self, task: Task, sink: EventSink, received_at: float) -> None:
         with self._changed:
@@ -175,7 +177,7 @@ class TorchEngine:
         if closed is not None:
             tell(sink, Reports.failed(task, closed))
 
-    def _run(self, ready: Future[None]) -> None:
+    def _run(self) -> None:
         # Loading happens here too: libgomp gives every thread that computes a pool of workers,
         # and stops waiting actively (a fifth of the speed) once there are more than cores.
         if self._config.num_threads:
@@ -184,11 +186,19 @@ class TorchEngine:
             try:
                 batch = self._build()
             except BaseException as error:
-                ready.set_exception(error)
+                self._fail_start(error)
                 return
-            self._closed = None
-            ready.set_result(None)
+            with self._changed:
+                if self._failure.done():
+                    return
+                self._closed = None
+                self._ready.set_result(None)
             self._serve(batch)
+
+    def _fail_start(self, error: BaseException) -> None:
+        with self._changed:
+            if not self._ready.done():
+                self._ready.set_exception(error)
 
     def _build(self) -> AnyBatch:
         config = self._config
@@ -271,7 +281,6 @@ class TorchEngine:
         """Load the model and return it with a runner that has been compared with it."""
         config = self._config
         if config.num_ranks > 1 or config.offload != "none":
-            choose_device(config)  # it refuses what a divided model cannot be given
             return self._open_divided()
         return open_whole(
             self._source, config, name=self._name, expected_digest=self._expected_digest
@@ -290,6 +299,7 @@ class TorchEngine:
                 rendezvous_fd=config.rendezvous_fd,
                 num_threads=config.num_threads,
                 timeout_s=config.rank_timeout_s,
+                device=choose_device(config),
             )
             self._closing.callback(self._crew.close)
             self._crew.start()
@@ -312,8 +322,19 @@ class TorchEngine:
                 self._failure.set_result(error)
             self._closed = EngineStopped(reason=error.message.rstrip("."))
             self._changed.notify()
+        self._fail_start(error)
+        if threading.current_thread() is not self._thread:
+            threading.Thread(target=self._stop_for_thread, name="stop", daemon=True).start()
+
+    def _stop_for_thread(self) -> None:
+        """Fail what the engine's thread has, if it waits for the lost rank and does not wake."""
+        assert self._thread is not None
+        self._thread.join(_WAKE_S)
+        if self._thread.is_alive() and self._batch is not None:
+            self._stop(self._batch)
 
     def _serve(self, batch: AnyBatch) -> None:
+        self._batch = batch
         try:
             while self._take_orders(batch):
                 batch.step()

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import numpy as np
@@ -131,18 +132,28 @@ def attempt(step: Callable[[], Tensor]) -> str:
     return f"{result.device.type} {list(result.shape)}"
 
 
+@contextmanager
+def pretending() -> Iterator[None]:
+    """Let there be the GPU, and no values, in this process."""
+    _setup_privateuseone_for_python_backend(GPU)
+    with ExitStack() as patches:
+        for module in (adjustments, attention, cache, flex, graphs, runner, sampling):
+            patches.enter_context(mock.patch.object(module, "put", put))
+        for change in (
+            # Its name is none that torch knows for flex attention, whose shapes are any device's.
+            mock.patch.object(flex_attention, "_validate_device"),
+            mock.patch.object(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
+            mock.patch.object(flex, "_get_flex", return_value=flex_attention.flex_attention),
+            FakeTensorMode(),
+        ):
+            patches.enter_context(change)
+        yield
+
+
 def main() -> None:
     """Run all steps."""
-    _setup_privateuseone_for_python_backend(GPU)
     told: dict[str, dict[str, str]] = {}
-    modules = (adjustments, attention, cache, flex, graphs, runner, sampling)
-    for module in modules:
-        mock.patch.object(module, "put", put).start()
-    # Its name is none that torch knows for flex attention, whose shapes are any device's.
-    mock.patch.object(flex_attention, "_validate_device").start()
-    mock.patch.object(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True).start()
-    mock.patch.object(flex, "_get_flex", return_value=flex_attention.flex_attention).start()
-    with FakeTensorMode():
+    with pretending():
         told["what must fail"] = {step.__name__: attempt(step) for step in (mix, read)}
         for family in FAMILIES:
             # torch groups experts' products in bfloat16 alone.

@@ -35,6 +35,9 @@ PEER_LOST = 75
 LOST = "lost"
 """The key under which an agent says which rank ended, and how."""
 
+DEVICE = "device"
+"""The key under which rank 0 says where the model is: ``cpu`` or ``cuda``."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Station:
@@ -46,6 +49,9 @@ class Station:
         num_ranks: Of all nodes.
         rank: This one's, or the node's first.
         local_ranks: Ranks to be started on this node.
+        first_gpu: Which of the node's GPUs its first rank takes; beside rank 0, which has taken the
+            first, it is the second.
+        local_rank: Which of the ranks that are started on this node it is.
         num_threads: Threads torch uses for one operation; 0 leaves torch's default.
         timeout_s: The longest one exchange may take.
         watches_stdin: Whether ranks end when their standard input closes.
@@ -59,6 +65,18 @@ class Station:
     num_threads: int
     timeout_s: float
     watches_stdin: bool
+    first_gpu: int = 0
+    local_rank: int = 0
+
+    @property
+    def gpu(self) -> int:
+        """The GPU of this rank, if the model is on GPUs."""
+        return self.first_gpu + self.local_rank
+
+    @property
+    def node_ranks(self) -> int:
+        """All ranks of this node, rank 0 included."""
+        return self.first_gpu + self.local_ranks
 
     @property
     def is_local(self) -> bool:
@@ -83,6 +101,7 @@ class Station:
             "--num-ranks": self.num_ranks,
             "--first-rank": self.rank,
             "--local-ranks": self.local_ranks,
+            "--first-gpu": self.first_gpu,
             "--num-threads": self.num_threads,
             "--timeout-s": self.timeout_s,
         }
@@ -99,6 +118,7 @@ def parse_arguments(words: Sequence[str]) -> Station:
     parser.add_argument("--first-rank", required=True, type=int)
     parser.add_argument("--local-ranks", required=True, type=int)
     parser.add_argument("--local-rank", default=0, type=int)
+    parser.add_argument("--first-gpu", default=0, type=int)
     parser.add_argument("--num-threads", default=0, type=int)
     parser.add_argument("--timeout-s", default=60.0, type=float)
     parser.add_argument("--watch-stdin", action="store_true")
@@ -115,6 +135,8 @@ def parse_arguments(words: Sequence[str]) -> Station:
         num_threads=given.num_threads,
         timeout_s=given.timeout_s,
         watches_stdin=given.watch_stdin,
+        first_gpu=given.first_gpu,
+        local_rank=given.local_rank,
     )
 
 

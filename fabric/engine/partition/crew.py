@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 import socket
 import subprocess
@@ -16,9 +17,11 @@ from datetime import timedelta
 from logging import getLogger
 
 import psutil
+import torch
 import torch.distributed as dist
 
-from fabric.engine.partition.agent import CONNECT_S, LOST, PEER_LOST, Station
+from fabric.engine.device import CPU
+from fabric.engine.partition.agent import CONNECT_S, DEVICE, LOST, PEER_LOST, Station
 from fabric.engine.partition.groups import World
 from fabric.engine.partition.orders import Order
 from fabric.errors import FabricError, RankLost, SettingInvalid
@@ -46,6 +49,7 @@ class Crew:
             meanwhile; ``None`` binds one.
         num_threads: Threads torch uses in each rank for one operation; 0 leaves torch's default.
         timeout_s: How long a rank may be silent, or one exchange take.
+        device: Where this process's part is; the others' parts are on devices of the same kind.
         on_lost: Told, on a thread of the crew's, that a rank is lost.
     """
 
@@ -58,8 +62,10 @@ class Crew:
         rendezvous_fd: int | None = None,
         num_threads: int = 0,
         timeout_s: float = 60.0,
+        device: torch.device = CPU,
         on_lost: Callable[[RankLost], None] | None = None,
     ) -> None:
+        self._device = device
         host, _, port = (rendezvous or "127.0.0.1:0").rpartition(":")
         self._station = Station(
             host=host,
@@ -70,6 +76,7 @@ class Crew:
             num_threads=num_threads,
             timeout_s=timeout_s,
             watches_stdin=True,
+            first_gpu=1,
         )
         self._rendezvous_fd = rendezvous_fd
         self.on_lost = on_lost
@@ -94,7 +101,7 @@ class Crew:
         """Start the ranks of this node, and wait for those of all nodes.
 
         Raises:
-            SettingInvalid: This process is a rank already.
+            SettingInvalid: This process is a rank already, or a node has too few GPUs.
             RankLost: One of them ended, or did not come in ten minutes.
         """
         if dist.is_initialized():
@@ -119,6 +126,7 @@ class Crew:
                 num_ranks=self.num_ranks,
                 timeout_s=self._station.timeout_s,
                 local=self._station.is_local,
+                device=self._device,
             )
             world.join()
             self._world = world
@@ -146,6 +154,9 @@ class Crew:
             raise self._lost
         try:
             yield
+            self.world.settle()
+            if self._lost is not None:
+                raise self._lost
         except FabricError:
             raise
         except Exception as error:
@@ -171,7 +182,7 @@ class Crew:
             self._kill()
             self._agent.wait()
         if self._world is not None:
-            self._world.leave()
+            self._world.leave(lost=self._lost is not None)
 
     def _open_store(self) -> dist.TCPStore:
         # Without a socket of ours the store would listen on all addresses.
@@ -189,6 +200,7 @@ class Crew:
             timeout=timedelta(seconds=CONNECT_S),
             master_listen_fd=listener.detach(),
         )
+        store.set(DEVICE, self._device.type)
         self._station = dataclasses.replace(self._station, port=port)
         return store
 
@@ -201,11 +213,16 @@ class Crew:
                     raise self._lost
                 if time.monotonic() > deadline:
                     self._lose(rank, f"it did not come in {CONNECT_S:g} s")
+            if reason := self._store.get(f"here/{rank}").decode():
+                raise SettingInvalid(
+                    setting="engine.device", value=self._device.type, reason=reason
+                )
 
     def _watch(self) -> None:
         """Look whether the ranks live, until one does not or the crew ends."""
         store = self._station.connect()  # a connection serves one thread at a time
         heard = dict.fromkeys(range(1, self.num_ranks), (0, time.monotonic()))
+        failed_at = math.inf
         while not (self._ending.wait(_LOOK_S) or self._found.is_set()):
             if store.check([LOST]):
                 lost = json.loads(store.get(LOST))
@@ -219,6 +236,10 @@ class Crew:
                     heard[rank] = (beats, now)
                 elif count and now - at > self._station.timeout_s:
                     self._lose(rank, f"it has been silent for {now - at:.0f} s")
+            if self._world is not None and (problem := self._world.find_problem()):
+                failed_at = min(failed_at, now)
+                if now > failed_at + _EXPLAIN_S:
+                    self._lose(None, problem)
 
     def _lose(self, rank: int | None, reason: str) -> None:
         if self._found.is_set() or self._ending.is_set():
@@ -230,6 +251,9 @@ class Crew:
         self._kill()
         if self.on_lost is not None:
             self.on_lost(self._lost)
+        if self._world is not None:
+            # Last, and by itself: NCCL may hang in it.
+            threading.Thread(target=self._world.abort, name="abort", daemon=True).start()
 
     def _kill(self) -> None:
         """End the processes of this node at once."""

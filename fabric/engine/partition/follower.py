@@ -10,16 +10,16 @@ import os
 import signal
 import sys
 import threading
-import time
 
 import torch
 import torch.distributed as dist
 
-from fabric.engine.partition.agent import PEER_LOST, Station, parse_arguments
+from fabric.engine.device import CPU, choose_gpu
+from fabric.engine.partition.agent import DEVICE, PEER_LOST, Station, parse_arguments
 from fabric.engine.partition.groups import World
 from fabric.engine.partition.opening import Opening, OpenPart, open_part
 from fabric.engine.partition.orders import Order, read_chunks, read_text
-from fabric.errors import FabricError
+from fabric.errors import FabricError, SettingInvalid
 
 BEAT_S = 1.0
 """How often a rank shows that it lives."""
@@ -36,17 +36,20 @@ def main() -> None:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     if station.num_threads:
         torch.set_num_threads(station.num_threads)
+    ending = threading.Event()
     store = station.connect()
-    store.set(f"here/{station.rank}", "")
-    threading.Thread(target=_beat, args=(station,), daemon=True).start()
-    world = World(
-        store,
-        rank=station.rank,
-        num_ranks=station.num_ranks,
-        timeout_s=station.timeout_s,
-        local=station.is_local,
-    )
     try:
+        device = _find_device(store, station)
+        store.set(f"here/{station.rank}", "")
+        threading.Thread(target=_beat, args=(station, ending), daemon=True).start()
+        world = World(
+            store,
+            rank=station.rank,
+            num_ranks=station.num_ranks,
+            timeout_s=station.timeout_s,
+            local=station.is_local,
+            device=device,
+        )
         world.join()
         follow(station.rank, world)
     except (RuntimeError, ConnectionError) as error:
@@ -54,6 +57,7 @@ def main() -> None:
             raise
         print(f"rank {station.rank} ends, another is gone: {error}", file=sys.stderr, flush=True)
         os._exit(PEER_LOST)
+    ending.set()
     world.leave()
 
 
@@ -100,9 +104,23 @@ def _run(part: OpenPart, order: Order, numbers: list[int]) -> None:
             part.runner.cache.wipe(numbers)
 
 
+def _find_device(store: dist.Store, station: Station) -> torch.device:
+    """Return where this rank's part goes; if there is no place for it, tell rank 0 and wait."""
+    if store.get(DEVICE).decode() == "cpu":
+        return CPU
+    try:
+        return choose_gpu(station.gpu, station.node_ranks)
+    except SettingInvalid as error:
+        store.set(f"here/{station.rank}", str(error.detail["reason"]))
+        # Rank 0 gives up, and its store with it; the reason says more than an exit code.
+        store.wait(["never"])
+        raise
+
+
 def _is_exchange(error: Exception) -> bool:
     """Say whether an error is of an exchange with other ranks, and not of a computation."""
-    return isinstance(error, dist.DistError | ConnectionError) or "gloo" in str(error).lower()
+    said = str(error).lower()
+    return isinstance(error, dist.DistError | ConnectionError) or "gloo" in said or "nccl" in said
 
 
 def _end_with_stdin() -> None:
@@ -118,11 +136,19 @@ def _end_when_told() -> None:
     os._exit(128 + signal.SIGTERM)
 
 
-def _beat(station: Station) -> None:
+def _beat(station: Station, ending: threading.Event) -> None:
     store = station.connect()  # a connection serves one thread at a time
-    while True:
-        store.add(f"beat/{station.rank}", 1)
-        time.sleep(BEAT_S)
+    ended = False
+    while not ended:
+        try:
+            store.add(f"beat/{station.rank}", 1)
+        except dist.DistError as error:
+            # A rank that waits for its GPU does not see its other connections break.
+            if not ending.wait(BEAT_S):
+                print(f"rank {station.rank} ends, rank 0 is gone: {error}", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(PEER_LOST)
+        ended = ending.wait(BEAT_S)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What ranks say to each other: sums within a tensor group, hidden states between stages, logits.
 
+What is on GPUs goes by NCCL, everything else by gloo.
+
 Shapes: N tokens of the step, W tokens whose logits are wanted, V vocabulary, H hidden size.
 """
 
@@ -13,13 +15,18 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import ErrorType
 
+from fabric.engine.device import CPU
 from fabric.engine.partition.layout import Layout, Place, share
 
-BACKENDS = "cpu:gloo,cuda:nccl"
-
 _PATIENCE = timedelta(days=365)
-"""Of a rank that waits for orders: that rank 0 is gone is seen by its closed connections."""
+"""Of a rank that waits for orders, or for others to load: that one is gone is seen by its closed
+connections, that one hangs by its silence."""
+
+_COMPILING = 10
+"""How many times longer an exchange between GPUs may take: kernels are compiled when a step needs
+them first, in one stage after the other."""
 
 
 @contextlib.contextmanager
@@ -45,27 +52,40 @@ class World:
         num_ranks: How many there are.
         timeout_s: The longest one exchange may take.
         local: Whether all are on this machine; then they listen on loopback alone.
+        device: Where this rank's part of a model is; its kind is the same for all.
     """
 
     SMALL = 1024
     """Numbers of an order that go out in one piece: a step of decoding rows fits."""
 
     def __init__(
-        self, store: dist.Store, *, rank: int, num_ranks: int, timeout_s: float, local: bool
+        self,
+        store: dist.Store,
+        *,
+        rank: int,
+        num_ranks: int,
+        timeout_s: float,
+        local: bool,
+        device: torch.device = CPU,
     ) -> None:
+        self.device = device
         self._store = store
         self._rank = rank
         self._num_ranks = num_ranks
         self._timeout = timedelta(seconds=timeout_s)
+        self._local = local
         self._on_address = _loopback if local else contextlib.nullcontext
         self._orders: dist.ProcessGroup | None = None
+        self._meetings: dict[range, dist.ProcessGroup] = {}
         self._groups: dict[range, dist.ProcessGroup] = {}
 
     def join(self) -> None:
         """Make this process one of the ranks; returns when all have done so."""
+        if self.device.type == "cuda":
+            self._prepare_nccl()
         with self._on_address():
             dist.init_process_group(
-                BACKENDS if torch.cuda.is_available() else "gloo",
+                "gloo",
                 store=self._store,
                 rank=self._rank,
                 world_size=self._num_ranks,
@@ -79,19 +99,76 @@ class World:
         A group serves until the end: torch cannot make the same one a second time.
         """
         everyone = range(layout.num_ranks)
-        for ranks in (everyone, *(layout.place(rank).group for rank in everyone)):
-            if len(ranks) > 1 and ranks not in self._groups:
-                with self._on_address():
-                    self._groups[ranks] = dist.new_group(list(ranks), timeout=self._timeout)
+        by_nccl = self.device.type == "cuda"
+        backend = "nccl" if by_nccl else "gloo"
+        timeout = _COMPILING * self._timeout if by_nccl else self._timeout
+        with self._on_address():
+            if everyone not in self._meetings:
+                self._meetings[everyone] = dist.new_group(
+                    list(everyone), backend="gloo", timeout=_PATIENCE
+                )
+            for ranks in (everyone, *(layout.place(rank).group for rank in everyone)):
+                if len(ranks) > 1 and ranks not in self._groups:
+                    self._groups[ranks] = dist.new_group(
+                        list(ranks), backend=backend, timeout=timeout
+                    )
 
     def of(self, ranks: range) -> dist.ProcessGroup:
-        """Return a group of some ranks that has been made."""
+        """Return the group by which some ranks exchange what they compute."""
         return self._groups[ranks]
 
-    def leave(self) -> None:
-        """Be no rank any more. Calling it twice is harmless."""
-        if dist.is_initialized():
+    def meeting_of(self, ranks: range) -> dist.ProcessGroup:
+        """Return the group by which all ranks of a layout agree, however long it takes."""
+        return self._meetings[ranks]
+
+    def settle(self) -> None:
+        """Wait until what was begun on this rank's GPU is done; on a CPU it is.
+
+        Raises:
+            torch.distributed.DistBackendError: An exchange failed, so its result means nothing.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+            if problem := self.find_problem():
+                raise dist.DistBackendError(problem)
+
+    def find_problem(self) -> str:
+        """Return what torch found wrong with exchanges between GPUs; nothing if they are well."""
+        if self.device.type != "cuda":
+            return ""
+        own = [one for one in list(self._groups.values()) if isinstance(one, dist.ProcessGroup)]
+        errors = {one._get_backend(self.device).get_error() for one in own} - {ErrorType.SUCCESS}
+        if ErrorType.TIMEOUT in errors:
+            limit_s = (_COMPILING * self._timeout).total_seconds()
+            return f"an exchange between GPUs has taken over {limit_s:.0f} s"
+        return "NCCL says that an exchange between GPUs failed" if errors else ""
+
+    def abort(self) -> None:
+        """Wake what waits in an exchange between GPUs; there is none after it."""
+        if self.device.type == "cuda":
+            dist.distributed_c10d._abort_process_group()
+
+    def leave(self, *, lost: bool = False) -> None:
+        """Be no rank any more, also if one is lost. Calling it twice is harmless."""
+        # NCCL leaves when all exchanges have ended: after a loss that is never.
+        if dist.is_initialized() and not (lost and self.device.type == "cuda"):
             dist.destroy_process_group()
+
+    def _prepare_nccl(self) -> None:
+        """Take the rank's GPU, and say what torch does when an exchange fails.
+
+        NCCL's kernels wait on the GPU, and of a rank that died on the same node they never hear:
+        only an abort of their communicators ends them. On rank 0 torch's watchdog takes note and
+        does no more (0): the crew aborts once it says who is lost, so that no result of an aborted
+        step is taken for an answer. On the others it ends the process (3), without an abort, which
+        may hang itself.
+
+        Source: torch's page on ProcessGroupNCCL's environment variables.
+        """
+        torch.cuda.set_device(self.device)
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3" if self._rank else "0"
+        if self._local:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")
 
     def send_order(self, numbers: list[int]) -> None:
         """Tell all ranks; called by rank 0."""
@@ -130,8 +207,11 @@ class Groups:
         self.place = place
         self.tensor: dist.ProcessGroup | None = None
         self._all: dist.ProcessGroup | None = None
+        self._meeting: dist.ProcessGroup | None = None
         if world is not None:
-            self._all = world.of(range(place.layout.num_ranks))
+            everyone = range(place.layout.num_ranks)
+            self._all = world.of(everyone)
+            self._meeting = world.meeting_of(everyone)
             if place.layout.tensor > 1:
                 self.tensor = world.of(place.group)
 
@@ -198,16 +278,16 @@ class Groups:
 
     def least(self, value: int) -> int:
         """Return the least of all ranks' values."""
-        if self._all is None:
+        if self._meeting is None:
             return value
         number = torch.tensor(value)
-        dist.all_reduce(number, dist.ReduceOp.MIN, group=self._all)
+        dist.all_reduce(number, dist.ReduceOp.MIN, group=self._meeting)
         return int(number)
 
     def share_problem(self, problem: str) -> str:
         """Tell all ranks what went wrong here, if anything; return the first rank's problem."""
-        if self._all is None:
+        if self._meeting is None:
             return problem
         problems: list[str] = [""] * self.place.layout.num_ranks
-        dist.all_gather_object(problems, problem, group=self._all)
+        dist.all_gather_object(problems, problem, group=self._meeting)
         return next(filter(None, problems), "")

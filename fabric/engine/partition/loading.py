@@ -28,7 +28,7 @@ from fabric.engine.partition.checkpoint import (
 from fabric.engine.partition.groups import Groups
 from fabric.engine.partition.partitioner import Part, Partitioner, Parts
 from fabric.engine.partition.stages import keep_stage
-from fabric.engine.partition.streaming import Stream
+from fabric.engine.partition.streaming import HostMemory, Stream
 from fabric.errors import ModelNotLoadable
 
 
@@ -50,6 +50,7 @@ def load_part(
     groups: Groups,
     partitioner: Partitioner,
     offload: str,
+    device: torch.device,
 ) -> LoadedPart:
     """Load what a rank holds. The first rank reads every tensor, one at a time, to digest it.
 
@@ -59,7 +60,9 @@ def load_part(
         dtype: Of all tensors.
         groups: The exchanges of this rank; none happens here.
         partitioner: Divides the matrices.
-        offload: ``disk``: the layers' matrices stay in the files until they are needed.
+        offload: ``disk``: the layers' matrices stay in the files until they are needed; ``host``:
+            in the host's memory.
+        device: Where the rest goes once it is read.
 
     Raises:
         ModelNotLoadable: Files are missing or damaged, or the model cannot be divided so.
@@ -71,7 +74,10 @@ def load_part(
         parts = partitioner.divide(model, groups, name=name)
     keep_stage(model, groups, name=name)
     homes = _Homes(model, tied, parts)
-    stream = Stream(model, checkpoint) if offload == "disk" else None
+    stream = None
+    if offload != "none":
+        source = HostMemory(checkpoint) if offload == "host" else checkpoint
+        stream = Stream(model, source, device)
     filling = _fill(checkpoint, homes, stream, whole=groups.place.rank == 0)
     digest = ""
     if groups.place.rank == 0:
@@ -90,7 +96,22 @@ def load_part(
         stream.start()
     if groups.place.layout.tensor > 1:
         partitioner.complete(model, groups)
+    move_part(model, device)
     return LoadedPart(model=model, tokenizer=tokenizer, digest=digest, stream=stream)
+
+
+def move_part(model: PreTrainedModel, device: torch.device) -> None:
+    """Put a part on its rank's device, but for what its layers fetch when they run."""
+    moved: dict[Tensor, nn.Parameter] = {}  # a tied tensor stays one
+    for module in model.modules():
+        for name, x in module._parameters.items():
+            if x is None or x.is_meta or x.device == device:
+                continue
+            if x not in moved:
+                moved[x] = nn.Parameter(x.to(device), requires_grad=False)
+            module._parameters[name] = moved[x]
+        for name, x in module._buffers.items():
+            module._buffers[name] = None if x is None else x.to(device)
 
 
 def _open(

@@ -7,13 +7,16 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fabric.engine.attention import StepAttention
 from fabric.engine.cache import BLOCK_TOKENS
-from fabric.engine.config import CACHE_BYTES, EngineConfig
+from fabric.engine.config import EngineConfig
+from fabric.engine.device import choose_cache_bytes, choose_device, uses_flex
+from fabric.engine.flex import FlexAttention
 from fabric.engine.fused import fuse
 from fabric.engine.linear import pack_linears
 from fabric.engine.model import LoadedModel, eos_ids_of, read_config, reading
@@ -25,7 +28,13 @@ from fabric.engine.partition.orders import Order, write_text
 from fabric.engine.partition.partitioner import Partitioner
 from fabric.engine.partition.runner import LeadingRunner, PartRunner
 from fabric.engine.partition.torch_partitioner import TorchPartitioner
-from fabric.engine.probe import LEAST_BLOCKS, observe_layers, reference_logits, verify_runner
+from fabric.engine.probe import (
+    LEAST_BLOCKS,
+    observe_layers,
+    reference_logits,
+    run_largest,
+    verify_runner,
+)
 from fabric.engine.runner import Runner
 from fabric.engine.source import ModelSource
 from fabric.errors import DigestMismatch, FabricError, ModelNotLoadable, RankLost
@@ -35,17 +44,12 @@ from fabric.errors import DigestMismatch, FabricError, ModelNotLoadable, RankLos
 class Opening:
     """What every rank is told of a model that is to be opened.
 
-    ``stages`` are the layers of each stage; the rest is as in ``EngineConfig``.
+    Of ``config`` the device and the layers of each stage are chosen.
     """
 
     source: str
     name: str
-    tensor: int
-    stages: tuple[int, ...]
-    dtype: str
-    cache_bytes: int
-    partitioner: str
-    offload: str
+    config: EngineConfig
 
     @staticmethod
     def of(source: ModelSource, config: EngineConfig, *, name: str) -> Opening:
@@ -53,10 +57,12 @@ class Opening:
 
         Raises:
             ModelNotLoadable: The files are missing, or the layers cannot be divided so.
+            SettingInvalid: It cannot be where it is asked to be.
         """
+        device = choose_device(config)
         with reading(source, name=name):
             num_layers = _num_layers(source)
-        if config.offload == "host":
+        if config.offload == "host" and device.type == "cpu":
             raise ModelNotLoadable(
                 model=name,
                 reason="offload to host memory is for devices with memory of their own, and this"
@@ -75,22 +81,17 @@ class Opening:
             stage_layers=config.stage_layers,
             name=name,
         )
-        return Opening(
-            source=str(source),
-            name=name,
-            tensor=layout.tensor,
-            stages=tuple(map(len, layout.stages)),
-            dtype=config.dtype,
-            cache_bytes=config.cache_bytes or CACHE_BYTES,
-            partitioner=config.partitioner,
-            offload=config.offload,
-        )
+        stage_layers = tuple(map(len, layout.stages))
+        chosen = replace(config, device=device.type, stage_layers=stage_layers)
+        return Opening(source=str(source), name=name, config=chosen)
 
     @staticmethod
     def from_json(text: str) -> Opening:
         """Return what ``to_json`` was called on."""
         fields = json.loads(text)
-        return Opening(**(fields | {"stages": tuple(fields["stages"])}))
+        options = fields["config"]
+        config = EngineConfig(**(options | {"stage_layers": tuple(options["stage_layers"])}))
+        return Opening(**(fields | {"config": config}))
 
     def to_json(self) -> str:
         """Return it as text."""
@@ -99,11 +100,12 @@ class Opening:
     @property
     def layout(self) -> Layout:
         """Who holds what."""
+        config = self.config
         return Layout.of(
-            sum(self.stages),
-            tensor=self.tensor,
-            pipeline=len(self.stages),
-            stage_layers=self.stages,
+            sum(config.stage_layers or ()),
+            tensor=config.tensor_parallel,
+            pipeline=config.pipeline_parallel,
+            stage_layers=config.stage_layers,
             name=self.name,
         )
 
@@ -192,23 +194,30 @@ def open_part(
         ModelNotLoadable: As in ``open_model``, at every rank.
         DigestMismatch: As in ``open_model``, at rank 0; the others see ``ModelNotLoadable``.
     """
+    config = opening.config
     place = opening.layout.place(rank)
-    partitioner = get_partitioner(opening.partitioner)
+    partitioner = get_partitioner(config.partitioner)
     groups = Groups(place, world)
-    loaded = _load(opening, groups, partitioner, expected_digest)
+    device = choose_device(config) if world is None else world.device
+    loaded = _load(opening, groups, partitioner, device, expected_digest)
     model = loaded.model
     layers = observe_layers(model, name=opening.name, expected=place.layers)
     block_bytes = sum(layer.num_values for layer in layers) * model.dtype.itemsize * BLOCK_TOKENS
-    num_blocks = groups.least(opening.cache_bytes // block_bytes - 1)
-    if num_blocks < LEAST_BLOCKS:
-        raise ModelNotLoadable(
-            model=opening.name,
-            reason=f"cache_bytes is {opening.cache_bytes} on each rank, too little for"
-            f" {LEAST_BLOCKS + 1} cache blocks",
-        )
     expected = reference_logits(model)
     pack_linears(model)
     fuse(model)
+    run = functools.partial(
+        run_largest, model, num_tokens=config.step_tokens, num_wanted=config.max_rows
+    )
+    cache_bytes = choose_cache_bytes(config, device, run)
+    num_blocks = groups.least(cache_bytes // block_bytes - 1)
+    if num_blocks < LEAST_BLOCKS:
+        raise ModelNotLoadable(
+            model=opening.name,
+            reason=f"cache_bytes is {cache_bytes} on rank {rank}, and one of the ranks has too"
+            f" little for {LEAST_BLOCKS + 1} cache blocks; divide the model among more, or raise"
+            " cache_bytes",
+        )
     runner = PartRunner(
         model,
         layers,
@@ -216,6 +225,7 @@ def open_part(
         groups=groups,
         vocabulary=model.config.vocab_size,
         divided=place.layout.tensor > 1 and partitioner.divides_logits,
+        attention=FlexAttention if uses_flex(config, device) else StepAttention,
     )
     return OpenPart(loaded=loaded, runner=runner, expected_nV=runner.collect(expected))
 
@@ -230,7 +240,11 @@ def get_partitioner(kind: str) -> Partitioner:
 
 
 def _load(
-    opening: Opening, groups: Groups, partitioner: Partitioner, expected_digest: str | None
+    opening: Opening,
+    groups: Groups,
+    partitioner: Partitioner,
+    device: torch.device,
+    expected_digest: str | None,
 ) -> LoadedPart:
     """Load a rank's part; if any rank cannot, none goes on."""
     source = ModelSource.parse(opening.source)
@@ -240,10 +254,11 @@ def _load(
             loaded = load_part(
                 source.resolve(),
                 name=opening.name,
-                dtype=getattr(torch, opening.dtype),
+                dtype=getattr(torch, opening.config.dtype),
                 groups=groups,
                 partitioner=partitioner,
-                offload=opening.offload,
+                offload=opening.config.offload,
+                device=device,
             )
         if expected_digest not in (None, loaded.digest):
             raise DigestMismatch(

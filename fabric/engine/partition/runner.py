@@ -12,8 +12,9 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fabric.engine.attention import Chunk
+from fabric.engine.attention import Chunk, StepAttention
 from fabric.engine.cache import KvCache, LayerShape
+from fabric.engine.flex import FlexAttention
 from fabric.engine.partition.groups import Groups
 from fabric.engine.partition.orders import Order, write_chunks
 from fabric.engine.runner import Runner, StepHooks
@@ -48,6 +49,7 @@ class PartRunner(Runner):
         groups: The rank's exchanges.
         vocabulary: Logits of a token.
         divided: Whether each rank of the last stage computes part of them.
+        attention: What finds the keys of a step's tokens in the cache.
     """
 
     def __init__(
@@ -59,9 +61,14 @@ class PartRunner(Runner):
         groups: Groups,
         vocabulary: int,
         divided: bool,
+        attention: type[StepAttention | FlexAttention] = StepAttention,
     ) -> None:
         super().__init__(
-            model, layers, num_blocks=num_blocks, first_layer=groups.place.layers.start
+            model,
+            layers,
+            num_blocks=num_blocks,
+            first_layer=groups.place.layers.start,
+            attention=attention,
         )
         self._groups = groups
         self._vocabulary = vocabulary

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from fabric.engine.config import CACHE_BYTES, EngineConfig
-from fabric.engine.device import CPU, choose_cache_bytes, choose_device, get_spare_bytes
+from fabric.engine.device import (
+    CPU,
+    choose_cache_bytes,
+    choose_device,
+    choose_gpu,
+    get_spare_bytes,
+    uses_flex,
+)
 from fabric.engine.embedding import EmbeddingEngine
 from fabric.engine.source import ModelSource
 from fabric.engine.torch_engine import TorchEngine
@@ -37,15 +44,30 @@ def test_a_model_goes_where_it_is_asked_to_or_where_torch_sees_a_gpu(sees_gpu: b
     assert choose_device(EngineConfig()) == (gpu if sees_gpu else CPU)
     if sees_gpu:
         assert choose_device(EngineConfig(device="cuda", attention="flex")) == gpu
-    divided = EngineConfig(tensor_parallel=2)
-    assert choose_device(divided) == CPU
+    for spread in ({"tensor_parallel": 2}, {"offload": "host"}):
+        assert choose_device(EngineConfig(**spread)) == (gpu if sees_gpu else CPU)
+
+
+def test_each_rank_of_a_node_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [choose_gpu(index, 2) for index in range(2)] == [
+        torch.device("cuda", 0),
+        torch.device("cuda", 1),
+    ]
+    with pytest.raises(SettingInvalid, match=r"3 ranks .* 2 GPUs.*ask the scheduler for more"):
+        choose_gpu(2, 3)
+
+
+def test_flex_attention_is_for_gpus_unless_it_is_told_off() -> None:
+    gpu = torch.device("cuda", 0)
+    assert uses_flex(EngineConfig(), gpu)
+    assert not uses_flex(EngineConfig(attention="gathered"), gpu)
+    assert not uses_flex(EngineConfig(), CPU)
 
 
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        ({"device": "cuda", "tensor_parallel": 2}, "runs on CPUs here"),
-        ({"device": "cuda", "offload": "disk"}, "runs on CPUs here"),
         ({"device": "cuda", "batch_invariant": True}, "depends on the batch"),
         ({"device": "cpu", "attention": "flex"}, "leave it out on a CPU"),
     ],
