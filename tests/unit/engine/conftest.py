@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,21 +20,7 @@ from fabric.engine.partition.crew import Crew
 from fabric.engine.source import ModelSource
 from fabric.engine.text import Texts
 from fabric.engine.torch_engine import TorchEngine
-from fabric.messages import (
-    EMBED_SAMPLING,
-    Embedding,
-    Event,
-    Failed,
-    Finished,
-    PromptScored,
-    Request,
-    Sampling,
-    Task,
-    TextInput,
-    Token,
-    TokensInput,
-)
-from fabric.messages.request import ChatInput
+from fabric.testing.asking import Asker, Heard
 from fabric.testing.tiny_model import byte_tokenizer, save, save_tiny_llama, tiny_config
 
 torch.set_num_threads(1)
@@ -63,130 +49,16 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return None
 
 
-@dataclass
-class Heard:
-    """A sink that keeps its events."""
+class Driver(Asker):
+    """An engine that is asked, and what it runs."""
 
-    events: list[Event] = field(default_factory=list)
-    done: threading.Event = field(default_factory=threading.Event)
-    on_event: Callable[[Event], None] | None = None
-
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-        if self.on_event:
-            self.on_event(event)
-        if isinstance(event, Finished | Failed):
-            self.done.set()
-
-    def wait(self) -> Heard:
-        assert self.done.wait(60), self.events[-3:]
-        return self
-
-    def tokens(self, choice: int = 0) -> list[Token]:
-        return [e for e in self.events if isinstance(e, Token) and e.choice == choice]
-
-    def ids(self, choice: int = 0) -> list[int]:
-        return [token.token_id for token in self.tokens(choice)]
-
-    def text(self, choice: int = 0) -> str:
-        return "".join(token.text for token in self.tokens(choice))
-
-    @property
-    def scored(self) -> PromptScored:
-        (event,) = (e for e in self.events if isinstance(e, PromptScored))
-        return event
-
-    @property
-    def vector(self) -> list[float]:
-        self.wait()
-        (event,) = (e for e in self.events if isinstance(e, Embedding))
-        return event.vector
-
-    @property
-    def finished(self) -> Finished:
-        last = self.wait().events[-1]
-        assert isinstance(last, Finished), last
-        return last
-
-    @property
-    def failed(self) -> Failed:
-        last = self.wait().events[-1]
-        assert isinstance(last, Failed), last
-        return last
-
-
-class Driver:
-    """An engine with the boilerplate of asking it."""
+    usual: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, engine: Engine, model: PreTrainedModel | None = None) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self.model = model
         limits = engine.info.limits
         self.texts = Texts(byte_tokenizer(), vocabulary=259, context_tokens=limits.context_tokens)
-
-    def ask(
-        self,
-        prompt: str | list[int] | ChatInput,
-        *,
-        prefix: tuple[int, ...] = (),
-        digest: str | None = None,
-        deadline_s: float = 60.0,
-        tier: str = "standard",
-        cache_salt: str = "",
-        adapter: str | None = None,
-        heard: Heard | None = None,
-        **sampling: object,
-    ) -> Heard:
-        """Submit a task; ``heard.events[0]`` names it."""
-        source = (
-            TextInput(text=prompt)
-            if isinstance(prompt, str)
-            else TokensInput(ids=tuple(prompt))
-            if isinstance(prompt, list)
-            else prompt
-        )
-        request = Request(
-            model="tiny", input=source, sampling=Sampling.model_validate(sampling), tier=tier
-        )
-        task = Task(
-            id=request.id,
-            attempt=1,
-            request=request,
-            digest=digest or self.engine.info.digest,
-            prefix=prefix,
-            deadline_s=deadline_s,
-            cache_salt=cache_salt,
-            adapter=adapter,
-        )
-        heard = heard or Heard()
-        self.last_task = task
-        self.engine.submit(task, heard)
-        return heard
-
-    def embed(
-        self,
-        prompt: str | list[int],
-        *,
-        cache_salt: str = "",
-        task_adapter: str | None = None,
-        **asked: object,
-    ) -> Heard:
-        """Submit a task of mode ``embed``; ``asked`` are the request's other fields."""
-        text = TextInput(text=prompt) if isinstance(prompt, str) else TokensInput(ids=prompt)
-        request = Request(mode="embed", model="tiny", input=text, sampling=EMBED_SAMPLING, **asked)
-        task = Task(
-            id=request.id,
-            attempt=1,
-            request=request,
-            digest=self.engine.info.digest,
-            deadline_s=60.0,
-            cache_salt=cache_salt,
-            adapter=task_adapter,
-        )
-        heard = Heard()
-        self.last_task = task
-        self.engine.submit(task, heard)
-        return heard
 
     def greedy(self, prompt: str | list[int], max_tokens: int = 12, **more: object) -> Heard:
         return self.ask(prompt, temperature=0.0, max_tokens=max_tokens, **more)

@@ -94,7 +94,7 @@ def test_a_request_without_a_limit_does_not_reserve_the_context(drive):
     ids = [1, 2, 3]
     heard = [driver.ask(ids, temperature=0.0, ignore_eos=True, max_tokens=None) for _ in range(3)]
     short = driver.greedy(ids, 3, ignore_eos=True).wait()
-    assert not heard[-1].done.is_set()
+    assert not heard[-1].ended.is_set()
     assert len(short.ids()) == 3
     answers = [h.wait() for h in heard]
     assert all(answer.finished.finish_reasons == ("length",) for answer in answers)
@@ -141,7 +141,7 @@ def test_an_interactive_request_passes_waiting_and_running_batch_work(drive, wai
     batch = [driver.greedy([i], 200, ignore_eos=True, tier="batch") for i in range(4)]
     wait_until(lambda: len(batch[1].tokens()) > 2)
     quick = driver.greedy([9], 5, ignore_eos=True, tier="interactive").wait()
-    assert sum(h.done.is_set() for h in batch) < 2
+    assert sum(h.ended.is_set() for h in batch) < 2
     assert len(quick.ids()) == 5
     for h in batch:
         assert len(h.wait().ids()) == 200
@@ -152,7 +152,7 @@ def test_batch_work_is_not_starved_by_a_stream_of_interactive_requests(drive):
     batch = driver.greedy([1], 100, ignore_eos=True, tier="batch", deadline_s=4.0)
     # It is due half a deadline after it came; whoever comes later than that waits for it.
     interactive = []
-    while not batch.done.is_set() and len(interactive) < 5000:
+    while not batch.ended.is_set() and len(interactive) < 5000:
         interactive.append(driver.greedy([2], 3, ignore_eos=True, tier="interactive").wait())
     assert batch.finished.usage.output_tokens == 100
 

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from fabric.config import JobEnvironment, load_job
 from fabric.errors import NodeFailed, SchedulerFailed
@@ -89,7 +90,6 @@ def test_ports_are_held_from_the_moment_they_are_chosen(listens: bool) -> None:
 @pytest.mark.parametrize("by_libuv", [True, False])
 def test_whoever_is_told_of_a_held_port_meets_the_others_there(by_libuv: bool) -> None:
     """As vLLM does, by torch."""
-    dist = pytest.importorskip("torch.distributed")
     with meet("127.0.0.1", listens=False) as held:
         at = held.getsockname()
         first = dist.TCPStore(*at, is_master=True, wait_for_workers=False, use_libuv=by_libuv)
