@@ -57,6 +57,12 @@ def expected_tokens(request: Request, lengths: Lengths | None = None) -> tuple[i
     return prompt, likely if wanted is None else min(wanted, likely)
 
 
+def length_s(tokens: tuple[int, int]) -> float:
+    """Return how long so many tokens of prompt and output are, wherever they run: the seconds at a
+    replica of which nothing is known."""
+    return tokens[0] / PRIOR_PREFILL_TOKENS_PER_S + tokens[1] / PRIOR_DECODE_TOKENS_PER_S
+
+
 def _expected_of_program(program: Program) -> tuple[int, int]:
     """Return the likely tokens of all prompts, and of the longest run: runs go side by side."""
     prompts = (len(run.ids or (run.text or "")[::BYTES_PER_TOKEN]) for run in program.runs)
@@ -189,9 +195,26 @@ def rates_from(home: str, sites: Sequence[str], context: Context) -> list[float]
     return [seen.get(site) or known.get(site, usual) for site in sites]
 
 
-def price_s(site: str, context: Context) -> float:
+def seconds_per_su(tokens: tuple[int, int], context: Context) -> float:
+    """Return what a service unit is worth to a request of so many expected tokens: the less, the
+    longer it is than usual.
+
+    A request's seconds and its charge both grow with its length, so with one worth for all a long
+    one would go where a short one goes, though it is the long ones that are waited for.
+    """
+    settings = context.settings
+    usual_s = None if context.lengths is None else context.lengths.usual_s(context.digest)
+    if not usual_s:
+        return settings.seconds_per_su
+    least, most = settings.worth_range
+    ratio = (length_s(tokens) / usual_s) ** settings.worth_power
+    return settings.seconds_per_su / min(most, max(least, ratio))
+
+
+def price_s(request: Request, site: str, context: Context) -> float:
     """Return the charge at a site in seconds: more where the balance is scarce."""
-    return context.offers[site].price_su * context.settings.seconds_per_su
+    tokens = expected_tokens(request, context.lengths)
+    return context.offers[site].price_su * seconds_per_su(tokens, context)
 
 
 def cost_s(
@@ -207,7 +230,7 @@ def cost_s(
         "queue": times.queue_s,
         "service": times.first_s + times.rest_s - saved_s,
         "data": data_s(request, snapshot.site, context),
-        "price": price_s(snapshot.site, context),
+        "price": price_s(request, snapshot.site, context),
         "risk": FAILURE_S * snapshot.failures
         + (TRIED_S if snapshot.instance in context.tried else 0.0),
     }

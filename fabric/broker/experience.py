@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fabric.broker.coming import Arrivals
-from fabric.broker.cost import times_s
+from fabric.broker.cost import expected_tokens, length_s, times_s
 from fabric.broker.facts import Context, ReplicaSnapshot
 from fabric.broker.hedge import Waits
 from fabric.broker.lengths import Lengths
@@ -75,8 +75,10 @@ class Experience:
         return self._awaiting(run.ticket.request, context)
 
     def keep(self, run: Progress, now: float) -> None:
-        """Note what keeps a run that has just been admitted. One that is free now stays so, for it
-        waits among others that are."""
+        """Note how long a run is that has just been admitted, and what keeps it. One that is free
+        now stays so, for it waits among others that are."""
+        tokens = expected_tokens(run.ticket.request, self._lengths)
+        self._lengths.came(run.ticket.digest, length_s(tokens))
         run.own = run.ticket.own
         if run.own and not self.context(run, now).kept_by:
             run.own = {}

@@ -1,4 +1,5 @@
-"""How long answers turn out to be, compared with what was asked for at most."""
+"""How long answers turn out to be, compared with what was asked for at most, and how long requests
+of each version usually are."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 SMOOTHING = 0.05
 """Weight of the newest answer in a running mean."""
 MIN_ANSWERS = 10
-"""Of fewer, the mean is not believed."""
+"""Of fewer, or of fewer requests, the mean is not believed."""
 
 
 @dataclass(slots=True)
@@ -22,10 +23,21 @@ class _Mean:
 
 class Lengths:
     """A running mean for each power of two of ``max_tokens``: of the share that was generated, and
-    where nothing was asked for of the tokens themselves."""
+    where nothing was asked for of the tokens themselves. Beside them, one for each version of the
+    seconds by which its requests were expected to be long."""
 
     def __init__(self) -> None:
         self._means: dict[int, _Mean] = {}
+        self._usual_s: dict[str, _Mean] = {}
+
+    def came(self, digest: str, length_s: float) -> None:
+        """Note how long a request for a version that came is expected to be."""
+        self._usual_s.setdefault(digest, _Mean()).add(length_s)
+
+    def usual_s(self, digest: str) -> float | None:
+        """Return how long requests for a version usually are; ``None`` as long as too few came."""
+        mean = self._usual_s.get(digest)
+        return None if mean is None or mean.count < MIN_ANSWERS else mean.value
 
     def observe(self, max_tokens: int | None, num_tokens: float) -> None:
         """Note how many tokens an answer had in each choice."""

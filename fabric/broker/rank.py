@@ -24,6 +24,7 @@ from fabric.broker.cost import (
     prefix_key,
     rates_from,
     saved_s,
+    seconds_per_su,
     times_s,
 )
 from fabric.broker.facts import Context
@@ -100,7 +101,8 @@ class Ranking:
         cost_N = self._load() * weights["queue"]
         cost_N += weights["service"]
         cost_N *= own_N
-        cost_N += self._site_costs(weights).take(pool.group_N)
+        worth_s = seconds_per_su((prompt_tokens, output_tokens), context)
+        cost_N += self._site_costs(weights, worth_s).take(pool.group_N)
         if pool.has_failures:
             cost_N += pool.column("failures") * (weights["risk"] * FAILURE_S)
         if pool.has_cold:
@@ -114,12 +116,12 @@ class Ranking:
             cost_N[row] -= weights["service"] * saved_s(pool.snapshots[row], context.settings)
         return cost_N
 
-    def _site_costs(self, weights: Mapping[str, float]) -> Floats:
+    def _site_costs(self, weights: Mapping[str, float], worth_s: float) -> Floats:
         """Return what data and price cost at the site of each group, infinite where it does not
-        offer to serve; shape (G,)."""
+        offer to serve; a service unit is worth so many seconds. Shape (G,)."""
         pool, request, context = self._pool, self._request, self._context
         columns = as_offers(context.offers).columns
-        cost_S = columns.price_su_S * (weights["price"] * context.settings.seconds_per_su)
+        cost_S = columns.price_su_S * (weights["price"] * worth_s)
         if request.data_site is not None:
             rates_S = np.array(rates_from(request.data_site, columns.sites, context))
             moving_S = request.data_bytes / rates_S + context.settings.locality_penalty_s

@@ -38,8 +38,12 @@ class BrokerSettings:
         bandwidth_bytes_per_s: Rate at which data moves between sites.
         bandwidths_bytes_per_s: The same where it is known better: from a site, to others.
         locality_penalty_s: Fixed price of running away from the data.
-        seconds_per_su: What a service unit is worth in seconds of waiting: at a site file's usual
-            price an output token's charge is then 12 ms, about the time that it takes.
+        seconds_per_su: What a service unit is worth in seconds of waiting, to a request of usual
+            length: at a site file's usual price an output token's charge is then 22 ms, about the
+            time that it takes.
+        worth_power: A request's expected length over the usual one, to this power, divides that;
+            0 leaves it as it is.
+        worth_range: By how much it is divided at least and at most.
         tie_s: Expected seconds that make no difference; the less busy replica gets the request.
         prefix_tokens: Tokens at the beginning of a prompt by which it finds replicas that may have
             computed them before; a shorter prompt looks for none.
@@ -82,7 +86,9 @@ class BrokerSettings:
     bandwidth_bytes_per_s: float = 100e6
     bandwidths_bytes_per_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     locality_penalty_s: float = 1.0
-    seconds_per_su: float = 300.0
+    seconds_per_su: float = 550.0
+    worth_power: float = 1.5
+    worth_range: tuple[float, float] = (0.5, 3.0)
     tie_s: float = 0.05
     prefix_tokens: int = 256
     prefix_replicas: int = 2

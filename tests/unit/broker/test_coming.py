@@ -157,7 +157,7 @@ def test_what_could_not_serve_it_delays_nothing(busy: Rig, other: dict[str, str]
 
 
 def test_a_trial_is_not_put_off_for_one_that_comes() -> None:
-    offers = offer("alpha"), offer("beta", expected_charge_usu=3_000)
+    offers = offer("alpha"), offer("beta", expected_charge_usu=1_500)
 
     def goes_to(run_id: str, *, is_one_coming: bool) -> str | None:
         rig = Rig("alpha", "beta", explore=1.0)

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from fabric.broker.cost import PRIOR_OUTPUT_TOKENS, expected_tokens
+from fabric.broker.cost import PRIOR_OUTPUT_TOKENS, expected_tokens, length_s
 from fabric.broker.lengths import MIN_ANSWERS, Lengths
 from fabric.broker.replicas import FRESH_S
 from fabric.messages import Placed, Request, Sampling, TextInput
-from fabric.testing.broker_rig import Rig, admit
+from fabric.testing.broker_rig import DIGEST, Rig, admit
+from fabric.testing.choices import context
 
 
 def asking(max_tokens: int | None) -> Request:
@@ -52,6 +53,29 @@ def test_the_expected_share_follows_what_comes(num: int) -> None:
     for _ in range(200):
         lengths.observe(100, 80)
     assert lengths.expected(100) == pytest.approx(80, abs=2)
+
+
+def test_the_usual_length_follows_what_comes_for_each_version() -> None:
+    lengths = Lengths()
+    for _ in range(MIN_ANSWERS - 1):
+        lengths.came("sha256:aa", 4.0)
+    assert lengths.usual_s("sha256:aa") is None
+    lengths.came("sha256:aa", 4.0)
+    assert lengths.usual_s("sha256:aa") == pytest.approx(4.0)
+    for _ in range(200):
+        lengths.came("sha256:aa", 1.0)
+    assert lengths.usual_s("sha256:aa") == pytest.approx(1.0, abs=0.01)
+    assert lengths.usual_s("sha256:bb") is None
+
+
+def test_every_admitted_request_tells_how_long_is_usual() -> None:
+    rig, asked = Rig("alpha"), asking(100)
+    for number in range(MIN_ANSWERS):
+        rig.admit(f"run_{number}", sampling=asked.sampling)
+    lengths = rig.state.experience.informed(rig.now, asked, context()).lengths
+    assert lengths is not None
+    assert lengths.usual_s(DIGEST) == pytest.approx(length_s(expected_tokens(asked)), rel=0.01)
+    assert lengths.usual_s("sha256:bb") is None
 
 
 def answer(rig: Rig, site: str, seconds: float) -> None:

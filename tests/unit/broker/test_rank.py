@@ -8,10 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fabric.broker.cost import cost_s, lasting, passing
+from fabric.broker.cost import cost_s, lasting, passing, seconds_per_su
 from fabric.broker.facts import Context, Offer, ReplicaSnapshot
+from fabric.broker.lengths import MIN_ANSWERS, Lengths
 from fabric.broker.pool import Pool
 from fabric.broker.rank import Ranking
 from fabric.broker.replicas import Fleet
@@ -72,6 +75,13 @@ def draw_replica(drawn: random.Random, number: int) -> ReplicaSnapshot:
     )
 
 
+def usually(length_s: float) -> Lengths:
+    lengths = Lengths()
+    for _ in range(MIN_ANSWERS):
+        lengths.came(DIGEST, length_s)
+    return lengths
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_the_ranking_of_all_is_the_formula_of_each(seed: int) -> None:
     drawn = random.Random(seed)
@@ -90,6 +100,7 @@ def test_the_ranking_of_all_is_the_formula_of_each(seed: int) -> None:
         tried=frozenset({"inst_7", "gone"}),
         own={SITES[0]: True, SITES[1]: False},
         kept_by=drawn.choice([(), (), SITES[:1]]),
+        lengths=drawn.choice([None, usually(2.0), usually(30.0)]),
     )
     expected = {
         one.instance: sum(cost_s(asked, one, means).values())
@@ -204,6 +215,62 @@ def test_a_balance_that_will_not_last_is_dear_and_one_that_lapses_is_cheap() -> 
     assert offer("s3", scarcity=7.0).pressure == 7.0
     found = (replica("a", "s0"), replica("b", "s1"))
     assert select(request(), found, context(lasts, runs_out)).instance == "a"
+
+
+def placed(num_tokens: int, *, fast_usu: int, fast_tokens_per_s: float) -> str:
+    """Return where a request goes whose answer has so many tokens: ``fast`` charges more for one,
+    and ``slow`` a micro-SU; usual are 90 tokens."""
+    found = (
+        replica("fast", "s0", decode_tokens_per_s=fast_tokens_per_s),
+        replica("slow", "s1", decode_tokens_per_s=30.0),
+    )
+    means = context(
+        offer("s0", expected_charge_usu=num_tokens * fast_usu),
+        offer("s1", expected_charge_usu=num_tokens),
+        settings=BrokerSettings(explore=0.0, tie_s=0.0),
+        lengths=usually(3.0),
+    )
+    asked = request(sampling=Sampling(max_tokens=num_tokens))
+    return select(asked, found, means).instance
+
+
+@given(
+    num_tokens=st.tuples(st.integers(1, 128), st.integers(1, 128)),
+    fast_usu=st.integers(1, 200),
+    fast_tokens_per_s=st.floats(31.0, 500.0),
+)
+def test_the_longer_request_goes_to_the_faster_site_first(
+    num_tokens: tuple[int, int], fast_usu: int, fast_tokens_per_s: float
+) -> None:
+    short, long = (
+        placed(number, fast_usu=fast_usu, fast_tokens_per_s=fast_tokens_per_s)
+        for number in sorted(num_tokens)
+    )
+    assert (short, long) != ("fast", "slow")
+
+
+def test_at_the_same_price_of_a_token_a_long_request_buys_speed_and_a_short_one_does_not() -> None:
+    where = [placed(number, fast_usu=30, fast_tokens_per_s=60.0) for number in (20, 90, 128)]
+    assert where == ["slow", "fast", "fast"]
+    where = [placed(number, fast_usu=40, fast_tokens_per_s=60.0) for number in (20, 90, 128)]
+    assert where == ["slow", "slow", "fast"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "divided_by"),
+    [((0, 0), 0.5), ((1, 1), 0.5), ((0, 90), 1.0), ((10**12, 10**12), 3.0)],
+)
+def test_what_a_unit_is_worth_stays_within_its_bounds(
+    tokens: tuple[int, int], divided_by: float
+) -> None:
+    worth_s = seconds_per_su(tokens, context(lengths=usually(3.0)))
+    assert worth_s == pytest.approx(BrokerSettings().seconds_per_su / divided_by)
+
+
+def test_where_no_length_is_usual_yet_a_unit_is_worth_the_same_to_all() -> None:
+    known_elsewhere = context(digest="sha256:bb", lengths=usually(3.0))
+    for means in (context(), context(lengths=Lengths()), known_elsewhere):
+        assert seconds_per_su((10, 1000), means) == means.settings.seconds_per_su
 
 
 def test_requests_that_begin_alike_go_to_the_same_few_replicas() -> None:

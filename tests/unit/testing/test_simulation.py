@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from fabric.broker import BrokerSettings
-from fabric.testing.simulation import ARRIVALS, BASELINES, World, make_trace, make_world, simulate
+from fabric.testing.simulation import (
+    ARRIVALS,
+    BASELINES,
+    World,
+    make_federation,
+    make_trace,
+    make_world,
+    simulate,
+)
 from fabric.testing.simulation.report import jain
 
 NUM_REQUESTS = 250
@@ -66,6 +74,18 @@ def test_our_choice_moves_less_data_and_is_faster_than_chance(world: World) -> N
     assert ours.percentile_s(95) < chance.percentile_s(95)
     assert ours.attainment > chance.attainment
     assert ours.bytes_moved < chance.bytes_moved
+
+
+def test_what_is_long_goes_where_it_is_fast_so_that_all_is_sooner_and_cheaper() -> None:
+    world = make_federation(seed=3)
+    trace = make_trace(world, "poisson", num_requests=600)
+    links = world.bandwidths_bytes_per_s
+    settings = BrokerSettings(tick_s=0.5, bandwidths_bytes_per_s=links)
+    alike = replace(settings, seconds_per_su=300.0, worth_power=0.0)
+    by_length, one_for_all = (simulate(world, trace, settings=one) for one in (settings, alike))
+    assert by_length.percentile_s(95) < one_for_all.percentile_s(95)
+    assert by_length.spent_su < one_for_all.spent_su
+    assert by_length.attainment >= one_for_all.attainment - 0.005
 
 
 @pytest.mark.parametrize("arrivals", ARRIVALS)
