@@ -192,7 +192,8 @@ def rates_from(home: str, sites: Sequence[str], context: Context) -> list[float]
     settings, usual = context.settings, context.settings.bandwidth_bytes_per_s
     known = settings.bandwidths_bytes_per_s.get(home, _NOTHING)
     seen = context.bandwidths_bytes_per_s.get(home, _NOTHING)
-    return [seen.get(site) or known.get(site, usual) for site in sites]
+    rates = {**known, **seen}
+    return [rates.get(site, usual) for site in sites]
 
 
 def seconds_per_su(tokens: tuple[int, int], context: Context) -> float:
@@ -207,7 +208,7 @@ def seconds_per_su(tokens: tuple[int, int], context: Context) -> float:
     if not usual_s:
         return settings.seconds_per_su
     least, most = settings.worth_range
-    ratio = (length_s(tokens) / usual_s) ** settings.worth_power
+    ratio = math.pow(length_s(tokens) / usual_s, settings.worth_power)
     return settings.seconds_per_su / min(most, max(least, ratio))
 
 
