@@ -106,20 +106,25 @@ class Offload:
 
     def _run(self) -> None:
         """Run the calls; one is there for each turn."""
-        while self._turns.get():
-            future, call = (self._urgent or self._calls).popleft()
-            if future is None:
-                try:
-                    call()
-                except BaseException:
-                    logger.exception("a call to the database that nobody waits for failed")
-                continue
-            try:
-                answer = partial(_deliver, future, call(), None)
-            except BaseException as error:
-                answer = partial(_deliver, future, None, error)
-            with suppress(RuntimeError):  # The loop is closed: nobody waits for it any more.
-                future.get_loop().call_soon_threadsafe(answer)
+        with self.database.reusing():
+            while self._turns.get():
+                _answer(*(self._urgent or self._calls).popleft())
+
+
+def _answer(future: asyncio.Future[Any] | None, call: Callable[[], Any]) -> None:
+    """Run a call, and give its answer to the loop that may wait for it."""
+    if future is None:
+        try:
+            call()
+        except BaseException:
+            logger.exception("a call to the database that nobody waits for failed")
+        return
+    try:
+        answer = partial(_deliver, future, call(), None)
+    except BaseException as error:
+        answer = partial(_deliver, future, None, error)
+    with suppress(RuntimeError):  # The loop is closed: nobody waits for it any more.
+        future.get_loop().call_soon_threadsafe(answer)
 
 
 def _deliver(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
