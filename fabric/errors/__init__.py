@@ -9,7 +9,7 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotGranted,
     │                        NotFound, TicketError (TicketMissing, TicketInvalid, TicketExpired,
     │                        TicketForeign, TicketSpent), CredentialsRefused, TokenExpired,
-    │                        TokenInvalid, NotAMember, ProjectNotChosen,
+    │                        TokenInvalid, NotAMember, UserBlocked, ProjectNotChosen,
     │                        ProjectForeign, AuthUnavailable, LoginRequired, LoginFailed
     ├── AdmissionError       RequestInvalid (UnknownParameter, UnsupportedParameter,
     │                        ConstraintInvalid), BodyInvalid,
@@ -160,6 +160,7 @@ from fabric.errors.login import (
     ProjectNotChosen,
     TokenExpired,
     TokenInvalid,
+    UserBlocked,
 )
 from fabric.errors.payload import (
     PayloadDamaged,
@@ -360,6 +361,7 @@ __all__ = [
     "UnknownStore",
     "UnknownUnit",
     "UnsupportedParameter",
+    "UserBlocked",
     "VersionError",
     "WeightsMissing",
 ]

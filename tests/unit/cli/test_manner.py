@@ -17,6 +17,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from fabric.auth import Users
 from fabric.catalog import Catalog, RunRecord
 from fabric.cli.main import fabric_admin
 from fabric.messages import RunState, new_id
@@ -60,6 +61,8 @@ class Furnished(Admin):
         (folder / "anvil.yaml").write_text(ANVIL)
         self.ok("project", "add", "astro", "--title", "Astronomy")
         self.ok("project", "group", "add", "astro", GROUP)
+        self.ok("user", "add", "astro", "bob@example.edu")
+        self.ok("user", "block", "carol@example.edu", "--reason", "left", "-y")
         self.ok("site", "add", "--file", str(folder / "anvil.yaml"))
         self.ok("model", "add", "gpt2", "--source", "/models/gpt2", "--context-tokens", "1024")
         self.ok("key", "add", "astro", "--scope", "site", "--site", "anvil", "--label", "agent")
@@ -115,6 +118,11 @@ CHANGES = (
     "project delete astro -y",
     "project group add astro 00000000-085c-11e6-a7a5-22000bf2d559",
     "project group delete astro {group} -y",
+    "user add astro alice@example.edu",
+    "user modify astro bob@example.edu --scope launch",
+    "user delete astro bob@example.edu -y",
+    "user block alice@example.edu -y",
+    "user unblock carol@example.edu -y",
     "site add polaris",
     "site modify anvil --state disabled",
     "maintenance add anvil --from 2999-01-01 --until 2999-01-02",
@@ -192,6 +200,8 @@ def test_a_dry_run_leaves_a_new_database_without_tables(tmp_path: Path) -> None:
     [
         ("project add astro", "project add astro --title Astrology"),
         ("project group add astro {group}", "project group add astro {group} --scope admin"),
+        ("user add astro BOB@example.edu", "user add astro bob@example.edu --scope admin"),
+        ("user block Carol@example.edu -y", "user block carol@example.edu -y --reason other"),
         ("site add anvil", "site add anvil --display Other"),
         (
             "model add gpt2 --source /models/gpt2 --context-tokens 1024",
@@ -261,13 +271,17 @@ def test_users_are_those_who_asked_the_latest_first(admin: Furnished) -> None:
                 created_at=made + timedelta(hours=hours),
             )
             Catalog(database).record_run(run)
+        Users(database).note_login(asked[1][0].removeprefix("globus:"), "alice@example.edu")
     person, key = admin.json("user", "show", "--project", "astro")
     assert (person["key_id"], person["num_runs"]) == (asked[1][0], 1)
-    assert (key["num_runs"], key["charge_usu"]) == (2, 3_000_000)
+    assert (person["name"], person["blocked"]) == ("alice@example.edu", False)
+    assert (key["num_runs"], key["charge_usu"], key["name"]) == (2, 3_000_000, "")
     later = admin.json("user", "show", "--since", "2030-01-01T00:30:00")
     assert [one["key_id"] for one in later] == [asked[1][0]]
+    admin.ok("user", "block", "alice@example.edu", "-y")
     table = admin.ok("user", "show").stdout
     assert "3.000000" in table
+    assert re.search(r"alice@example\.edu .* blocked$", table, re.M)
     assert max(map(len, table.splitlines())) <= 80
     assert admin.run("user", "show", "--project", "nope").exit_code == 3
 
