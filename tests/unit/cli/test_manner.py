@@ -9,6 +9,7 @@ import shlex
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from click.testing import CliRunner
 from fabric.auth import Users
 from fabric.catalog import Catalog, RunRecord
 from fabric.cli.main import fabric_admin
+from fabric.cli.output import Output
 from fabric.messages import RunState, new_id
 from fabric.sql import Database
 from fabric.testing.admin import Admin
@@ -31,6 +33,11 @@ name: anvil
 title: Anvil
 executor: {{kind: globus-compute, endpoint_id: {ENDPOINT}}}
 """
+
+PRICES = (
+    *("--prompt", "--cached-prompt", "--output", "--hook-in", "--hook-out", "--device"),
+    *("--kv-block", "--adapter", "--fine-tune", "--stored"),
+)
 
 Leaf = tuple[tuple[str, ...], click.Command]
 
@@ -236,6 +243,58 @@ def test_tables_fit_eighty_columns(admin: Furnished) -> None:
         "introspection": "as",
         "batch": "0.5",
     }
+
+
+LISTS = (
+    *("site show", "endpoint show", "model show", "replica show", "project show"),
+    *("user show --added", "user show --blocked", "key show", "grant show", "limit show"),
+    *("audit show", "alloc show", "alloc statement " + "physics-" * 7, "rate show", "tier show"),
+    *("rate unit show", "maintenance show", "project group show"),
+)
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Furnished:
+    """A database in which everything has a long name."""
+    admin = Furnished(tmp_path_factory.mktemp("crowded"))
+    project, site, model = "physics-" * 7, "s" * 30, "llama-3-70b-instruct"
+    person = "firstname.lastname@department.university.edu"
+    prices = [word for price in PRICES for word in (price, "123.456789")]
+    for words in (
+        ["project", "add", project, "--title", "A very long title of a very large group " * 3],
+        ["project", "group", "add", project, GROUP, "--scope", "launch", "--scope", "query"],
+        ["user", "add", project, person, "--scope", "launch", "--scope", "query"],
+        ["user", "block", person, "--reason", "a laptop that was stolen " * 4, "-y"],
+        ["site", "add", site],
+        ["model", "add", model, "--source", "/" + "folder/" * 12, "--context-tokens", "131072"],
+        ["key", "add", project, "--label", "a label that says very much"],
+        ["alloc", "add", project, "--site", site, "--period", "2027-first-half", "--su", "1000000"],
+        ["alloc", "add", project, "--su", "1000000", "--ends", "2999-01-01"],
+        ["alloc", "share", project, f"globus:{GROUP}", "--su", "10"],
+        ["rate", "add", model, site, *prices],
+        ["rate", "unit", "add", "node-hour-of-the-large-memory-partition", "--su", "2.5"],
+        ["grant", "add", f"user:{person}", "--model", model, "--site", site],
+        ["limit", "add", f"user:{person}", "--requests", "600", "--tokens", "1000000"],
+        ["maintenance", "add", site, "--from", "2999-01-01", "--until", "2999-01-02"],
+    ):
+        admin.ok(*words)
+    return admin
+
+
+@pytest.mark.parametrize("words", LISTS)
+def test_a_terminal_of_eighty_columns_shows_all_of_a_table(
+    crowded: Furnished, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, *rows = crowded.ok(*words.split()).stdout.removeprefix("SU per million\n").splitlines()
+    assert rows
+    monkeypatch.setattr(Output, "is_terminal", True)
+    for name, value in (("COLUMNS", "80"), ("TERM", "dumb")):
+        monkeypatch.setenv(name, value)
+    told = crowded.ok(*words.split()).stdout
+    assert "…" not in told
+    assert not Counter(re.findall(r"\w", "".join(rows))) - Counter(told), told
+    if "──" in told:  # else each row is a block of lines
+        assert max(map(len, told.splitlines())) <= 80
 
 
 def test_one_record_is_shown_whole(admin: Furnished) -> None:
