@@ -137,6 +137,27 @@ class Catalog:
                 connection, site, starts_at, ends_at, reason, self._clock()
             )
 
+    def modify_maintenance(
+        self,
+        site: str,
+        name: str,
+        *,
+        starts_at: datetime | None = None,
+        ends_at: datetime | None = None,
+        reason: str | None = None,
+    ) -> Maintenance:
+        """Change a maintenance, also one that is going on; ``None`` leaves a field as it is.
+
+        Raises:
+            UnknownSite: There is no such site.
+            NotFound: It has no maintenance of this id.
+            RequestInvalid: See ``add_maintenance``.
+        """
+        with self._database.transaction() as connection:
+            return rules.modify_maintenance(
+                connection, site, name, starts_at, ends_at, reason, self._clock()
+            )
+
     def delete_maintenance(self, site: str, name: str) -> Maintenance:
         """Forget a maintenance and return it; one that is going on is over.
 

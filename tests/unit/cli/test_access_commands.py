@@ -227,6 +227,7 @@ CHANGES: list[tuple[str, list[str]]] = [
     ("site add", ["alpha"]),
     ("site modify", ["alpha", "--state", "disabled"]),
     ("maintenance add", ["alpha", "--from", "2999-01-01", "--until", "2999-01-02"]),
+    ("maintenance modify", ["alpha", "...", "--until", "2999-01-03"]),
     ("maintenance delete", ["alpha", "...", "-y"]),
     ("model add", ["toy", "--source", "x:y", "--context-tokens", "512"]),
     ("model modify", ["toy", "--context-tokens", "99"]),

@@ -38,7 +38,8 @@ def test_help_lists_commands_and_exit_codes() -> None:
 
 
 @pytest.mark.parametrize(
-    "noun", ["site", "model", "project", "user", "key", "grant", "alloc", "rate", "limit"]
+    "noun",
+    ["site", "model", "project", "user", "key", "grant", "alloc", "rate", "limit", "maintenance"],
 )
 def test_administrators_have_the_four_verbs(noun: str) -> None:
     command = fabric_admin.get_command(click.Context(fabric_admin), noun)
