@@ -25,11 +25,12 @@ def check_concurrent(number: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectRecord:
-    """Who owns allocations, keys and runs."""
+    """Who owns allocations, keys and runs; where ``sites`` are named, its data stays there."""
 
     name: str
     title: str
     created_at: datetime
+    sites: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

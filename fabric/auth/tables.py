@@ -66,6 +66,14 @@ project_users = Table(
     CheckConstraint("max_concurrent > 0", name="max_concurrent_positive"),
 )
 
+project_sites = Table(
+    "project_sites",
+    metadata,
+    Column("project", ForeignKey("projects.name", ondelete="CASCADE"), primary_key=True),
+    Column("site", Text, primary_key=True),
+)
+"""Where the requests of a project may run; one without a row may anywhere."""
+
 blocked_users = Table(
     "blocked_users",
     metadata,

@@ -6,9 +6,10 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── AuditBroken
     ├── ConfigError          SettingInvalid, PortInUse, AlreadyRunning, NotRunning,
     │                        PackageMissing, EndpointInvalid, SiteInvalid, FilesForeign
-    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotGranted,
-    │                        NotFound, TicketError (TicketMissing, TicketInvalid, TicketExpired,
-    │                        TicketForeign, TicketSpent), CredentialsRefused, TokenExpired,
+    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied,
+    │                        NotGranted (DataStays), NotFound, TicketError (TicketMissing,
+    │                        TicketInvalid, TicketExpired, TicketForeign, TicketSpent),
+    │                        CredentialsRefused, TokenExpired,
     │                        TokenInvalid, NotAMember, UserBlocked, ProjectNotChosen,
     │                        ProjectForeign, AuthUnavailable, LoginRequired, LoginFailed
     ├── AdmissionError       RequestInvalid (UnknownParameter, UnsupportedParameter,
@@ -131,6 +132,7 @@ from fabric.errors.data import (
     VersionError,
 )
 from fabric.errors.grants import (
+    DataStays,
     NotGranted,
     RateLimited,
     RequestOverLimit,
@@ -253,6 +255,7 @@ __all__ = [
     "ConstraintInvalid",
     "ContextExceeded",
     "CredentialsRefused",
+    "DataStays",
     "DeadlineExceeded",
     "DigestMismatch",
     "DiskTooSmall",

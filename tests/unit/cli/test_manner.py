@@ -122,6 +122,7 @@ def test_help_teaches_by_examples_that_are_understood(
 CHANGES = (
     "project add bio --title Biology",
     "project modify astro --title Stars",
+    "project modify astro --site anvil",
     "project delete astro -y",
     "project group add astro 00000000-085c-11e6-a7a5-22000bf2d559",
     "project group delete astro {group} -y",

@@ -1,9 +1,9 @@
-"""People of projects beside groups, who is kept out, and the names of logins."""
+"""People of projects beside groups, who is kept out, logins by name, and where projects stay."""
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0015_users"
+revision = "0015_projects"
 down_revision = "0014_tiers"
 branch_labels = None
 depends_on = None
@@ -44,8 +44,20 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_logins"),
     )
     op.create_index("ix_logins_name", "logins", ["name"])
+    op.create_table(
+        "project_sites",
+        sa.Column("project", sa.Text(), nullable=False),
+        sa.Column("site", sa.Text(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["project"],
+            ["projects.name"],
+            name="fk_project_sites_project_projects",
+            ondelete="CASCADE",
+        ),
+        sa.PrimaryKeyConstraint("project", "site", name="pk_project_sites"),
+    )
 
 
 def downgrade() -> None:
-    for table in ("logins", "blocked_users", "project_users"):
+    for table in ("project_sites", "logins", "blocked_users", "project_users"):
         op.drop_table(table)
