@@ -378,10 +378,15 @@ class Catalog:
         since: datetime | None = None,
         until: datetime | None = None,
         limit: int = 100,
+        model: str | None = None,
+        site: str | None = None,
     ) -> list[RunRecord]:
-        """Return at most ``limit`` runs made in a period (``until`` excluded), newest first."""
+        """Return at most ``limit`` runs made in a period (``until`` excluded), newest first: all,
+        or those of a model (``name@revision``), or at a site."""
         with self._database.read() as connection:
-            return runs.listed(connection, project, since=since, until=until, limit=limit)
+            return runs.listed(
+                connection, project, since=since, until=until, limit=limit, model=model, site=site
+            )
 
     def usage(
         self,
