@@ -185,14 +185,13 @@ def unblock(name: str, yes: bool, books: Books, change: Change) -> None:
 def _show_asked(project: str | None, since: datetime | None, books: Books, output: Output) -> None:
     from fabric.auth import GLOBUS
 
-    names, labels = books.users.names(), _labels(books)
+    names = {f"{GLOBUS}{identity}": name for identity, name in books.users.names().items()}
     kept_out = {one.user for one in books.users.blocked()}
     found = []
     for one in books.catalog.users(project, since=since):
-        identity = one.key_id.removeprefix(GLOBUS)
-        name = names.get(identity) if identity != one.key_id else labels.get(identity)
-        is_blocked = identity != one.key_id and not kept_out.isdisjoint({identity, name})
-        found.append((one, name or "", is_blocked))
+        name = names.get(one.key_id, "")
+        called = {one.key_id.removeprefix(GLOBUS), name}
+        found.append((one, name, not kept_out.isdisjoint(called)))
     if output.is_json:
         output.json([{**to_json(u), "name": name, "blocked": out} for u, name, out in found])
         return
@@ -203,17 +202,12 @@ def _show_asked(project: str | None, since: datetime | None, books: Books, outpu
         ],
         [
             (
-                *(name if "@" in name else u.key_id, u.project, u.num_runs, su(u.charge_usu)),
+                *(name or u.key_id, u.project, u.num_runs, su(u.charge_usu)),
                 *(f"{u.last_at:%Y-%m-%d}", "blocked" if out else ""),
             )
             for u, name, out in found
         ],
     )
-
-
-def _labels(books: Books) -> dict[str, str]:
-    records = books.keys.keys()
-    return {one.id: one.label for one in records}
 
 
 def _show_added(project: str | None, books: Books, output: Output) -> None:
