@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 
 from fabric.errors import PermissionDenied
 
@@ -19,7 +20,7 @@ scope of its own, ``ticket``, which no key can have and no route asks for, and t
 ``PROGRAM_SCOPES`` that its issuer has."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Identity:
     """A caller, as its key or its Globus login says.
 
@@ -45,7 +46,7 @@ class Identity:
     expires_at: datetime | None = None
     groups: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def subjects(self) -> tuple[str, ...]:
         """Whose grants are the caller's, as ``Grant.subject`` names them."""
         kind, _, user = self.key_id.rpartition(":")

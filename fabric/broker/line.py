@@ -56,6 +56,17 @@ class _Turn:
     charged_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """A request that is being admitted: its row-seconds, and where it would have gone when the
+    fleet had changed so often."""
+
+    digest: str
+    row_s: float
+    decision: Decision
+    changes: int
+
+
 class Line:
     """All runs that wait for a row, by the version they wait for.
 
@@ -71,8 +82,8 @@ class Line:
         self._models: dict[str, str] = {}
         self._digests: dict[str, str] = {}
         """The version that each run waits for."""
-        self._expected: dict[str, tuple[str, float]] = {}
-        """Version and row-seconds of requests that are being admitted."""
+        self._expected: dict[str, _Expected] = {}
+        """The requests that are being admitted."""
         self._num_expected: Counter[str] = Counter()
         """How many they are, by version."""
         self._turns: dict[str, _Turn] = {}
@@ -91,7 +102,7 @@ class Line:
         """Take in a run that has been admitted; return whether it may go at once if there is room:
         nobody stands in its place before it."""
         ticket, request = run.ticket, run.ticket.request
-        _, row_s = self._expected.get(request.id, ("", 0.0))
+        expected = self._expected.get(request.id)
         self.forget(request.id)
         if not self._settings.fair:
             return True
@@ -100,7 +111,7 @@ class Line:
         self._models[digest] = ticket.model
         self._digests[request.id] = digest
         run.in_line = True
-        seconds = row_s or self._row_s(request, self._fleet.any_of(digest))
+        seconds = expected.row_s if expected else self._row_s(request, self._fleet.any_of(digest))
         return queue.add(self._waiter_of(run, seconds))
 
     def leave(self, run: Progress) -> None:
@@ -260,13 +271,21 @@ class Line:
         queue = self._queues.get(digest, ())
         if wait_s and len(queue) + self._num_expected[digest] >= self._settings.max_waiting:
             raise self._overloaded(context, tier, "end", work_s + wait_s, context.remaining_s)
-        self._expected[request.id] = digest, row_s
+        self._expected[request.id] = _Expected(digest, row_s, decision, self._fleet.changes)
         self._num_expected[digest] += 1
 
     def forget(self, request_id: str) -> None:
         """A request is not being admitted any more."""
         if (expected := self._expected.pop(request_id, None)) is not None:
-            self._num_expected[expected[0]] -= 1
+            self._num_expected[expected.digest] -= 1
+
+    def foreseen(self, run: Progress, now: float) -> Decision | None:
+        """Return where a run that has just been admitted would go, if the fleet is as it was."""
+        self._fleet.pool(now)  # It sees what time alone has changed.
+        expected = self._expected.get(run.ticket.request.id)
+        if expected is None or expected.changes != self._fleet.changes:
+            return None
+        return expected.decision
 
     def _left(self, run: Progress) -> None:
         run.in_line = False

@@ -448,8 +448,8 @@ class Broker:
             logger.exception("channel failed", extra={"run": task.id})
             reason = f"its channel failed ({type(fault).__name__})"
             error = SessionLost(instance=channel.hello.instance, reason=reason)
-        # Of an attempt that has ended the state takes no notice.
-        self._feed(_lost(task, error))
+        if task.id in self._state.runs:  # Of an attempt that has ended it takes no notice.
+            self._feed(_lost(task, error))
 
     async def _move_hold(self, move: MoveHold) -> None:
         try:

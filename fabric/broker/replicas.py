@@ -161,11 +161,13 @@ class Replica:
 class Fleet:
     """All replicas, the recently lost ones included.
 
-    ``version`` changes whenever a request that found no place might find one now.
+    ``version`` changes whenever a request that found no place might find one now, ``changes``
+    whenever anything does by which a choice may be another one.
     """
 
     def __init__(self, settings: BrokerSettings) -> None:
         self.version = 0
+        self.changes = 0
         self._settings = settings
         self._replicas: dict[str, Replica] = {}
         self._pool = Pool()
@@ -174,6 +176,8 @@ class Fleet:
         """Those that are lost or out, and some that are back."""
         self._usual = Usual()
         self._due: list[tuple[float, str]] = []
+        self._stale: dict[str, Replica] = {}
+        """Those that have changed since they were put into the pool."""
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(self._replicas.values())
@@ -193,7 +197,8 @@ class Fleet:
             _, instance = heappop(self._due)
             if (replica := self._replicas.get(instance)) is not None:
                 replica.due_at = math.inf
-                self._put(replica)
+                self._changed(replica)
+        self._refresh()
         return self._pool
 
     def any_of(self, digest: str, site: str | None = None) -> ReplicaSnapshot | None:
@@ -245,14 +250,21 @@ class Fleet:
     def _advance(self, now: float) -> None:
         self._pool.now = max(now, self._pool.now)
 
-    def _put(self, replica: Replica) -> None:
-        """Note in the pool how a replica is, and when time alone will change that."""
+    def _changed(self, replica: Replica) -> None:
+        """A replica is another; the pool hears of it when it is asked for."""
+        self.changes += 1
+        self._stale[replica.hello.instance] = replica
+
+    def _refresh(self) -> None:
+        """Note in the pool how replicas are, and when time alone will change that."""
         now = self._pool.now
-        self._pool.put(replica.snapshot(now, self._usual))
-        changes_at = replica.changes_at(now)
-        if changes_at < replica.due_at:
-            replica.due_at = changes_at
-            heappush(self._due, (changes_at, replica.hello.instance))
+        for instance, replica in self._stale.items():
+            self._pool.put(replica.snapshot(now, self._usual))
+            changes_at = replica.changes_at(now)
+            if changes_at < replica.due_at:
+                replica.due_at = changes_at
+                heappush(self._due, (changes_at, instance))
+        self._stale.clear()
 
     def views(self) -> list[ReplicaView]:
         """Return the replicas that are there."""
@@ -269,7 +281,8 @@ class Fleet:
             max_in_flight=hello.limits.max_rows * (1 if streams else self._settings.blind_factor),
         )
         self._advance(now)
-        self._put(self._replicas[hello.instance])
+        self._changed(self._replicas[hello.instance])
+        self._refresh()
         self.version += 1
 
     def report(self, instance: str, load: Load, *, draining: bool) -> None:
@@ -284,7 +297,7 @@ class Fleet:
         if begins:
             replica.state = InstanceState.DRAINING
             self.version += 1
-        self._put(replica)
+        self._changed(replica)
 
     def report_cold(
         self, instance: str, probability: float, *, start_wait_s: float, load_s: float
@@ -292,7 +305,7 @@ class Fleet:
         """Note that an instance may have to be started before it serves, and what that takes."""
         if (replica := self._replicas.get(instance)) is not None:
             replica.cold_p, replica.start_wait_s, replica.load_s = probability, start_wait_s, load_s
-            self._put(replica)
+            self._changed(replica)
 
     def leave(self, now: float, instance: str, *, lost: bool) -> None:
         """Forget an instance, at once or, if it was lost, after a while."""
@@ -302,7 +315,7 @@ class Fleet:
         if lost:
             replica.state, replica.lost_at = InstanceState.LOST, now
             self._away.add(instance)
-            self._put(replica)
+            self._changed(replica)
         else:
             self._forget(instance)
         self.version += 1
@@ -327,7 +340,7 @@ class Fleet:
         if replica.out_until is not None and now >= replica.out_until:
             replica.trial = run_id
         self._advance(now)
-        self._put(replica)
+        self._changed(replica)
 
     def release(self, instance: str, run_id: str) -> None:
         """The attempt is over, whatever came of it."""
@@ -335,7 +348,7 @@ class Fleet:
             replica.in_flight.discard(run_id)
             if replica.trial == run_id:
                 replica.trial = None
-            self._put(replica)
+            self._changed(replica)
             if replica.hello.site in self._awaited:
                 self._awaited.discard(replica.hello.site)
                 self.version += 1
@@ -353,7 +366,7 @@ class Fleet:
         if replica.out_until is not None:
             replica.out_until = None
             self.version += 1
-            self._put(replica)
+            self._changed(replica)
 
     def failed(self, now: float, instance: str) -> None:
         """An attempt failed by the replica's fault; after too many in a row it is out."""
@@ -370,7 +383,7 @@ class Fleet:
             replica.out_until = now + self._settings.eject_s
             self._away.add(instance)
         self._advance(now)
-        self._put(replica)
+        self._changed(replica)
 
     def observed(
         self,
@@ -410,16 +423,18 @@ class Fleet:
         replica.caches_prefixes |= cached_tokens > 0
         replica.observed_at = now
         self._advance(now)
-        self._put(replica)
+        self._changed(replica)
         digest, site = replica.hello.digest, replica.hello.site
         groups = self._pool.groups[digest]
         for changed in self._usual.observe(digest, site, seen, groups):
             # What is usual there stands for what is not known of its replicas.
             for row in self._pool.rows(groups[changed]).tolist():
-                self._put(self._replicas[self._pool.snapshots[row].instance])
+                self._changed(self._replicas[self._pool.snapshots[row].instance])
 
     def _forget(self, instance: str) -> None:
         del self._replicas[instance]
+        self.changes += 1
+        self._stale.pop(instance, None)
         self._away.discard(instance)
         self._pool.drop(instance)
 

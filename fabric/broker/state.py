@@ -206,8 +206,9 @@ class BrokerState:
         )
         self.experience.keep(run, event.now)
         self._budget.deposit()
+        foreseen = None if self.arrivals or run.own else self.line.foreseen(run, event.now)
         if self.line.join(run):
-            yield from self._place(run, event.now)
+            yield from self._place(run, event.now, foreseen)
 
     def _place_waiting(self, now: float) -> Instructions:
         for run in list(self.runs.values()):
@@ -219,12 +220,12 @@ class BrokerState:
         for run_id in self.line.turns(everyone=everyone):
             yield from self._place(self.runs[run_id], now)
 
-    def _place(self, run: Progress, now: float) -> Instructions:
+    def _place(self, run: Progress, now: float, foreseen: Decision | None = None) -> Instructions:
         """Send a run that waits to the best replica, let it wait on, or end it.
 
         All retries share one budget, and a replica that has just failed the run gets a pause.
         Where another is on its way in time, patience lasts to the deadline, but not for a stream
-        that has begun: nobody wants to read on minutes later.
+        that has begun: nobody wants to read on minutes later. ``foreseen`` is still the choice.
         """
         awaited = self._awaits(run, now)
         waited_s = now - self.line.waits_since(run)
@@ -232,10 +233,10 @@ class BrokerState:
         no_budget = run.attempt > 0 and not self._budget.allows
         if not out_of_patience and (no_budget or run.seen_version == self.fleet.version):
             return
-        request, context = run.ticket.request, self.experience.context(run, now)
-        replicas = self.fleet.pool(now)
+        request, replicas = run.ticket.request, self.fleet.pool(now)
+        context = foreseen.context if foreseen else self.experience.context(run, now)
         try:
-            decision = self._decide(request, replicas, context)
+            decision = foreseen or self._decide(request, replicas, context)
         except NoReplica as error:
             run.seen_version = self.fleet.version
             self.fleet.await_place(full_sites(replicas, context))
@@ -359,8 +360,7 @@ class BrokerState:
             case Accepted(prompt_tokens=prompt_tokens):
                 run.state = RunState.RUNNING
                 if run.ticket.bounds is not None:
-                    # A program may compute for long before it has anything to say.
-                    run.silent_until = None
+                    run.silent_until = None  # It may compute for long before it says anything.
                 run.accept(prompt_tokens)
             case PromptScored() as scored:
                 if run.take_scores() and run.cancel_until is None:

@@ -94,6 +94,8 @@ class Exchange:
     ) -> None:
         assert self._departure is not None
         self._departure.cancel()
+        # Its error will hold this exchange: what holds each other waits for the garbage collector.
+        self._departure = None
         for run in self._unfinished:
             await run.cancel()
 

@@ -32,6 +32,17 @@ _FULL = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE", 
 _BUSY = frozenset({"SQLITE_BUSY", "SQLITE_BUSY_SNAPSHOT", "55P03", "40001", "40P01"})
 
 
+class _Thread(threading.local):
+    """What a database knows of one thread: the transaction and the read that it is in, whether its
+    transactions share a connection and wait, and those connections."""
+
+    def __init__(self) -> None:
+        self.writing: Connection | None = None
+        self.reading: Connection | None = None
+        self.sharing: bool | None = None
+        self.kept: dict[bool, Connection] = {}
+
+
 class Database:
     """An engine and its transactions. The constructor does no I/O; ``open`` and ``close`` do.
 
@@ -47,7 +58,7 @@ class Database:
         self.url = url
         self._engine: Engine | None = None
         self._reads: Engine | None = None
-        self._thread = threading.local()
+        self._thread = _Thread()
 
     def open(self) -> Self:
         """Create the engine and the SQLite file, readable by its owner alone.
@@ -122,18 +133,48 @@ class Database:
             StorageFull: The disk is full; nothing was written.
             StorageBusy: Another process kept the database locked.
         """
-        outer: Connection | None = getattr(self._thread, "writing", None)
+        outer = self._thread.writing
         with _typed_errors():
             if outer is not None:
                 with outer.begin_nested():
                     yield outer
                 return
-            with self.engine.begin() as connection:
+            with self._connect() as connection, connection.begin():
                 self._thread.writing = connection
                 try:
                     yield connection
                 finally:
                     self._thread.writing = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file of SQLite's, and not a server."""
+        return self.engine.dialect.name == "sqlite"
+
+    @contextmanager
+    def sharing(self, *, waits: bool = True) -> Iterator[None]:
+        """Let this thread's transactions on a file share one connection meanwhile, which is kept
+        until ``let_go``: a part of what a small one costs is to fetch it and to give it back.
+
+        Of a server, whose connections break, each takes one that was tried.
+
+        Args:
+            waits: Whether they wait for another's transaction; otherwise ``StorageBusy`` comes at
+                once.
+        """
+        before, self._thread.sharing = self._thread.sharing, waits
+        try:
+            yield
+        finally:
+            self._thread.sharing = before
+
+    def let_go(self) -> None:
+        """Close what this thread's transactions share."""
+        while self._thread.kept:
+            _, connection = self._thread.kept.popitem()
+            if not connection.invalidated:
+                connection.detach()  # The next to get it would wait, or not, as these did.
+            connection.close()
 
     @contextmanager
     def joined(self) -> Iterator[Connection]:
@@ -142,7 +183,7 @@ class Database:
         Cheaper than a savepoint, for writes whose errors either come before the first of them or
         leave the outer block. Raises as ``transaction`` does.
         """
-        outer: Connection | None = getattr(self._thread, "writing", None)
+        outer = self._thread.writing
         if outer is not None:
             yield outer
             return
@@ -154,7 +195,7 @@ class Database:
 
         Does nothing on PostgreSQL, whose server does it.
         """
-        if self.engine.dialect.name == "sqlite":
+        if self.is_file:
             with closing(self.engine.raw_connection()) as connection:
                 connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)")
 
@@ -167,8 +208,7 @@ class Database:
         Raises:
             StorageBusy: Another process kept the database locked.
         """
-        outer: Connection | None = getattr(self._thread, "writing", None)
-        outer = outer or getattr(self._thread, "reading", None)
+        outer = self._thread.writing or self._thread.reading
         if outer is not None:
             yield outer
             return
@@ -178,6 +218,25 @@ class Database:
                 yield connection
             finally:
                 self._thread.reading = None
+
+    @contextmanager
+    def _connect(self) -> Iterator[Connection]:
+        engine, waits = self.engine, self._thread.sharing
+        if waits is None or not self.is_file:
+            with engine.connect() as connection:
+                yield connection
+            return
+        kept = self._thread.kept.get(waits)
+        if kept is None or kept.engine is not engine:
+            self.let_go()
+            kept = self._thread.kept[waits] = engine.connect()
+            if not waits:
+                kept.connection.cursor().execute("PRAGMA busy_timeout = 0")
+        try:
+            yield kept
+        finally:
+            if kept.invalidated:
+                self.let_go()
 
     def _parse(self) -> URL:
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -132,11 +134,15 @@ async def test_a_caller_that_leaves_during_admission_leaves_nothing_held(
     broker = await hub.broker()
     broker.attach(hub.channel("alpha"))
     await broker.explain(caller, ask())
-    submitting = asyncio.create_task(broker.submit(caller, ask()))
-    await asyncio.sleep(0)
-    submitting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await submitting
+    path = hub.database.url.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")  # The hold waits for it.
+        submitting = asyncio.create_task(broker.submit(caller, ask()))
+        await asyncio.sleep(0)
+        submitting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submitting
+        other.execute("ROLLBACK")
     await hub.offload(lambda: None)
     assert hub.allocation().held_usu == 0
 
