@@ -330,7 +330,7 @@ def test_users_are_those_who_asked_the_latest_first(admin: Furnished) -> None:
                 charge_usu=1_500_000,
                 created_at=made + timedelta(hours=hours),
             )
-            Catalog(database).record_run(run)
+            Catalog(database).record_runs([run])
         Users(database).note_login(asked[1][0].removeprefix("globus:"), "alice@example.edu")
     person, key = admin.json("user", "show", "--project", "astro")
     assert (person["key_id"], person["num_runs"]) == (asked[1][0], 1)
