@@ -77,6 +77,7 @@ class Permits:
         models: The names of all private models.
         sites: The names of all private sites.
         grants: Those that the caller has.
+        homes: The sites that data of the project may not leave; ``None`` if it may go anywhere.
     """
 
     project: str
@@ -84,6 +85,11 @@ class Permits:
     models: frozenset[str] = frozenset()
     sites: frozenset[str] = frozenset()
     grants: tuple[Grant, ...] = ()
+    homes: frozenset[str] | None = None
+
+    def may_send_to(self, site: str | None) -> bool:
+        """Return whether data of the project may go to a site."""
+        return self.homes is None or site is None or site in self.homes
 
     def sees_model(self, model: str) -> bool:
         """Return whether there is such a model for the caller, if there is one at all."""
@@ -106,7 +112,8 @@ class Permits:
         """Return whether the caller may use a model so.
 
         Every mode needs a grant of the private model and one of the private site, each with the
-        mode and the tier; different modes may rest on different grants.
+        mode and the tier; different modes may rest on different grants. No grant takes a project's
+        data where it may not go.
 
         Args:
             model: Its name, without a revision.
@@ -115,9 +122,11 @@ class Permits:
             tier: How urgent; ``None`` for what has no tier.
         """
         if model not in self.models and site not in self.sites:
-            return Decision.ALLOWED
+            return Decision.ALLOWED if self.may_send_to(site) else Decision.REFUSED
         if not self.sees_model(model) or (site is not None and not self.sees_site(site)):
             return Decision.HIDDEN
+        if not self.may_send_to(site):
+            return Decision.REFUSED
         for mode in modes:
             fit = [
                 grant

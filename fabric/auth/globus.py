@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fabric.auth.groups import Groups
 from fabric.auth.identity import Identity
-from fabric.auth.records import GroupRecord
+from fabric.auth.records import BlockedUser, Membership, add_up
+from fabric.auth.users import Users
 from fabric.errors import (
     AuthError,
     AuthUnavailable,
@@ -23,6 +24,7 @@ from fabric.errors import (
     ProjectNotChosen,
     TokenExpired,
     TokenInvalid,
+    UserBlocked,
 )
 from fabric.sql import utc_now
 
@@ -53,15 +55,21 @@ _TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{20,4096}")
 
 @dataclass(slots=True)
 class _Known:
-    """What Globus said of a token. ``group_names`` is filled when a refusal needs it."""
+    """What Globus said of a token, and the hub's database of its owner.
+
+    ``names`` are the UUIDs and usernames of those identities of the owner that Globus told.
+    ``group_names`` is filled when a refusal needs it.
+    """
 
     subject: str
     user: str
     expires_at: datetime
-    granted: Mapping[str, GroupRecord]
     groups: frozenset[str]
-    num_changes: int
+    names: frozenset[str]
     asked_at_s: float
+    num_changes: int = -1
+    granted: Mapping[str, Membership] = field(default_factory=dict)
+    block: BlockedUser | None = None
     group_names: dict[str, str] = field(default_factory=dict)
 
 
@@ -70,10 +78,12 @@ class GlobusTokens:
 
     A token is introspected with the hub's own credentials, and must be for the hub and carry its
     scope. The caller's groups are read with a token that depends on it, and say for which projects
-    the caller may act. Answers are kept for ``CACHE_S`` by the token's SHA-256.
+    the caller may act; so does what ``users`` has of the caller. One who is kept out there is so by
+    each identity that brings a group. Answers are kept for ``CACHE_S`` by the token's SHA-256.
 
     Args:
         groups: Which groups belong to which projects.
+        users: Who acts for a project without a group, and who is kept out.
         client_id: The hub's, at Globus Auth.
         client_secret: Its secret.
         scope: The scope that a caller's token must have.
@@ -84,6 +94,7 @@ class GlobusTokens:
     def __init__(
         self,
         groups: Groups,
+        users: Users,
         *,
         client_id: str,
         client_secret: str,
@@ -92,6 +103,7 @@ class GlobusTokens:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._groups = groups
+        self._users = users
         self._client_id = client_id
         self._client_secret = client_secret
         self._scope = scope
@@ -109,7 +121,7 @@ class GlobusTokens:
         self._opened.close()
 
     def recheck(self) -> None:
-        """Read anew whose projects the callers' groups are, because that may have changed."""
+        """Read anew what the database has of callers and their groups: it may have changed."""
         self._num_changes += 1
 
     def recall(self, bearer: str, project: str | None = None) -> Identity | None:
@@ -118,7 +130,7 @@ class GlobusTokens:
         For callers on an event loop: what it does not know, ``authenticate`` finds out.
         """
         known = self._recall(_sha256(bearer))
-        if known is None or known.num_changes != self._num_changes:
+        if known is None or known.block or known.num_changes != self._num_changes:
             return None
         granted = _choose(known, project)
         return None if granted is None else _identity(known, granted)
@@ -133,6 +145,7 @@ class GlobusTokens:
         Raises:
             TokenExpired: Globus Auth does not vouch for the token.
             TokenInvalid: The token is not for this hub, or has not its scope.
+            UserBlocked: The caller is kept out.
             NotAMember: The caller is in no group of the project, or of any.
             ProjectNotChosen: The caller is in groups of several, and chose none.
             AuthUnavailable: Globus cannot be asked.
@@ -148,8 +161,9 @@ class GlobusTokens:
                     self._known.clear()
                 self._known[digest] = known
         elif known.num_changes != self._num_changes:
-            known.num_changes = self._num_changes
-            known.granted = self._groups.granted(known.groups)
+            self._look_up(known)
+        if known.block is not None:
+            raise UserBlocked(user=known.user, reason=known.block.reason)
         if (granted := _choose(known, project)) is not None:
             return _identity(known, granted)
         if project is None and known.granted:
@@ -174,21 +188,34 @@ class GlobusTokens:
             return known
 
     def _ask(self, bearer: str) -> _Known:
-        asked_at_s, num_changes = self._monotonic(), self._num_changes
+        asked_at_s = self._monotonic()
         with self._answering():
             claims = self._auth_client().oauth2_token_introspect(bearer).data
         expires_at = self._check(claims)
         user = str(claims.get("username") or claims["sub"])
-        member_of = self._member_of(bearer)
-        return _Known(
-            subject=str(claims["sub"]),
+        subject = str(claims["sub"])
+        groups, names = self._member_of(bearer)
+        known = _Known(
+            subject=subject,
             user=user,
             expires_at=expires_at,
-            granted=self._groups.granted(member_of),
-            groups=frozenset(member_of),
-            num_changes=num_changes,
+            groups=groups,
+            names=names | {subject, user.lower()},
             asked_at_s=asked_at_s,
         )
+        self._users.note_login(subject, user.lower())
+        self._look_up(known)
+        return known
+
+    def _look_up(self, known: _Known) -> None:
+        """Read what the database has of a caller."""
+        num_changes = self._num_changes
+        known.block = self._users.find_block(known.names)
+        known.granted = add_up(
+            [*self._groups.records_of(known.groups), *self._users.records_of(known.names)]
+        )
+        # Last: until then others do not take it for news.
+        known.num_changes = num_changes
 
     def _check(self, claims: Mapping[str, Any]) -> datetime:
         """Return when a token ends that is good for this hub."""
@@ -208,15 +235,22 @@ class GlobusTokens:
             raise TokenInvalid(reason="it is not valid yet, by the hub's clock")
         return expires_at
 
-    def _member_of(self, bearer: str) -> list[str]:
-        """Return the ids of the groups in which the caller is an active member."""
+    def _member_of(self, bearer: str) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the ids of the groups in which the caller is an active member, and the UUIDs and
+        usernames of the identities that are: they may be linked ones."""
         with self._groups_client(bearer) as client:
             mine = client.get_my_groups(statuses="active").data
-        return [
-            str(group["id"])
+        active = [
+            (str(group["id"]), one)
             for group in mine
-            if any(one["status"] == "active" for one in group["my_memberships"])
+            for one in group["my_memberships"]
+            if one["status"] == "active"
         ]
+        names = (one.get(name) for _, one in active for name in ("identity_id", "username"))
+        return (
+            frozenset(group for group, _ in active),
+            frozenset(str(name).lower() for name in names if name),
+        )
 
     def _eligible(self, bearer: str, known: _Known, project: str | None) -> list[str]:
         """Return the groups that would do: by name if Globus shows them to the caller, else by id.
@@ -291,14 +325,14 @@ class GlobusTokens:
         raise AuthUnavailable(reason=reason, retry_after_s=RETRY_AFTER_S) from error
 
 
-def _choose(known: _Known, project: str | None) -> GroupRecord | None:
+def _choose(known: _Known, project: str | None) -> Membership | None:
     """Return what the caller may do in the project asked for, or in the only one."""
     if project is None and len(known.granted) == 1:
         return next(iter(known.granted.values()))
     return known.granted.get(project) if project is not None else None
 
 
-def _identity(known: _Known, granted: GroupRecord) -> Identity:
+def _identity(known: _Known, granted: Membership) -> Identity:
     return Identity(
         key_id=f"globus:{known.subject}",
         project=granted.project,

@@ -16,6 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from fabric.auth.decide import ANY, EVERY_TIER, EVERYTHING, MODES, TIERS, Grant
 from fabric.auth.rules import Limit, raise_version, to_grant
 from fabric.auth.tables import api_keys, grants, limits, private_objects, projects
+from fabric.auth.users import USERNAME
 from fabric.errors import Duplicate, NotFound, RequestInvalid
 from fabric.messages import MODEL_NAME, SITE_NAME
 from fabric.sql import Database, utc_now
@@ -28,7 +29,6 @@ _OBJECTS = {
     "model": re.compile(rf"{MODEL_NAME}|\*"),
     "site": re.compile(rf"{SITE_NAME}|\*"),
 }
-_USER = re.compile(r"[^\s@:]{1,64}@[^\s@:]{1,190}")
 _LIMIT_FIELDS = ("requests_per_min", "tokens_per_min", "max_concurrent")
 
 
@@ -290,7 +290,7 @@ def _parse(subject: str, kinds: Collection[str], *, every: bool = False) -> str:
     if kind in kinds and name not in ("", ANY):
         if kind == "user":
             name = name.lower()
-        if kind in ("project", "key") or (kind == "user" and _USER.fullmatch(name)):
+        if kind in ("project", "key") or (kind == "user" and USERNAME.fullmatch(name)):
             return f"{kind}:{name}"
         try:
             return f"{kind}:{UUID(name)}"

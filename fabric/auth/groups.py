@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
 
@@ -76,7 +75,7 @@ class Groups:
         check_concurrent(max_concurrent)
         try:
             with self._database.transaction() as connection:
-                _check_project(connection, project)
+                check_project(connection, project)
                 connection.execute(insert(project_groups), _to_row(record))
                 raise_version(connection)
         except IntegrityError as error:
@@ -110,23 +109,12 @@ class Groups:
             raise_version(connection)
         return _to_record(row._mapping)
 
-    def granted(self, group_ids: Collection[str]) -> dict[str, GroupRecord]:
-        """Return what the members of all these groups together may do in each project.
-
-        Scopes add up, and the largest of the limits holds.
-        """
+    def records_of(self, group_ids: Collection[str]) -> list[GroupRecord]:
+        """Return what the members of all these groups may do, project by project."""
         query = select(project_groups).where(project_groups.c.group_id.in_(sorted(group_ids)))
-        granted: dict[str, GroupRecord] = {}
         with self._database.read() as connection:
-            for row in connection.execute(query.order_by(project_groups.c.group_id)):
-                new = _to_record(row._mapping)
-                old = granted.get(new.project, new)
-                granted[new.project] = replace(
-                    old,
-                    scopes=old.scopes | new.scopes,
-                    max_concurrent=max(old.max_concurrent, new.max_concurrent),
-                )
-        return granted
+            rows = connection.execute(query.order_by(project_groups.c.group_id))
+            return [_to_record(row._mapping) for row in rows]
 
 
 def _parse(group_id: str) -> str:
@@ -138,7 +126,12 @@ def _parse(group_id: str) -> str:
         ) from error
 
 
-def _check_project(connection: Connection, name: str) -> None:
+def check_project(connection: Connection, name: str) -> None:
+    """Check that there is a project of this name.
+
+    Raises:
+        NotFound: There is none.
+    """
     if connection.execute(select(projects.c.name).where(projects.c.name == name)).first() is None:
         raise NotFound(kind="project", name=name)
 

@@ -9,7 +9,7 @@ import secrets
 import string
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -20,7 +20,7 @@ from fabric.auth.grants import forget_project
 from fabric.auth.identity import SCOPES, Identity
 from fabric.auth.records import KeyRecord, ProjectRecord, check_concurrent
 from fabric.auth.rules import raise_version
-from fabric.auth.tables import api_keys, projects
+from fabric.auth.tables import api_keys, project_sites, projects
 from fabric.auth.tickets import Tickets, revoke_issued
 from fabric.errors import (
     Duplicate,
@@ -30,6 +30,7 @@ from fabric.errors import (
     NotFound,
     RequestInvalid,
 )
+from fabric.messages import SITE_NAME
 from fabric.sql import Database, utc_now
 
 CACHE_S = 60.0
@@ -81,12 +82,20 @@ class Keys:
 
     # Projects
 
-    def add_project(self, name: str, *, title: str = "") -> ProjectRecord:
+    def add_project(
+        self, name: str, *, title: str = "", sites: Collection[str] = ()
+    ) -> ProjectRecord:
         """Create a project.
+
+        Args:
+            name: Its name.
+            title: What people read.
+            sites: Where alone its requests may run; anywhere if none is named.
 
         Raises:
             Duplicate: There is one of this name.
-            RequestInvalid: The name is not of lower-case letters, digits and hyphens.
+            RequestInvalid: The name is not of lower-case letters, digits and hyphens, or what is
+                said to be a site cannot be one.
         """
         if not _PROJECT.fullmatch(name):
             raise RequestInvalid(
@@ -94,11 +103,15 @@ class Keys:
                 value=name,
                 reason="a name is 1 to 63 lower-case letters, digits and hyphens",
             )
-        project = ProjectRecord(name=name, title=title, created_at=self._clock())
+        project = ProjectRecord(
+            name=name, title=title, created_at=self._clock(), sites=tuple(sorted(set(sites)))
+        )
         row = {"name": name, "title": title, "created_at": project.created_at}
         try:
             with self._database.transaction() as connection:
                 connection.execute(insert(projects), row)
+                if sites:
+                    _keep_at(connection, name, project.sites)
         except IntegrityError as error:
             raise Duplicate(kind="project", name=name) from error
         return project
@@ -111,24 +124,38 @@ class Keys:
         """
         with self._database.read() as connection:
             row = connection.execute(select(projects).where(projects.c.name == name)).first()
-        if row is None:
-            raise NotFound(kind="project", name=name)
-        return ProjectRecord(**row._mapping)
+            if row is None:
+                raise NotFound(kind="project", name=name)
+            return ProjectRecord(**row._mapping, sites=_homes(connection).get(name, ()))
 
     def projects(self) -> list[ProjectRecord]:
         """Return all projects, in order of name."""
         with self._database.read() as connection:
+            homes = _homes(connection)
             rows = connection.execute(select(projects).order_by(projects.c.name))
-            return [ProjectRecord(**row._mapping) for row in rows]
+            return [ProjectRecord(**row._mapping, sites=homes.get(row.name, ())) for row in rows]
 
-    def modify_project(self, name: str, *, title: str) -> ProjectRecord:
-        """Change a project's title.
+    def modify_project(
+        self, name: str, *, title: str | None = None, sites: Collection[str] | None = None
+    ) -> ProjectRecord:
+        """Change a project; ``None`` leaves a field as it is. Hubs act by it within a second.
+
+        Args:
+            name: Which.
+            title: What people read.
+            sites: Where alone its requests may run; anywhere if it is empty.
 
         Raises:
             NotFound: There is none of this name.
+            RequestInvalid: What is said to be a site cannot be one.
         """
         with self._database.transaction() as connection:
-            connection.execute(update(projects).where(projects.c.name == name).values(title=title))
+            old = self.project(name)
+            if title is not None:
+                changed = update(projects).where(projects.c.name == name)
+                connection.execute(changed.values(title=title))
+            if sites is not None and set(sites) != set(old.sites):
+                _keep_at(connection, name, sites)
             return self.project(name)
 
     def delete_project(self, name: str) -> None:
@@ -327,6 +354,26 @@ class Keys:
         with self._lock:
             self._num_changes += 1
             self._known.clear()
+
+
+def _keep_at(connection: Connection, project: str, sites: Collection[str]) -> None:
+    """Let a project's requests run at these sites alone, or anywhere if there are none."""
+    for site in sites:
+        if not re.fullmatch(SITE_NAME, site):
+            reason = "it is no site's name: 1 to 63 lower-case letters, digits and hyphens"
+            raise RequestInvalid(param="sites", value=site, reason=reason)
+    connection.execute(delete(project_sites).where(project_sites.c.project == project))
+    if sites:
+        rows = [{"project": project, "site": site} for site in sorted(set(sites))]
+        connection.execute(insert(project_sites), rows)
+    raise_version(connection)
+
+
+def _homes(connection: Connection) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for row in connection.execute(select(project_sites).order_by(project_sites.c.site)):
+        found[row.project] = (*found.get(row.project, ()), row.site)
+    return found
 
 
 def _sha256(key: str) -> str:

@@ -1,8 +1,9 @@
-"""Projects, keys and tickets as those see them who manage them."""
+"""Projects, keys, groups, users and tickets as those see them who manage them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from fabric.auth.identity import Identity
@@ -24,11 +25,12 @@ def check_concurrent(number: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectRecord:
-    """Who owns allocations, keys and runs."""
+    """Who owns allocations, keys and runs; where ``sites`` are named, its data stays there."""
 
     name: str
     title: str
     created_at: datetime
+    sites: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,51 @@ class GroupRecord:
     scopes: frozenset[str]
     max_concurrent: int
     created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserRecord:
+    """What one person may do in a project beside what groups say; ``user`` is a username or an
+    identity's UUID."""
+
+    user: str
+    project: str
+    scopes: frozenset[str]
+    max_concurrent: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockedUser:
+    """One who is kept out of the hub, and why."""
+
+    user: str
+    reason: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """What a caller may do in a project, and how much of it at once."""
+
+    project: str
+    scopes: frozenset[str]
+    max_concurrent: int
+
+
+def add_up(records: Iterable[GroupRecord | UserRecord]) -> dict[str, Membership]:
+    """Return what all these together allow in each project: scopes add up, and the largest of the
+    limits holds."""
+    found: dict[str, Membership] = {}
+    for one in records:
+        new = Membership(project=one.project, scopes=one.scopes, max_concurrent=one.max_concurrent)
+        old = found.get(one.project, new)
+        found[one.project] = replace(
+            old,
+            scopes=old.scopes | new.scopes,
+            max_concurrent=max(old.max_concurrent, new.max_concurrent),
+        )
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

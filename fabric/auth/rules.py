@@ -12,7 +12,14 @@ from sqlalchemy import Connection, RowMapping, select, update
 
 from fabric.auth.decide import ANY, Grant, Permits
 from fabric.auth.identity import Identity
-from fabric.auth.tables import access_version, grants, limits, private_objects, tiers
+from fabric.auth.tables import (
+    access_version,
+    grants,
+    limits,
+    private_objects,
+    project_sites,
+    tiers,
+)
 from fabric.sql import Database, Offload
 
 FRESH_S = 0.4
@@ -66,7 +73,7 @@ class TierTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """All grants, limits and changes of tiers as they were at one version of them."""
+    """All grants, limits, changes of tiers and homes of projects as they were at one version."""
 
     version: int = -1
     models: frozenset[str] = frozenset()
@@ -77,6 +84,8 @@ class Rules:
     """By subject."""
     tiers: Mapping[str, TierTerms] = field(default_factory=dict)
     """By name."""
+    homes: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """By project."""
 
     def permits(self, caller: Identity) -> Permits:
         """Return what a caller may do."""
@@ -87,6 +96,7 @@ class Rules:
             models=self.models,
             sites=self.sites,
             grants=tuple(mine),
+            homes=self.homes.get(caller.project),
         )
 
     def limits_of(self, caller: Identity) -> Iterator[tuple[str, Limit]]:
@@ -176,6 +186,9 @@ def _read(database: Database, known: Rules) -> Rules:
         for row in connection.execute(select(grants).order_by(grants.c.id)):
             grant = to_grant(row._mapping)
             by_subject.setdefault(grant.subject, []).append(grant)
+        homes: dict[str, set[str]] = {}
+        for row in connection.execute(select(project_sites)):
+            homes.setdefault(row.project, set()).add(row.site)
         return Rules(
             version=version,
             models=frozenset(name for kind, name in private if kind == "model"),
@@ -183,6 +196,7 @@ def _read(database: Database, known: Rules) -> Rules:
             grants=by_subject,
             limits={row.subject: Limit(**row._mapping) for row in connection.execute(_LIMITS)},
             tiers=read_tiers(connection),
+            homes={project: frozenset(sites) for project, sites in homes.items()},
         )
 
 

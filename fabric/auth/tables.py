@@ -1,4 +1,4 @@
-"""The tables of projects, keys, groups, tickets, grants, limits and tiers."""
+"""The tables of projects, keys, groups, users, tickets, grants, limits and tiers."""
 
 from __future__ import annotations
 
@@ -52,6 +52,43 @@ project_groups = Table(
     Column("created_at", UtcTime, nullable=False),
     CheckConstraint("max_concurrent > 0", name="max_concurrent_positive"),
 )
+
+project_users = Table(
+    "project_users",
+    metadata,
+    Column("user", Text, primary_key=True),
+    Column(
+        "project", ForeignKey("projects.name", ondelete="CASCADE"), primary_key=True, index=True
+    ),
+    Column("scopes", Text, nullable=False),
+    Column("max_concurrent", Integer, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    CheckConstraint("max_concurrent > 0", name="max_concurrent_positive"),
+)
+
+project_sites = Table(
+    "project_sites",
+    metadata,
+    Column("project", ForeignKey("projects.name", ondelete="CASCADE"), primary_key=True),
+    Column("site", Text, primary_key=True),
+)
+"""Where the requests of a project may run; one without a row may anywhere."""
+
+blocked_users = Table(
+    "blocked_users",
+    metadata,
+    Column("user", Text, primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+)
+
+logins = Table(
+    "logins",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, index=True),
+)
+"""The usernames of identities that have logged in."""
 
 tickets = Table(
     "tickets",

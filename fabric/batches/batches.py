@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO
 
-from fabric.auth import Identity, Keys
+from fabric.auth import Identity, Keys, Users
 from fabric.batches.answerer import Answerer
 from fabric.batches.book import Book
 from fabric.batches.files import Files
@@ -55,6 +55,7 @@ class Batches:
             files=self.files,
             offload=offload,
             keys=keys,
+            users=Users(database),
             answerer=answerer,
             settings=settings,
         )

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from fabric.auth import Identity, Keys
+from fabric.auth import Identity, Keys, Users
 from fabric.batches import jsonl
 from fabric.batches.answerer import Answerer
 from fabric.batches.book import Book
@@ -68,6 +68,7 @@ class Runner:
         files: Their files.
         offload: The database's thread.
         keys: Who may still ask.
+        users: Who of those that log in is kept out.
         answerer: Answers the lines.
         settings: The limits.
     """
@@ -79,6 +80,7 @@ class Runner:
         files: Files,
         offload: Offload,
         keys: Keys,
+        users: Users,
         answerer: Answerer,
         settings: BatchSettings,
     ) -> None:
@@ -86,6 +88,7 @@ class Runner:
         self._files = files
         self._offload = offload
         self._keys = keys
+        self._users = users
         self._answerer = answerer
         self._settings = settings
         self._closing = Closing(book=book, files=files, offload=offload)
@@ -142,7 +145,7 @@ class Runner:
             if job is None:
                 job = self._jobs[batch.id] = _Job(batch=batch)
             try:
-                job.caller = await self._offload(get_caller, self._keys, batch)
+                job.caller = await self._offload(get_caller, self._keys, self._users, batch)
             except FabricError as error:
                 job.errors[:] = [{"code": error.code, "message": error.message}]
                 job.stop.set()

@@ -153,7 +153,8 @@ def barred_site(request: Request, site: str, context: Context) -> str | None:
         return f"your own instances keep it ({kept_by}); `overflow` lets it leave them"
     offer = context.offers.get(site)
     if offer is None:
-        return f"{site} takes no requests: it is disabled, or no price is set there"
+        why = "it is disabled, no price is set there, or the project's data stays elsewhere"
+        return f"{site} takes no requests: {why}"
     if offer.allocation is None:
         return f"the project has no allocation for {site}"
     held_usu = context.held_usu if offer.allocation == context.held_allocation else 0

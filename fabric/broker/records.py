@@ -16,7 +16,7 @@ from fabric.broker.programs import ProgramBounds
 from fabric.broker.select import Closure
 from fabric.broker.settings import BrokerSettings
 from fabric.catalog import Catalog, ModelVersion, SiteRules
-from fabric.errors import NotGranted, RateMissing, UnknownModel, UnknownSite
+from fabric.errors import DataStays, NotGranted, RateMissing, UnknownModel, UnknownSite
 from fabric.ledger import AllocationBalance, Ledger, Rate
 from fabric.messages import Request
 from fabric.sql import utc_now
@@ -174,6 +174,7 @@ def get_permitted(
     Raises:
         UnknownModel: The model is hidden from the caller.
         UnknownSite: A site that it names is hidden, or not there.
+        DataStays: Data of the project may go to none of them.
         NotGranted: It is allowed at none of them.
     """
     name = facts.version.name
@@ -190,6 +191,9 @@ def get_permitted(
         for site in asked
         if permits.decide(model=name, site=site, modes=modes, tier=request.tier) is Decision.ALLOWED
     )
+    if asked and permits.homes is not None and permits.homes.isdisjoint(asked):
+        homes = [site for site in sites if site in permits.homes]
+        raise DataStays(project=permits.project, homes=homes, asked=asked)
     if asked and not allowed:
         raise NotGranted(
             project=permits.project,

@@ -25,8 +25,7 @@ from fabric.catalog.view import CatalogView, Viewer
 from fabric.messages import InstanceState
 from fabric.sql import Database, utc_now
 
-LAUNCH_LIFETIME_S = 7 * 86_400.0
-"""How long a launch's token is good for, sessions that reconnect included."""
+LAUNCH_LIFETIME_S = 7 * 86_400.0  # of a launch's token, sessions that reconnect included
 
 
 class Catalog:
@@ -133,9 +132,28 @@ class Catalog:
                 another maintenance.
         """
         with self._database.transaction() as connection:
-            return rules.add_maintenance(
-                connection, site, starts_at, ends_at, reason, self._clock()
-            )
+            now = self._clock()
+            return rules.add_maintenance(connection, site, starts_at, ends_at, reason, now)
+
+    def modify_maintenance(
+        self,
+        site: str,
+        name: str,
+        *,
+        starts_at: datetime | None = None,
+        ends_at: datetime | None = None,
+        reason: str | None = None,
+    ) -> Maintenance:
+        """Change a maintenance, also one that is going on.
+
+        Raises:
+            UnknownSite: There is no such site.
+            NotFound: It has no maintenance of this id.
+            RequestInvalid: See ``add_maintenance``.
+        """
+        with self._database.transaction() as connection:
+            changes = (starts_at, ends_at, reason)
+            return rules.modify_maintenance(connection, site, name, *changes, self._clock())
 
     def delete_maintenance(self, site: str, name: str) -> Maintenance:
         """Forget a maintenance and return it; one that is going on is over.
@@ -329,15 +347,9 @@ class Catalog:
 
     # Runs
 
-    def record_run(self, run: RunRecord) -> None:
-        """Store a run as it is now, in place of what was stored of it before.
-
-        A run of the same id that belongs to another project is left alone.
-        """
-        self.record_runs([run])
-
     def record_runs(self, records: Sequence[RunRecord]) -> None:
-        """Store several runs in one transaction."""
+        """Store runs as they are now, in place of what was stored of them before; one whose id
+        belongs to another project is left alone."""
         with self._database.joined() as connection:
             runs.record(connection, records)
 
@@ -357,10 +369,15 @@ class Catalog:
         since: datetime | None = None,
         until: datetime | None = None,
         limit: int = 100,
+        model: str | None = None,
+        site: str | None = None,
     ) -> list[RunRecord]:
-        """Return at most ``limit`` runs made in a period (``until`` excluded), newest first."""
+        """Return at most ``limit`` runs made in a period (``until`` excluded), newest first: all,
+        or those of a model (``name@revision``), or at a site."""
         with self._database.read() as connection:
-            return runs.listed(connection, project, since=since, until=until, limit=limit)
+            return runs.listed(
+                connection, project, since=since, until=until, limit=limit, model=model, site=site
+            )
 
     def usage(
         self,

@@ -54,9 +54,13 @@ def listed(
     since: datetime | None,
     until: datetime | None,
     limit: int,
+    **equal: str | None,
 ) -> list[RunRecord]:
     """Return runs, newest first. See ``Catalog.runs``."""
     query = _period(select(runs), project, since, until)
+    for name, value in equal.items():
+        if value is not None:
+            query = query.where(runs.c[name] == value)
     query = query.order_by(runs.c.created_at.desc(), runs.c.id).limit(limit)
     return [_to_run(row._mapping) for row in connection.execute(query)]
 

@@ -15,7 +15,7 @@ import click
 import uvicorn
 from fastapi import FastAPI
 
-from fabric.auth import GlobusTokens, Groups, Keys
+from fabric.auth import GlobusTokens, Groups, Keys, Users
 from fabric.broker import BrokerSettings
 from fabric.cli.options import output_options
 from fabric.cli.output import Output
@@ -82,7 +82,9 @@ def get_globus_tokens(hub: HubSettings, database: Database) -> GlobusTokens | No
             reason="to take Globus logins the hub needs both its client id and the client's secret",
         )
     scope = hub.globus_scope or globus_scope_of(client_id)
-    return GlobusTokens(Groups(database), client_id=client_id, client_secret=secret, scope=scope)
+    return GlobusTokens(
+        Groups(database), Users(database), client_id=client_id, client_secret=secret, scope=scope
+    )
 
 
 def get_outreach(settings: Settings) -> Outreach:

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+FOLDED = 12
+"""Letters in a line of a cell that had to be folded, at least."""
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table: numbers are set to the right, ``whole`` cells are never cut short."""
+    """A column of a table: numbers are set to the right, ``whole`` cells are never folded."""
 
     title: str
     numeric: bool = False
@@ -51,7 +55,11 @@ class Output:
         title: str = "",
         empty: str = "There are none.",
     ) -> None:
-        """Print a table: with rules and colours on a terminal, plain columns elsewhere."""
+        """Print a table: with rules and colours on a terminal, plain columns elsewhere.
+
+        Nothing is cut off: where the terminal is too narrow, long cells are folded, and when that
+        is not enough each row is a block of lines.
+        """
         heads = [Column(column) if isinstance(column, str) else column for column in columns]
         cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
         if title:
@@ -158,7 +166,25 @@ def _print_plain(heads: Sequence[Column], cells: Sequence[Sequence[str]]) -> Non
 def _print_rich(heads: Sequence[Column], cells: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
 
-    Console().print(get_rich_table(heads, cells))
+    console = Console()
+    if _least_width(heads, cells) <= console.width:
+        console.print(get_rich_table(heads, cells))
+        return
+    width = max(len(head.title) for head in heads)
+    for line in cells:
+        click.echo()
+        for head, cell in zip(heads, line, strict=True):
+            if cell:
+                click.echo(click.style(head.title.ljust(width), fg="cyan") + f"  {cell}")
+
+
+def _least_width(heads: Sequence[Column], cells: Sequence[Sequence[str]]) -> int:
+    """Return how wide a table is with its long cells folded, in columns of the terminal."""
+    least = 1
+    for index, head in enumerate(heads):
+        longest = max(len(head.title), *(len(line[index]) for line in cells))
+        least += 2 + (longest if head.numeric or head.whole else min(longest, FOLDED))
+    return least
 
 
 def get_rich_table(columns: Sequence[str | Column], rows: Sequence[Sequence[object]]) -> Table:
@@ -175,6 +201,7 @@ def get_rich_table(columns: Sequence[str | Column], rows: Sequence[Sequence[obje
             head.title,
             justify="right" if head.numeric else "left",
             no_wrap=head.numeric or head.whole,
+            overflow="fold",
             min_width=max(len(line[index]) for line in cells) if head.whole else None,
         )
     for line in cells:

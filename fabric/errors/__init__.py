@@ -6,10 +6,11 @@ Every error that crosses a room, a process or the wire is one of these::
     ├── AuditBroken
     ├── ConfigError          SettingInvalid, PortInUse, AlreadyRunning, NotRunning,
     │                        PackageMissing, EndpointInvalid, SiteInvalid, FilesForeign
-    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied, NotGranted,
-    │                        NotFound, TicketError (TicketMissing, TicketInvalid, TicketExpired,
-    │                        TicketForeign, TicketSpent), CredentialsRefused, TokenExpired,
-    │                        TokenInvalid, NotAMember, ProjectNotChosen,
+    ├── AuthError            KeyMissing, KeyInvalid, KeyExpired, PermissionDenied,
+    │                        NotGranted (DataStays), NotFound, TicketError (TicketMissing,
+    │                        TicketInvalid, TicketExpired, TicketForeign, TicketSpent),
+    │                        CredentialsRefused, TokenExpired,
+    │                        TokenInvalid, NotAMember, UserBlocked, ProjectNotChosen,
     │                        ProjectForeign, AuthUnavailable, LoginRequired, LoginFailed
     ├── AdmissionError       RequestInvalid (UnknownParameter, UnsupportedParameter,
     │                        ConstraintInvalid), BodyInvalid,
@@ -131,6 +132,7 @@ from fabric.errors.data import (
     VersionError,
 )
 from fabric.errors.grants import (
+    DataStays,
     NotGranted,
     RateLimited,
     RequestOverLimit,
@@ -160,6 +162,7 @@ from fabric.errors.login import (
     ProjectNotChosen,
     TokenExpired,
     TokenInvalid,
+    UserBlocked,
 )
 from fabric.errors.payload import (
     PayloadDamaged,
@@ -252,6 +255,7 @@ __all__ = [
     "ConstraintInvalid",
     "ContextExceeded",
     "CredentialsRefused",
+    "DataStays",
     "DeadlineExceeded",
     "DigestMismatch",
     "DiskTooSmall",
@@ -360,6 +364,7 @@ __all__ = [
     "UnknownStore",
     "UnknownUnit",
     "UnsupportedParameter",
+    "UserBlocked",
     "VersionError",
     "WeightsMissing",
 ]

@@ -38,6 +38,23 @@ class NotGranted(AuthError):
         )
 
 
+class DataStays(NotGranted):
+    """The project's data may not go where the request would run."""
+
+    code = "data_stays"
+
+    def __init__(self, *, project: str, homes: Sequence[str], asked: Sequence[str]) -> None:
+        FabricError.__init__(
+            self,
+            f"Data of the project {project!r} may go to {', '.join(homes) or 'no site'} alone, not"
+            f" to {', '.join(asked)}; leave `sites` out, or ask an administrator"
+            " (`fabric-admin project modify`).",
+            project=project,
+            homes=list(homes),
+            asked=list(asked),
+        )
+
+
 class RateLimited(TooManyRequests):
     """Requests or tokens of the last minute have reached their limit."""
 

@@ -49,6 +49,22 @@ class NotAMember(AuthError):
         )
 
 
+class UserBlocked(AuthError):
+    """The caller is known to Globus, and an administrator keeps them out of this hub."""
+
+    code = "user_blocked"
+    http_status = 403
+
+    def __init__(self, *, user: str, reason: str) -> None:
+        why = f": {reason}" if reason else ""
+        super().__init__(
+            f"The Globus user {user!r} is kept out of this hub{why};"
+            " ask an administrator of the hub.",
+            user=user,
+            reason=reason,
+        )
+
+
 class ProjectNotChosen(AuthError):
     """The caller may act for several projects and did not say for which."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pydantic_core import from_json
 
 from fabric.auth import Permits
 from fabric.broker import ReplicaView
-from fabric.catalog import ModelVersion, RunRecord, SiteRecord
+from fabric.catalog import ModelVersion, RunRecord, SiteRecord, UsageSum
 from fabric.errors import RequestInvalid
 from fabric.gateway.access import Needs
 from fabric.gateway.bodies import documented, read_body
@@ -166,6 +167,14 @@ async def read_usage(request: Request, since: Since = None, limit: Limit = 100) 
     """Return the statement and the allocations of the caller's project."""
     hub, project = hub_of(request), caller_of(request).project
     return await hub.offload(hub.ledger.statement, project, since=since, limit=limit)
+
+
+@router.get("/spend")
+async def read_spend(request: Request, since: Since = None) -> Listing[UsageSum]:
+    """Return what the runs of the caller's project add up to, by model and site."""
+    hub, project = hub_of(request), caller_of(request).project
+    # It reads every run of the time: not on the database's thread, where others would wait.
+    return Listing(data=await asyncio.to_thread(hub.catalog.usage, project, since=since))
 
 
 @router.get("/runs")

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from fabric.auth import TicketRecord
 from fabric.auth.tickets import DEFAULT_LIFETIME_S, MAX_LIFETIME_S, MAX_USU
+from fabric.errors import DataStays
 from fabric.gateway.access import Needs
 from fabric.gateway.bodies import documented, read_body
 from fabric.gateway.fabric_routes import Listing
@@ -45,7 +46,11 @@ async def issue_ticket(request: Request) -> IssuedTicket:
     """Issue a ticket for raw calls at one site."""
     body = await read_body(request, TicketBody)
     hub, caller = hub_of(request), caller_of(request)
-    await hub.offload((await hub.seen_by(caller)).get_site, body.site)
+    permits = await hub.permits(caller)
+    await hub.offload(hub.catalog.seen_by(permits).get_site, body.site)
+    if permits.homes is not None and not permits.may_send_to(body.site):
+        homes = sorted(filter(permits.sees_site, permits.homes))
+        raise DataStays(project=caller.project, homes=homes, asked=[body.site])
     record, ticket = await hub.offload(
         hub.keys.tickets.add, caller, body.site, lifetime_s=body.ttl_s, max_usu=body.max_usu
     )

@@ -16,7 +16,7 @@ from fabric.sdk.embeddings import Embeddings, EmbedOptions, build_bodies
 from fabric.sdk.instances import OwnInstance
 from fabric.sdk.options import Options, Prompt, as_conversation, build_body
 from fabric.sdk.programs import OnEvent, ProgramOptions, ProgramResult, PromptToken, Quote
-from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
+from fabric.sdk.records import Model, Run, Site, Spend, Statement, Ticket, WhoAmI
 from fabric.sdk.results import Completion, Json
 from fabric.sdk.stream import AsyncStream
 from fabric.sdk.tiers import Attained, Estimate, Queue
@@ -232,6 +232,16 @@ class AsyncFabric:
         given: dict[str, Any] = {"since": since, "limit": limit}
         params = {name: value for name, value in given.items() if value is not None}
         return Statement.from_reply(await self._transport.get("/v1/fabric/usage", params))
+
+    async def spend(self, *, since: str | None = None) -> tuple[Spend, ...]:
+        """Return what the runs of the caller's project add up to, by model and site.
+
+        Args:
+            since: An ISO 8601 time; only runs since then.
+        """
+        params = {} if since is None else {"since": since}
+        reply = await self._transport.get("/v1/fabric/spend", params)
+        return tuple(Spend.from_reply(item) for item in reply["data"])
 
     async def runs(self, *, limit: int = 20) -> tuple[Run, ...]:
         """Return the caller's latest runs, newest first."""

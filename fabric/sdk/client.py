@@ -17,7 +17,7 @@ from fabric.sdk.embeddings import Embeddings, EmbedOptions
 from fabric.sdk.instances import OwnInstance
 from fabric.sdk.options import Options, Prompt
 from fabric.sdk.programs import OnEvent, ProgramOptions, ProgramResult, PromptToken, Quote
-from fabric.sdk.records import Model, Run, Site, Statement, Ticket, WhoAmI
+from fabric.sdk.records import Model, Run, Site, Spend, Statement, Ticket, WhoAmI
 from fabric.sdk.results import Completion, Json
 from fabric.sdk.stream import Stream
 from fabric.sdk.tiers import Attained, Estimate, Queue, Size
@@ -261,6 +261,10 @@ class Fabric:
             limit: The most entries.
         """
         return self._background.run(self._fabric.usage(since=since, limit=limit))
+
+    def spend(self, *, since: str | None = None) -> tuple[Spend, ...]:
+        """Return what the runs of the caller's project since then add up to, by model and site."""
+        return self._background.run(self._fabric.spend(since=since))
 
     def runs(self, *, limit: int = 20) -> tuple[Run, ...]:
         """Return the caller's latest runs, newest first."""

@@ -171,6 +171,20 @@ class Statement(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spend(Record):
+    """What a project's runs of one model at one site add up to; refunds are not taken off."""
+
+    model: str
+    site: str | None
+    num_runs: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    output_tokens: int
+    device_s: float
+    charge_usu: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunUsage(Record):
     """What a run consumed."""
 

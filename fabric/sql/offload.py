@@ -17,8 +17,8 @@ from fabric.errors import StorageBusy
 from fabric.sql.database import Database
 
 CHECKPOINT_S = 2.0
-SLOW_S = 0.005
-RESTS = 200.0
+SLOW_S = 0.01
+RESTS = 50.0
 """See ``Offload.prompt``."""
 
 P = ParamSpec("P")
@@ -70,7 +70,7 @@ class Offload:
 
         What it calls is one small transaction, which takes less than the way to the thread and back
         does while the loop is busy. Where one took ``SLOW_S``, all go that way for ``RESTS`` times
-        as long: so the loop waits for the disk half a percent of the time at most.
+        as long: so the loop waits for a slow disk at most two percent of the time.
         """
         began_s = time.monotonic()
         if began_s >= self._rests_until_s and self.database.is_file and not self._closed:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fabric.auth import Users
 from fabric.config import load_settings
 from fabric.testing.globus.campus import running_campus
 from fabric.testing.hub import running_hub
@@ -30,7 +31,7 @@ def test_login_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             monkeypatch.setenv(name, value)
         with running_hub(
             tmp_path,
-            tokens=lambda database: campus.get_tokens(campus.add_groups(database)),
+            tokens=lambda database: campus.get_tokens(campus.add_groups(database), Users(database)),
         ) as hub:
             hub.ledger.grant(hub.ledger.open_allocation("astro", "*"), 10**9)
             environ = {

@@ -13,9 +13,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fabric.auth import Users
 from fabric.auth.globus import CACHE_S
 from fabric.errors import LoginRequired, NotAMember, ProjectNotChosen
 from fabric.sdk import Fabric
+from fabric.testing.admin import Admin
 from fabric.testing.clock import Clock
 from fabric.testing.globus.campus import Campus, running_campus
 from fabric.testing.hub import PROJECT, RunningHub, running_hub, wait_until
@@ -44,7 +46,9 @@ def hub(campus: Campus, clock: Clock, tmp_path: Path) -> Iterator[RunningHub]:
     with running_hub(
         tmp_path,
         tokens=lambda database: campus.get_tokens(
-            campus.add_groups(database, survey=PROJECT), monotonic=clock.monotonic
+            campus.add_groups(database, survey=PROJECT),
+            Users(database),
+            monotonic=clock.monotonic,
         ),
     ) as hub:
         yield hub
@@ -189,6 +193,26 @@ def test_login_while_another_process_runs_is_noticed(
         log_in(campus, environ)
         clock.advance(CACHE_S)
         assert fabric.whoami().user == "alice@example.edu"
+
+
+def test_one_who_is_blocked_is_refused_within_a_second_and_let_in_again(
+    campus: Campus, hub: RunningHub, tmp_path: Path
+) -> None:
+    admin = Admin(f"sqlite:///{tmp_path / 'hub.sqlite'}")
+    headers = {"authorization": f"Bearer {campus.token(campus.bob)}"}
+
+    def status() -> int:
+        return httpx.get(f"{hub.base_url}/v1/models", headers=headers, timeout=60).status_code
+
+    assert status() == 403
+    admin.ok("user", "add", PROJECT, "bob@example.edu")
+    wait_until(lambda: status() == 200, timeout_s=30)
+    admin.ok("user", "block", f"globus:{campus.bob.id}", "--reason", "he left", "-y")
+    wait_until(lambda: status() == 403, timeout_s=30)
+    told = httpx.get(f"{hub.base_url}/v1/models", headers=headers, timeout=60).json()["error"]
+    assert (told["code"], "he left" in told["message"]) == ("user_blocked", True)
+    admin.ok("user", "unblock", "bob@example.edu", "-y")
+    wait_until(lambda: status() == 200, timeout_s=30)
 
 
 def test_several_projects_need_a_choice(

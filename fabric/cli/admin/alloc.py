@@ -106,7 +106,7 @@ def show(project: str | None, books: Books, output: Output) -> None:
         ],
         [
             (
-                *(a.project, a.site, a.period, (a.holder or "")[:14]),
+                *(a.project, a.site, a.period, a.holder),
                 "open" if a.is_open(now) else "closed",
                 *(su(a.available_usu), su(a.held_usu), day(a.ends_at, "never")),
             )

@@ -22,7 +22,7 @@ from fabric.errors import RequestInvalid
 
 if TYPE_CHECKING:
     from fabric.audit import AuditLog
-    from fabric.auth import Grants, Groups, Keys, Tiers
+    from fabric.auth import Grants, Groups, Keys, Tiers, Users
     from fabric.catalog import Catalog
     from fabric.ledger import Ledger
     from fabric.sql import Database
@@ -37,6 +37,7 @@ class Books:
     database: Database
     keys: Keys
     groups: Groups
+    users: Users
     grants: Grants
     audit: AuditLog
     catalog: Catalog
@@ -81,7 +82,7 @@ def open_books(
 def get_books(database: Database) -> Books:
     """Return the rooms over an open database of this release's schema."""
     from fabric.audit import AuditLog
-    from fabric.auth import Grants, Groups, Keys, Tiers
+    from fabric.auth import Grants, Groups, Keys, Tiers, Users
     from fabric.catalog import Catalog
     from fabric.ledger import Ledger
 
@@ -89,6 +90,7 @@ def get_books(database: Database) -> Books:
         database=database,
         keys=Keys(database),
         groups=Groups(database),
+        users=Users(database),
         grants=Grants(database),
         audit=AuditLog(database),
         catalog=Catalog(database),

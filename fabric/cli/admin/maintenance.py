@@ -77,6 +77,36 @@ def show(site: str | None, books: Books, output: Output) -> None:
 @maintenance.command()
 @click.argument("site")
 @click.argument("name", metavar="ID")
+@click.option("--from", "starts_at", type=UTC_TIME, help="When it begins (UTC).")
+@click.option("--until", "ends_at", type=UTC_TIME, help="When it is over (UTC).")
+@click.option("--reason", metavar="TEXT", help="What people read.")
+@change_options
+def modify(
+    site: str,
+    name: str,
+    starts_at: datetime | None,
+    ends_at: datetime | None,
+    reason: str | None,
+    books: Books,
+    change: Change,
+) -> None:
+    """Change the maintenance ID of SITE, also one that is going on.
+
+    \b
+    Example:
+      fabric-admin maintenance modify anvil mnt_1a2b3c4d --until 2027-01-13
+    """
+    planned = books.catalog.get_site(site).rules.maintenance
+    before = next((one for one in planned if one.id == name), None)
+    after = books.catalog.modify_maintenance(
+        site, name, starts_at=starts_at, ends_at=ends_at, reason=reason
+    )
+    change.tell("changed", f"maintenance {name} of {site}", after, before=before)
+
+
+@maintenance.command()
+@click.argument("site")
+@click.argument("name", metavar="ID")
 @yes_option
 @change_options
 def delete(site: str, name: str, yes: bool, books: Books, change: Change) -> None:

@@ -194,7 +194,7 @@ def show(
     output.table(
         [
             *("MODEL", "SITE"),
-            *(Column(_OPTIONS[kind][0].strip("-").upper(), numeric=True) for kind in kinds),
+            *(Column(_head(kind), numeric=True) for kind in kinds),
             *("SET FOR", "SINCE (UTC)"),
         ],
         [
@@ -206,6 +206,10 @@ def show(
         ],
         title="SU per million",
     )
+
+
+def _head(kind: str) -> str:
+    return _OPTIONS[kind][0].strip("-").removesuffix("-prompt").upper()
 
 
 def _set(

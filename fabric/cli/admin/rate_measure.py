@@ -56,7 +56,9 @@ def measure(
 
     version = books.catalog.resolve(model)
     books.catalog.get_site(site)
-    runs = books.catalog.runs(None, since=since, until=until, limit=MAX_RUNS)
+    runs = books.catalog.runs(
+        since=since, until=until, limit=MAX_RUNS, model=version.ref, site=site
+    )
     found = fit(
         (
             Sample(
@@ -66,7 +68,7 @@ def measure(
                 device_s=run.usage.device_s,
             )
             for run in runs
-            if (run.model, run.site, run.program) == (version.ref, site, None)
+            if run.program is None
         ),
         model=version.ref,
         site=site,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import click
@@ -17,7 +18,7 @@ from fabric.cli.output import Column, Output, get_rich_table, short
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from fabric.sdk import Fabric, Site, Statement
+    from fabric.sdk import Fabric, Site, Spend, Statement
     from fabric.sdk.tiers import Attained, Queue
 
 _WINDOW = "1h"
@@ -31,6 +32,7 @@ class _Seen:
     sites: tuple[Site, ...]
     queue: tuple[Queue, ...]
     slo: tuple[Attained, ...]
+    spend: tuple[Spend, ...]
     usage: Statement
 
 
@@ -70,8 +72,13 @@ def top(once: bool, interval_s: float, fabric: Fabric, output: Output) -> None:
 
 
 def _look(fabric: Fabric) -> _Seen:
+    hour_ago = datetime.now(UTC) - timedelta(hours=1)
     return _Seen(
-        sites=fabric.sites(), queue=fabric.queue(), slo=fabric.slo(), usage=fabric.usage(limit=1)
+        sites=fabric.sites(),
+        queue=fabric.queue(),
+        slo=fabric.slo(),
+        spend=fabric.spend(since=hour_ago.isoformat()),
+        usage=fabric.usage(limit=1),
     )
 
 
@@ -82,39 +89,46 @@ def _watch(fabric: Fabric, interval_s: float) -> None:
 
     from fabric.errors import HubUnreachable
 
-    picture = _picture(_look(fabric))
-    with Live(picture, screen=True, auto_refresh=False) as live:
+    seen = _look(fabric)
+    with Live(screen=True, auto_refresh=False) as live:
         while True:
-            live.update(picture, refresh=True)
+            live.update(_picture(seen, live.console.height), refresh=True)
             time.sleep(interval_s)
             try:
-                picture = _picture(_look(fabric))
+                seen = _look(fabric)
             except HubUnreachable as away:
                 live.update(Text(away.message, style="red"), refresh=True)
                 time.sleep(interval_s)
 
 
-def _picture(seen: _Seen) -> Group:
+def _picture(seen: _Seen, num_lines: int) -> Group:
+    """Return what fits a terminal of so many lines: there the sites get what others leave."""
     from rich.console import Group, RenderableType
     from rich.text import Text
 
+    _, *others = _sections(seen)
+    room = num_lines - sum(len(section.rows) + 3 for section in others)
     parts: list[RenderableType] = []
-    for section in _sections(seen):
+    for section in _sections(seen, room - 2):
         parts.append(Text(section.title, style="bold"))
-        parts.append(
-            get_rich_table(section.columns, section.rows)
-            if section.rows
-            else Text(section.empty + "\n", style="dim")
-        )
+        if section.rows:
+            table = get_rich_table(section.columns, section.rows)
+            table.box = None
+            parts += [table, ""]
+        else:
+            parts += [Text(section.empty, style="dim"), ""]
     return Group(*parts)
 
 
-def _sections(seen: _Seen) -> Iterator[_Section]:
+def _sections(seen: _Seen, most_replicas: int | None = None) -> Iterator[_Section]:
     numbers = ("BUSY", "ROWS", "WAITING", "CACHE")
+    rows = [row for site in seen.sites for row in _replicas(site)]
+    if most_replicas is not None and len(rows) > most_replicas:
+        rows = [row for site in seen.sites for row in _summed(site)]
     yield _Section(
         "Sites",
         ["SITE", "STATE", "MODEL", "INSTANCE", *(Column(n, numeric=True) for n in numbers)],
-        [row for site in seen.sites for row in _replicas(site)],
+        rows,
         "The hub has no sites.",
     )
     yield _Section(
@@ -129,6 +143,18 @@ def _sections(seen: _Seen) -> Iterator[_Section]:
         ["TIER", "WHAT", *(Column(n, numeric=True) for n in ("WITHIN", *kept))],
         [_kept(one) for one in seen.slo if one.window == _WINDOW and one.num_requests],
         "No request ended in the last hour.",
+    )
+    yield _Section(
+        f"Spent by {seen.usage.project} in the last hour",
+        ["MODEL", "SITE", *(Column(n, numeric=True) for n in ("RUNS", "TOKENS", "SU"))],
+        [
+            (
+                *(one.model, one.site, one.num_runs),
+                *(one.prompt_tokens + one.output_tokens, su(one.charge_usu)),
+            )
+            for one in seen.spend
+        ],
+        "Nothing was run in the last hour.",
     )
     yield _Section(
         f"Allocations of {seen.usage.project}",
@@ -157,6 +183,23 @@ def _replicas(site: Site) -> list[tuple[object, ...]]:
         )
         for one in site.replicas
     ]
+
+
+def _summed(site: Site) -> list[tuple[object, ...]]:
+    """Return a line for each model at a site, or one without."""
+    rows: list[tuple[object, ...]] = []
+    for model in sorted({one.model for one in site.replicas}):
+        some = [one for one in site.replicas if one.model == model]
+        num_ready = sum(one.state == "ready" for one in some)
+        rows.append(
+            (
+                *(site.name, site.state, model, f"{num_ready} of {len(some)} ready"),
+                *(sum(one.num_running for one in some), sum(one.max_rows for one in some)),
+                sum(one.num_waiting for one in some),
+                f"{sum(one.cache_usage for one in some) / len(some):.0%}",
+            )
+        )
+    return rows or _replicas(site)
 
 
 def _kept(one: Attained) -> tuple[object, ...]:

@@ -12,7 +12,9 @@ from fabric.cli.output import Column, Output, note, short
 from fabric.cli.statement_csv import to_csv
 
 if TYPE_CHECKING:
-    from fabric.sdk import Fabric
+    from collections.abc import Sequence
+
+    from fabric.sdk import Fabric, Spend
     from fabric.sdk.records import Allocation
 
 
@@ -20,10 +22,19 @@ if TYPE_CHECKING:
 @click.option("--since", type=click.DateTime(), help="Only what was charged since then (UTC).")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True)
 @click.option("--csv", "as_csv", is_flag=True, help="Print lines for a spreadsheet.")
+@click.option("--sums", is_flag=True, help="Add runs up, by model and site.")
 @client_options
-def usage(since: object, limit: int, as_csv: bool, fabric: Fabric, output: Output) -> None:
+def usage(
+    since: object, limit: int, as_csv: bool, sums: bool, fabric: Fabric, output: Output
+) -> None:
     """Show what your project may spend, and what it was charged."""
-    statement = fabric.usage(since=f"{since:%Y-%m-%dT%H:%M:%SZ}" if since else None, limit=limit)
+    from_at = f"{since:%Y-%m-%dT%H:%M:%SZ}" if since else None
+    if sums:
+        if as_csv:
+            raise click.UsageError("Choose one of --csv and --sums.")
+        _show_sums(fabric.spend(since=from_at), output)
+        return
+    statement = fabric.usage(since=from_at, limit=limit)
     if output.is_json:
         output.json(statement)
         return
@@ -66,6 +77,25 @@ def usage(since: object, limit: int, as_csv: bool, fabric: Fabric, output: Outpu
     )
     if not statement.complete:
         note("There are older lines; --limit shows more.")
+
+
+def _show_sums(spent: Sequence[Spend], output: Output) -> None:
+    if output.is_json:
+        output.json(spent)
+        return
+    numbers = ("RUNS", "PROMPT", "CACHED", "OUTPUT", "DEVICE S", "SU")
+    output.table(
+        ["MODEL", "SITE", *(Column(name, numeric=True) for name in numbers)],
+        [
+            (
+                *(one.model, one.site, one.num_runs, one.prompt_tokens),
+                *(one.cached_prompt_tokens, one.output_tokens, f"{one.device_s:.1f}"),
+                su(one.charge_usu),
+            )
+            for one in spent
+        ],
+        empty="Nothing was run.",
+    )
 
 
 def _place(account: Allocation) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
-from fabric.auth import GlobusTokens, Groups, Keys
+from fabric.auth import GlobusTokens, Groups, Keys, Users
 from fabric.sql import Database, utc_now
 from fabric.testing.globus.auth import GROUPS_SCOPE, Account, AuthClient, AuthDirectory, Group
 from fabric.testing.globus.serving import AuthService, running_auth
@@ -55,6 +55,7 @@ class Campus:
     def get_tokens(
         self,
         groups: Groups,
+        users: Users,
         *,
         clock: Callable[[], datetime] = utc_now,
         monotonic: Callable[[], float] = time.monotonic,
@@ -63,6 +64,7 @@ class Campus:
         assert self.hub.secret is not None
         return GlobusTokens(
             groups,
+            users,
             client_id=self.hub.id,
             client_secret=self.hub.secret,
             scope=self.scope,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fabric.auth import GlobusTokens, Groups
+from fabric.auth import GlobusTokens, Groups, Users
 from fabric.sql import Database
 from fabric.testing.clock import Clock
 from fabric.testing.globus.campus import Campus, running_campus
@@ -31,13 +31,18 @@ def groups(database: Database, campus: Campus) -> Groups:
 
 
 @pytest.fixture
+def users(database: Database) -> Users:
+    return Users(database)
+
+
+@pytest.fixture
 def make_tokens(
-    groups: Groups, campus: Campus, clock: Clock
+    groups: Groups, users: Users, campus: Campus, clock: Clock
 ) -> Iterator[Callable[[], GlobusTokens]]:
     made: list[GlobusTokens] = []
 
     def make() -> GlobusTokens:
-        made.append(campus.get_tokens(groups, clock=clock, monotonic=clock.monotonic))
+        made.append(campus.get_tokens(groups, users, clock=clock, monotonic=clock.monotonic))
         return made[-1]
 
     yield make

@@ -85,12 +85,20 @@ grants = st.lists(
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(grants, st.frozensets(st.sampled_from(["m1", "m2"])), st.frozensets(st.just("s1")))
+@given(
+    grants,
+    st.frozensets(st.sampled_from(["m1", "m2"])),
+    st.frozensets(st.just("s1")),
+    st.none() | st.frozensets(st.sampled_from(["s1", "s2"])),
+)
 def test_decisions_are_those_of_the_rules_in_words(
-    given_grants: list[Grant], models: frozenset[str], sites: frozenset[str]
+    given_grants: list[Grant],
+    models: frozenset[str],
+    sites: frozenset[str],
+    homes: frozenset[str] | None,
 ) -> None:
     caller = Permits(
-        project="p", key_id="k", models=models, sites=sites, grants=tuple(given_grants)
+        project="p", key_id="k", models=models, sites=sites, grants=tuple(given_grants), homes=homes
     )
     for model, site, mode, tier in product(
         ("m1", "m2"), ("s1", "s2"), ("query", "read"), ("standard", "batch")
@@ -102,6 +110,8 @@ def test_decisions_are_those_of_the_rules_in_words(
         opens_site = any(g.site in (site, "*") and g.model in (None, "*", model) for g in fit)
         expected = Decision.ALLOWED
         if (model in models and not opens_model) or (site in sites and not opens_site):
+            expected = Decision.REFUSED
+        if homes is not None and site not in homes:
             expected = Decision.REFUSED
         if not (sees_model and sees_site):
             expected = Decision.HIDDEN

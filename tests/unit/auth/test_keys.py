@@ -245,6 +245,24 @@ def test_projects_are_kept_by_name(keys: Keys) -> None:
     assert keys.modify_project("bio", title="Biology").title == "Biology"
 
 
+def test_sites_of_a_project_are_named_and_go_with_it(keys: Keys) -> None:
+    kept = keys.add_project("clinic", sites=["delta", "anvil", "delta"])
+    assert kept.sites == ("anvil", "delta")
+    assert keys.project("clinic") == kept
+    assert keys.modify_project("clinic", title="Clinic").sites == kept.sites
+    assert keys.modify_project("clinic", sites=["anvil"]).sites == ("anvil",)
+    for wrong in ("", "*", "Anvil", "a:b", "x" * 64):
+        with pytest.raises(RequestInvalid, match=r"no site's name"):
+            keys.modify_project("clinic", sites=["delta", wrong])
+        with pytest.raises(RequestInvalid):
+            keys.add_project("other", sites=[wrong])
+    assert [one.sites for one in keys.projects() if one.name in ("clinic", "other")] == [("anvil",)]
+    with pytest.raises(NotFound):
+        keys.modify_project("unheard-of", sites=["anvil"])
+    keys.delete_project("clinic")
+    assert keys.add_project("clinic").sites == ()
+
+
 def test_deleted_project_takes_its_keys_along(keys: Keys) -> None:
     _, key = add(keys)
     keys.authenticate(key)

@@ -7,14 +7,15 @@ import io
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import update
 
-from fabric.auth import Identity, Keys
+from fabric.auth import Identity, Keys, Users
 from fabric.batches import Batches, BatchRecord, BatchSettings, Rows
 from fabric.batches.answerer import Write
 from fabric.batches.records import Json
@@ -172,6 +173,21 @@ async def test_a_line_waits_for_a_model_that_is_not_there_and_is_answered(bench:
     async with bench.batches(max_tries=2) as room:
         ended = await bench.over(room, await bench.create(room, 1))
     assert (ended.status, ended.num_completed, ended.charge_usu) == ("completed", 1, 5)
+
+
+async def test_who_is_kept_out_has_no_more_lines_asked(bench: Bench) -> None:
+    bench.caller = replace(bench.caller, key_id=f"globus:{uuid4()}")
+    users = Users(bench.database)
+    users.note_login(bench.caller.key_id.removeprefix("globus:"), "alice@example.edu")
+    bench.answerer.gate.clear()
+    async with bench.batches() as room:
+        batch = await bench.create(room, 3)
+        await until(lambda: bench.answerer.at_once > 0)
+        users.block("alice@example.edu", reason="left")
+        ended = await bench.over(room, batch)
+        assert ended.status == "failed"
+        codes = {line["error"]["code"] for line in lines_of(room, ended.error_file)}
+        assert codes == {"user_blocked"}
 
 
 async def test_a_line_that_cannot_be_paid_is_an_error_and_the_others_are_answered(

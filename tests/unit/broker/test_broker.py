@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fabric.errors import (
     NoReplica,
     StorageBusy,
 )
+from fabric.ledger import Ledger
 from fabric.messages import (
     Placed,
     RunCompleted,
@@ -24,6 +26,7 @@ from fabric.messages import (
     RunState,
     Token,
 )
+from fabric.sql import utc_now
 from fabric.testing.runs import Ask, last, settled, words
 
 
@@ -354,6 +357,28 @@ async def test_the_hold_of_a_long_run_is_renewed(
     assert isinstance(last(await read(run)), RunCompleted)
     record = await settled(hub, run)
     assert record.charge_usu == 83
+
+
+async def test_a_clock_that_jumps_releases_what_was_abandoned_and_no_live_hold(
+    hub: Any, caller: Identity, ask: Ask, until: Any
+) -> None:
+    ahead = timedelta()
+    hub.ledger = Ledger(hub.database, clock=lambda: utc_now() + ahead)
+    name = hub.grant()
+    hub.ledger.hold("abandoned", allocation=name, amount_usu=1000, lease_s=600)
+    broker = await hub.broker(lease_s=60, sweep_s=0.05)
+    broker.attach(hub.channel("alpha", token_s=0.02))
+    run = await broker.submit(caller, ask(max_tokens=2000))
+    await until(lambda: run.has_tokens)
+    held_usu = hub.allocation().held_usu
+    ahead = timedelta(hours=1)
+    await until(lambda: hub.allocation().held_usu == held_usu - 1000)
+    ahead = -timedelta(hours=1)
+    await run.cancel()
+    record = await settled(hub, run)
+    assert record.charge_usu > 0
+    assert hub.allocation().available_usu == 1_000_000 - record.charge_usu
+    assert hub.allocation().held_usu == 0
 
 
 async def test_a_replica_that_joins_in_time_gets_the_waiting_request(

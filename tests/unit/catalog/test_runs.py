@@ -65,20 +65,20 @@ def test_run_is_recorded_again_as_it_goes_on(catalog: Catalog) -> None:
     first = run(1, state=RunState.RUNNING)
     done = replace(first, state=RunState.COMPLETED, charge_usu=5)
     for record in (first, done, done):
-        catalog.record_run(record)
+        catalog.record_runs([record])
     assert catalog.runs("astro") == [done]
 
 
 def test_run_of_another_project_is_as_good_as_absent(catalog: Catalog) -> None:
     theirs = run(1, "bio")
-    catalog.record_run(theirs)
+    catalog.record_runs([theirs])
     answers = []
     for name in ("run_1", "run_9"):
         with pytest.raises(NotFound) as caught:
             catalog.run(name, project="astro")
         answers.append(caught.value.message.replace(name, "X"))
     assert answers[0] == answers[1]
-    catalog.record_run(run(1, "astro", charge_usu=99))
+    catalog.record_runs([run(1, "astro", charge_usu=99)])
     assert catalog.run("run_1") == theirs
     assert catalog.runs("astro") == []
 

@@ -82,6 +82,25 @@ def test_what_cannot_be_granted_changes_nothing(admin: Admin, args: list[str], c
 # ---- limits --------------------------------------------------------------------------------------
 
 
+def test_a_person_is_let_in_and_kept_out(admin: Admin) -> None:
+    admin.json("project", "add", "astro")
+    added = admin.json("user", "add", "astro", "Alice@Example.edu", "--scope", "launch")
+    assert (added["user"], added["scopes"]) == ("alice@example.edu", ["launch"])
+    assert "alice@example.edu" in admin.ok("user", "show", "--added").stdout
+    changed = admin.json("user", "modify", "astro", "alice@example.edu", "--max-concurrent", "8")
+    assert admin.json("user", "show", "--added", "--project", "astro") == [changed]
+    asked = admin.run("user", "block", "alice@example.edu")
+    assert (asked.exit_code, "-y does it" in asked.stderr) == (3, True)
+    admin.ok("user", "block", "alice@example.edu", "--reason", "a stolen laptop", "-y")
+    assert "a stolen laptop" in admin.ok("user", "show", "--blocked").stdout
+    admin.ok("user", "unblock", "alice@example.edu", "-y")
+    assert "Nobody is kept out." in admin.ok("user", "show", "--blocked").stderr
+    admin.ok("user", "delete", "astro", "alice@example.edu", "-y")
+    assert admin.json("user", "show", "--added") == []
+    assert admin.run("user", "show", "--added", "--blocked").exit_code == 2
+    assert "NAME@DOMAIN" in admin.run("user", "add", "astro", "alice").stderr
+
+
 def test_a_limit_is_added_shown_changed_and_taken_away(admin: Admin) -> None:
     made = admin.json("limit", "add", "project:astro", "--requests", "60", "--tokens", "1000")
     assert (made["requests_per_min"], made["tokens_per_min"]) == (60, 1000)
@@ -200,9 +219,15 @@ CHANGES: list[tuple[str, list[str]]] = [
     ("project modify", ["bio", "--title", "Biology"]),
     ("project group add", ["bio", GROUP]),
     ("project group delete", ["bio", GROUP, "-y"]),
+    ("user add", ["bio", "alice@example.edu"]),
+    ("user modify", ["bio", "alice@example.edu", "--max-concurrent", "3"]),
+    ("user delete", ["bio", "alice@example.edu", "-y"]),
+    ("user block", ["alice@example.edu", "-y"]),
+    ("user unblock", ["alice@example.edu", "-y"]),
     ("site add", ["alpha"]),
     ("site modify", ["alpha", "--state", "disabled"]),
     ("maintenance add", ["alpha", "--from", "2999-01-01", "--until", "2999-01-02"]),
+    ("maintenance modify", ["alpha", "...", "--until", "2999-01-03"]),
     ("maintenance delete", ["alpha", "...", "-y"]),
     ("model add", ["toy", "--source", "x:y", "--context-tokens", "512"]),
     ("model modify", ["toy", "--context-tokens", "99"]),

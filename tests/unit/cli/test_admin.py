@@ -229,6 +229,19 @@ def test_groups_of_a_project_are_kept(admin: Admin, project: str) -> None:
     assert admin.run("project", "group", "delete", project, group, "-y").exit_code == 3
 
 
+def test_a_project_is_kept_at_sites(admin: Admin) -> None:
+    admin.ok("site", "add", "alpha")
+    admin.ok("project", "add", "clinic", "--site", "alpha")
+    changed = admin.ok("project", "modify", "clinic", "--site", "alpha", "--site", "beta")
+    assert "sites: alpha -> alpha beta" in changed.stderr
+    assert "There is no site 'beta' yet" in changed.stderr
+    assert "alpha beta" in admin.ok("project", "show").stdout
+    assert admin.json("project", "modify", "clinic", "--any-site")["sites"] == []
+    nothing = admin.run("project", "modify", "clinic")
+    assert (nothing.exit_code, "say at least one of" in nothing.stderr) == (3, True)
+    assert admin.run("project", "modify", "clinic", "--any-site", "--site", "a").exit_code == 2
+
+
 def test_deleted_project_takes_its_groups_along(admin: Admin, project: str) -> None:
     admin.ok("project", "group", "add", project, "6c91e6eb-085c-11e6-a7a5-22000bf2d559")
     admin.ok("project", "delete", project, "-y")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sqlalchemy import insert, select, update
 
 import fabric.batches  # noqa: F401 - whose table of files is filled here
 from fabric.catalog import Catalog, RunRecord
+from fabric.cli.admin import rate_measure
 from fabric.cli.main import fabric_admin
 from fabric.ledger import Ledger
 from fabric.ledger.sacct import COMMAND
@@ -174,6 +176,25 @@ def test_rates_are_measured_from_runs(admin: Books) -> None:
     (rate,) = admin.json("rate", "show", "--model", "smol@1", "--site", "alpha")
     assert float(rate["rate"]["prompt_usu"]) == float(found["prices"]["prompt_usu"])
     assert rate["rate"]["stored_usu"] == "7"
+
+
+def test_a_model_is_measured_though_others_were_asked_since(
+    admin: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admin.ok("model", "add", "smol", "--context-tokens", "2048", "--source", "fixed-delay:")
+    later = {"model": "busy@1", "created_at": datetime(2026, 2, 1, tzinfo=UTC)}
+    elsewhere = {"site": "beta", "created_at": datetime(2026, 2, 1, tzinfo=UTC)}
+    with Database(admin.url) as database:
+        Catalog(database).record_runs(
+            [
+                *(run(number) for number in range(30)),
+                *(replace(run(number), id=f"run_m{number}", **later) for number in range(30)),
+                *(replace(run(number), id=f"run_s{number}", **elsewhere) for number in range(30)),
+            ]
+        )
+    monkeypatch.setattr(rate_measure, "MAX_RUNS", 25)
+    found = admin.json("rate", "measure", "smol", "alpha", "--node-hour", "3.6")
+    assert found["measured"]["num_runs"] == 25
 
 
 def run(number: int) -> RunRecord:

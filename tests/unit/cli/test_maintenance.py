@@ -31,6 +31,33 @@ def test_maintenance_is_planned_shown_and_deleted(admin: Admin) -> None:
     assert "No maintenance is planned." in admin.run("maintenance", "show").output
 
 
+def test_maintenance_takes_longer_than_was_planned(admin: Admin) -> None:
+    first = admin.json("maintenance", "add", "polaris", *TIMES, "--reason", "new disks")
+    later = ("--from", "2038-02-01", "--until", "2038-02-02")
+    second = admin.json("maintenance", "add", "polaris", *later)
+    told = admin.ok("maintenance", "modify", "polaris", first["id"], "--until", "2038-01-12")
+    assert "ends at: 2038-01-11" in told.stderr.replace("_", " ")
+    shown = admin.json("maintenance", "show", "polaris")
+    assert [one["id"] for one in shown] == [first["id"], second["id"]]
+    assert (shown[0]["ends_at"][:10], shown[0]["reason"]) == ("2038-01-12", "new disks")
+    past = ("--from", "2038-03-01", "--until", "2038-03-02", "--reason", "later")
+    admin.ok("maintenance", "modify", "polaris", first["id"], *past)
+    shown = admin.json("maintenance", "show", "polaris")
+    assert [(one["id"], one["reason"]) for one in shown] == [
+        (second["id"], ""),
+        (first["id"], "later"),
+    ]
+    for words, why in (
+        ((first["id"], "--from", "2038-02-01"), f"{second['id']} is planned then"),
+        ((first["id"], "--until", "2038-01-01"), "it is not after starts_at"),
+        ((first["id"], "--from", "1999-01-01", "--until", "1999-01-02"), "it is over"),
+        (("mnt_0", "--until", "2039-01-01"), "'mnt_0'"),
+    ):
+        refused = admin.run("maintenance", "modify", "polaris", *words)
+        assert (refused.exit_code, why in refused.stderr) == (Exit.REFUSED, True), refused.stderr
+    assert admin.json("maintenance", "show", "polaris") == shown
+
+
 def test_what_cannot_be_planned_is_refused_with_the_reason(admin: Admin) -> None:
     admin.json("maintenance", "add", "polaris", *TIMES)
     twice = admin.run("maintenance", "add", "polaris", *TIMES)

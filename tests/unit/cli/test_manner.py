@@ -9,6 +9,7 @@ import shlex
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,8 +18,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from fabric.auth import Users
 from fabric.catalog import Catalog, RunRecord
 from fabric.cli.main import fabric_admin
+from fabric.cli.output import Output
 from fabric.messages import RunState, new_id
 from fabric.sql import Database
 from fabric.testing.admin import Admin
@@ -30,6 +33,11 @@ name: anvil
 title: Anvil
 executor: {{kind: globus-compute, endpoint_id: {ENDPOINT}}}
 """
+
+PRICES = (
+    *("--prompt", "--cached-prompt", "--output", "--hook-in", "--hook-out", "--device"),
+    *("--kv-block", "--adapter", "--fine-tune", "--stored"),
+)
 
 Leaf = tuple[tuple[str, ...], click.Command]
 
@@ -60,6 +68,8 @@ class Furnished(Admin):
         (folder / "anvil.yaml").write_text(ANVIL)
         self.ok("project", "add", "astro", "--title", "Astronomy")
         self.ok("project", "group", "add", "astro", GROUP)
+        self.ok("user", "add", "astro", "bob@example.edu")
+        self.ok("user", "block", "carol@example.edu", "--reason", "left", "-y")
         self.ok("site", "add", "--file", str(folder / "anvil.yaml"))
         self.ok("model", "add", "gpt2", "--source", "/models/gpt2", "--context-tokens", "1024")
         self.ok("key", "add", "astro", "--scope", "site", "--site", "anvil", "--label", "agent")
@@ -112,9 +122,15 @@ def test_help_teaches_by_examples_that_are_understood(
 CHANGES = (
     "project add bio --title Biology",
     "project modify astro --title Stars",
+    "project modify astro --site anvil",
     "project delete astro -y",
     "project group add astro 00000000-085c-11e6-a7a5-22000bf2d559",
     "project group delete astro {group} -y",
+    "user add astro alice@example.edu",
+    "user modify astro bob@example.edu --scope launch",
+    "user delete astro bob@example.edu -y",
+    "user block alice@example.edu -y",
+    "user unblock carol@example.edu -y",
     "site add polaris",
     "site modify anvil --state disabled",
     "maintenance add anvil --from 2999-01-01 --until 2999-01-02",
@@ -192,6 +208,8 @@ def test_a_dry_run_leaves_a_new_database_without_tables(tmp_path: Path) -> None:
     [
         ("project add astro", "project add astro --title Astrology"),
         ("project group add astro {group}", "project group add astro {group} --scope admin"),
+        ("user add astro BOB@example.edu", "user add astro bob@example.edu --scope admin"),
+        ("user block Carol@example.edu -y", "user block carol@example.edu -y --reason other"),
         ("site add anvil", "site add anvil --display Other"),
         (
             "model add gpt2 --source /models/gpt2 --context-tokens 1024",
@@ -228,6 +246,58 @@ def test_tables_fit_eighty_columns(admin: Furnished) -> None:
     }
 
 
+LISTS = (
+    *("site show", "endpoint show", "model show", "replica show", "project show"),
+    *("user show --added", "user show --blocked", "key show", "grant show", "limit show"),
+    *("audit show", "alloc show", "alloc statement " + "physics-" * 7, "rate show", "tier show"),
+    *("rate unit show", "maintenance show", "project group show"),
+)
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Furnished:
+    """A database in which everything has a long name."""
+    admin = Furnished(tmp_path_factory.mktemp("crowded"))
+    project, site, model = "physics-" * 7, "s" * 30, "llama-3-70b-instruct"
+    person = "firstname.lastname@department.university.edu"
+    prices = [word for price in PRICES for word in (price, "123.456789")]
+    for words in (
+        ["project", "add", project, "--title", "A very long title of a very large group " * 3],
+        ["project", "group", "add", project, GROUP, "--scope", "launch", "--scope", "query"],
+        ["user", "add", project, person, "--scope", "launch", "--scope", "query"],
+        ["user", "block", person, "--reason", "a laptop that was stolen " * 4, "-y"],
+        ["site", "add", site],
+        ["model", "add", model, "--source", "/" + "folder/" * 12, "--context-tokens", "131072"],
+        ["key", "add", project, "--label", "a label that says very much"],
+        ["alloc", "add", project, "--site", site, "--period", "2027-first-half", "--su", "1000000"],
+        ["alloc", "add", project, "--su", "1000000", "--ends", "2999-01-01"],
+        ["alloc", "share", project, f"globus:{GROUP}", "--su", "10"],
+        ["rate", "add", model, site, *prices],
+        ["rate", "unit", "add", "node-hour-of-the-large-memory-partition", "--su", "2.5"],
+        ["grant", "add", f"user:{person}", "--model", model, "--site", site],
+        ["limit", "add", f"user:{person}", "--requests", "600", "--tokens", "1000000"],
+        ["maintenance", "add", site, "--from", "2999-01-01", "--until", "2999-01-02"],
+    ):
+        admin.ok(*words)
+    return admin
+
+
+@pytest.mark.parametrize("words", LISTS)
+def test_a_terminal_of_eighty_columns_shows_all_of_a_table(
+    crowded: Furnished, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, *rows = crowded.ok(*words.split()).stdout.removeprefix("SU per million\n").splitlines()
+    assert rows
+    monkeypatch.setattr(Output, "is_terminal", True)
+    for name, value in (("COLUMNS", "80"), ("TERM", "dumb")):
+        monkeypatch.setenv(name, value)
+    told = crowded.ok(*words.split()).stdout
+    assert "…" not in told
+    assert not Counter(re.findall(r"\w", "".join(rows))) - Counter(told), told
+    if "──" in told:  # else each row is a block of lines
+        assert max(map(len, told.splitlines())) <= 80
+
+
 def test_one_record_is_shown_whole(admin: Furnished) -> None:
     told = admin.ok("site", "show", "anvil").stdout
     assert ENDPOINT in told
@@ -260,14 +330,18 @@ def test_users_are_those_who_asked_the_latest_first(admin: Furnished) -> None:
                 charge_usu=1_500_000,
                 created_at=made + timedelta(hours=hours),
             )
-            Catalog(database).record_run(run)
+            Catalog(database).record_runs([run])
+        Users(database).note_login(asked[1][0].removeprefix("globus:"), "alice@example.edu")
     person, key = admin.json("user", "show", "--project", "astro")
     assert (person["key_id"], person["num_runs"]) == (asked[1][0], 1)
-    assert (key["num_runs"], key["charge_usu"]) == (2, 3_000_000)
+    assert (person["name"], person["blocked"]) == ("alice@example.edu", False)
+    assert (key["num_runs"], key["charge_usu"], key["name"]) == (2, 3_000_000, "")
     later = admin.json("user", "show", "--since", "2030-01-01T00:30:00")
     assert [one["key_id"] for one in later] == [asked[1][0]]
+    admin.ok("user", "block", "alice@example.edu", "-y")
     table = admin.ok("user", "show").stdout
     assert "3.000000" in table
+    assert re.search(r"alice@example\.edu .* blocked$", table, re.M)
     assert max(map(len, table.splitlines())) <= 80
     assert admin.run("user", "show", "--project", "nope").exit_code == 3
 

@@ -37,7 +37,10 @@ def test_help_lists_commands_and_exit_codes() -> None:
     assert "130  interrupted" in done.output
 
 
-@pytest.mark.parametrize("noun", ["site", "model", "project", "key", "alloc"])
+@pytest.mark.parametrize(
+    "noun",
+    ["site", "model", "project", "user", "key", "grant", "alloc", "rate", "limit", "maintenance"],
+)
 def test_administrators_have_the_four_verbs(noun: str) -> None:
     command = fabric_admin.get_command(click.Context(fabric_admin), noun)
     assert isinstance(command, click.Group)

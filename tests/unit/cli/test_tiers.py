@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from fabric.cli.commands.estimate import CountType, span
 from fabric.cli.main import fabric
 from fabric.sdk import Fabric
-from fabric.testing.hub import RunningHub, running_hub
+from fabric.testing.hub import PROJECT, RunningHub, running_hub, wait_until
 from fabric.testing.terminal import Terminal
 
 Run = Callable[..., Result]
@@ -28,6 +28,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
         with Fabric(hub.base_url, hub.api_key) as client:
             for _ in range(24):
                 client.complete("one two", max_tokens=4)
+        wait_until(
+            lambda: [run.state for run in hub.catalog.runs(PROJECT)] == ["completed"] * 24,
+            timeout_s=60,
+        )
         yield hub
 
 
@@ -110,12 +114,29 @@ def test_top_shows_sites_promises_and_spend_once(run: Run) -> None:
     for title in ("Sites", "Waiting at the hub", "Promises in the last hour", "Allocations of"):
         assert title in done.stdout
     assert "standard  first token" in done.stdout
+    # A prompt token costs 1 micro-SU, an answer's 2: each of the 24 was charged 2 + 8.
+    *spent, _, _, _ = done.stdout.partition("Spent by physics in the last hour\n")[2].splitlines()
+    rows = [line.split() for line in spent if line.startswith("fixed@1")]
+    assert sum(int(row[2]) for row in rows) == 24
+    assert sum(float(row[4]) for row in rows) == pytest.approx(24 * 10 / 1e6)
     assert "Nothing waits." in done.stderr
+
+
+def test_usage_adds_runs_up_by_model_and_site(run: Run) -> None:
+    spent = json.loads(run("usage", "--sums", "--format", "json").stdout)
+    assert {one["site"] for one in spent} <= {"alpha", "beta"}
+    assert sum(one["num_runs"] for one in spent) == 24
+    assert sum(one["output_tokens"] for one in spent) == 24 * 4
+    heads, *rows = run("usage", "--sums").stdout.splitlines()
+    assert (heads.split()[0], len(rows)) == ("MODEL", len(spent))
+    later = run("usage", "--sums", "--since", "2999-01-01")
+    assert (later.stdout, later.stderr) == ("", "Nothing was run.\n")
+    assert run("usage", "--sums", "--csv").exit_code == 2
 
 
 def test_top_in_json_is_shown_once(run: Run) -> None:
     found = json.loads(run("top", "--format", "json").stdout)
-    assert set(found) == {"sites", "queue", "slo", "usage"}
+    assert set(found) == {"sites", "queue", "slo", "spend", "usage"}
     assert {site["name"] for site in found["sites"]} == {"alpha", "beta"}
     assert {one["window"] for one in found["slo"]} == {"5m", "1h", "6h", "24h"}
 
@@ -125,7 +146,19 @@ def test_top_is_drawn_again_and_again_until_it_is_interrupted(environ: dict[str,
     terminal = Terminal(
         {**os.environ, **environ, "TERM": "xterm"}, command, "top", "--interval", "0.2"
     )
-    terminal.read_until(r"(?s)Sites.*Allocations.*Sites.*Allocations", timeout_s=60)
+    terminal.read_until(r"(?s)Sites.*Spent.*Allocations.*Sites.*Allocations", timeout_s=60)
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.finish() == 0
+
+
+def test_top_adds_replicas_up_where_a_terminal_has_no_room_for_each(
+    environ: dict[str, str],
+) -> None:
+    command = str(Path(sys.executable).parent / "fabric")
+    small = {**os.environ, **environ, "TERM": "xterm", "LINES": "20"}
+    terminal = Terminal(small, command, "top", "--interval", "0.2")
+    seen = terminal.read_until(r"(?s)Sites.*1 of 1 ready.*Allocations", timeout_s=60)
+    assert "inst_" not in seen
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.finish() == 0
 

@@ -229,6 +229,7 @@ MATRIX: dict[tuple[str, str], list[Call]] = {
     ("GET", f"{F}/queue"): [LIST],
     ("GET", f"{F}/slo"): [LIST],
     ("GET", f"{F}/usage"): [LIST],
+    ("GET", f"{F}/spend"): [LIST],
     ("GET", f"{F}/runs"): [LIST],
     ("GET", f"{F}/runs/{{run}}"): [mine(World.run)],
     ("GET", f"{F}/whoami"): [LIST],

@@ -113,6 +113,37 @@ def test_a_request_never_runs_where_its_model_was_not_granted(
     assert sites == {"beta"}
 
 
+def test_data_of_a_project_stays_where_it_may_go(hub: RunningHub, client: httpx.Client) -> None:
+    grant(hub)
+    open_to_all = {"model": MODEL, "prompt": "x", "max_tokens": 1}
+    hub.keys.modify_project(PROJECT, sites=["beta", "elsewhere"])
+    settle(hub)
+    try:
+        for body in (COMPLETION, open_to_all):
+            sites = {
+                client.post("/v1/completions", json=body).headers["x-fabric-site"] for _ in range(8)
+            }
+            assert sites == {"beta"}
+            for ours in ({"sites": ["alpha"]}, {"policy": "local-only", "data_site": "alpha"}):
+                refused = client.post("/v1/completions", json=body | {"fabric": ours})
+                assert refused.status_code in (403, 503), refused.text
+                assert "x-fabric-site" not in refused.headers
+        error = client.post(
+            "/v1/completions", json=open_to_all | {"fabric": {"sites": ["alpha"]}}
+        ).json()["error"]
+        assert (error["code"], error["detail"]["homes"]) == ("data_stays", ["beta"])
+        assert "may go to beta alone, not to alpha" in error["message"]
+        explained = client.post("/v1/fabric/explain", json=open_to_all).json()
+        assert {one["site"] for one in explained["candidates"] if not one["excluded"]} == {"beta"}
+        ticket = client.post("/v1/fabric/tickets", json={"site": "alpha"})
+        assert (ticket.status_code, ticket.json()["error"]["code"]) == (403, "data_stays")
+        assert client.post("/v1/fabric/tickets", json={"site": "beta"}).status_code == 200
+    finally:
+        hub.keys.modify_project(PROJECT, sites=[])
+        settle(hub)
+    assert asked(client, open_to_all, sites=["alpha"]) == (200, "")
+
+
 def test_a_program_needs_a_grant_of_each_of_its_modes(hub: RunningHub) -> None:
     _, key = hub.keys.add_key(PROJECT, scopes=PROGRAM_SCOPES)
     nodes = [
