@@ -18,6 +18,7 @@ from fabric.sql import Database, utc_now
 PENDING, COMPLETED, FAILED = "pending", "completed", "failed"
 _PAGE, _AT_ONCE = 256, 1000
 _BY_ID = select(batches).where(batches.c.id == bindparam("batch"))
+_ANY_OPEN = select(exists().where(batches.c.status.in_(OPEN)))
 _LINE = update(batch_lines).where(
     batch_lines.c.batch == bindparam("of_batch"),
     batch_lines.c.number == bindparam("at"),
@@ -99,6 +100,9 @@ class Book:
         A batch that is taken up begins a new life. Of one project only the oldest are, a quarter
         of what a runner takes: no project keeps the others waiting.
         """
+        with self._database.read() as connection:
+            if not connection.execute(_ANY_OPEN).scalar_one():
+                return []  # as nearly always; nobody has waited for a lock
         now = self._clock()
         until = now + timedelta(seconds=self._lease_s)
         rank = func.row_number().over(

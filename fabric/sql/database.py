@@ -190,14 +190,19 @@ class Database:
         with self.transaction() as connection:
             yield connection
 
-    def checkpoint(self) -> None:
-        """Copy SQLite's log into its file beside the writers, none of which waits for it.
+    def checkpoint(self) -> int:
+        """Copy SQLite's log into its file beside the writers, none of which waits for it, and
+        return how many pages the log has.
 
         Does nothing on PostgreSQL, whose server does it.
         """
-        if self.is_file:
-            with closing(self.engine.raw_connection()) as connection:
-                connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)")
+        if not self.is_file:
+            return 0
+        with closing(self.engine.raw_connection()) as connection:
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            (_, num_pages, _), *_ = cursor.fetchall()
+            return int(num_pages)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:

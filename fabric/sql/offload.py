@@ -14,9 +14,12 @@ from threading import Thread
 from typing import Any, ParamSpec, TypeVar
 
 from fabric.errors import StorageBusy
-from fabric.sql.database import Database
+from fabric.sql.database import MAX_LOG_PAGES, Database
 
 CHECKPOINT_S = 2.0
+MAX_CHECKPOINT_S = 30.0
+LOG_PAGES = MAX_LOG_PAGES // 2
+"""How often the log is copied: so that it is about so long by then, within these times."""
 SLOW_S = 0.01
 RESTS = 50.0
 """See ``Offload.prompt``."""
@@ -123,10 +126,13 @@ class Offload:
         self._turns.put(True)
 
     async def _checkpoint(self) -> None:
+        pause_s = CHECKPOINT_S
         while True:
-            await asyncio.sleep(CHECKPOINT_S)
+            await asyncio.sleep(pause_s)
             with suppress(Exception):  # The next one copies what this one could not.
-                await asyncio.to_thread(self.database.checkpoint)
+                num_pages = await asyncio.to_thread(self.database.checkpoint)
+                wanted_s = pause_s * LOG_PAGES / max(1, num_pages)
+                pause_s = max(CHECKPOINT_S, min(wanted_s, 2 * pause_s, MAX_CHECKPOINT_S))
 
     # ---- on the thread --------------------------------------------------------------------------
 
