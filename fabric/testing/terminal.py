@@ -15,7 +15,7 @@ NEVER = "(?!)"
 
 
 class Terminal:
-    """Runs a command on a terminal of its own.
+    """Runs a command on a terminal of its own, which hangs up when the test's process ends.
 
     ``seen`` is all it has printed, ``arrivals`` when (monotonic seconds) it printed something.
 
@@ -26,8 +26,10 @@ class Terminal:
 
     def __init__(self, environ: Mapping[str, str], *argv: str) -> None:
         self.master, slave = pty.openpty()
+        # A session of its own, in the same process: signals that are sent are the command's.
+        controlled = ("setsid", "--ctty", *argv)
         self.process = subprocess.Popen(
-            argv, env=environ, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+            controlled, env=environ, stdin=slave, stdout=slave, stderr=slave
         )
         os.close(slave)
         self.seen = ""
