@@ -9,6 +9,9 @@ concurrency, admitted, held, placed, settled and recorded.
 With ``--litellm VENV`` LiteLLM's proxy stands beside it before an upstream of the same delay, asked
 in the same rounds: its added latency is that over its own upstream.
 
+``+p99`` is of the requests of all rounds together, where one pause of the machine that all clients
+wait for is a hundredth of a thousand requests; ``+p99/round`` is the median of the rounds' own.
+
     python benchmarks/hub_overhead.py [--rounds 5] [--delay-ms 200] [--litellm VENV] [--json FILE]
 """
 
@@ -410,6 +413,7 @@ def print_row(row: dict[str, object]) -> None:
     print(
         f"{row['clients']:>7}  {row['measure']:<12}  {row['num_requests']:>8}"
         + "".join(f"  {added[name]:>7.2f}" for name in added)
+        + f"  {statistics.median(row['added_p99_ms_by_round']):>9.2f}"
         + f"  {hub['p99']:>9.1f}  {row['ratio_p50']:>6.3f}  {row['cpu_ms_per_request']:>6.2f}",
         flush=True,
     )
@@ -419,6 +423,7 @@ def print_row(row: dict[str, object]) -> None:
             " " * 9
             + f"{'litellm':<22}"
             + "".join(f"  {peer['added_ms'][name]:>7.2f}" for name in added)
+            + f"  {statistics.median(peer['added_p99_ms_by_round']):>9.2f}"
             + f"  {peer['with_ms']['p99']:>9.1f}  {'':>6}  {peer['cpu_ms_per_request']:>6.2f}"
             f"   added p99, hub/litellm: {row['ratio_added_p99']:.3f}",
             flush=True,
@@ -437,7 +442,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
     print(f"upstream: {args.delay_ms:g} ms, {MAX_TOKENS} tokens; times in ms")
-    print("clients  measure       requests    +p50     +p95     +p99    hub p99  ratio  CPU ms")
+    print(
+        "clients  measure       requests    +p50     +p95     +p99  +p99/round    hub p99   ratio"
+        "  CPU ms"
+    )
     load_before = os.getloadavg()
     with (
         running_rig(args.delay_ms / 1e3) as rig,
