@@ -269,8 +269,9 @@ class Admission:
         return await self._offload(find)
 
     async def _hold(self, ticket: Ticket, also: Also | None) -> None:
+        hold = self._offload.urgent(self._open_hold, ticket, also)
         try:
-            await self._offload.prompt(self._open_hold, ticket, also)
+            await hold
         except asyncio.CancelledError:
             # The caller left; what may have been held meanwhile goes back right after it.
             self._offload(self.void, ticket.request.id)

@@ -34,13 +34,13 @@ _BUSY = frozenset({"SQLITE_BUSY", "SQLITE_BUSY_SNAPSHOT", "55P03", "40001", "40P
 
 class _Thread(threading.local):
     """What a database knows of one thread: the transaction and the read that it is in, whether its
-    transactions share a connection and wait, and those connections."""
+    transactions share a connection, and that connection."""
 
     def __init__(self) -> None:
         self.writing: Connection | None = None
         self.reading: Connection | None = None
-        self.sharing: bool | None = None
-        self.kept: dict[bool, Connection] = {}
+        self.sharing = False
+        self.kept: Connection | None = None
 
 
 class Database:
@@ -152,29 +152,18 @@ class Database:
         return self.engine.dialect.name == "sqlite"
 
     @contextmanager
-    def sharing(self, *, waits: bool = True) -> Iterator[None]:
-        """Let this thread's transactions on a file share one connection meanwhile, which is kept
-        until ``let_go``: a part of what a small one costs is to fetch it and to give it back.
+    def sharing(self) -> Iterator[None]:
+        """Let this thread's transactions on a file share one connection meanwhile: a part of what a
+        small one costs is to fetch it and to give it back.
 
         Of a server, whose connections break, each takes one that was tried.
-
-        Args:
-            waits: Whether they wait for another's transaction; otherwise ``StorageBusy`` comes at
-                once.
         """
-        before, self._thread.sharing = self._thread.sharing, waits
+        self._thread.sharing = True
         try:
             yield
         finally:
-            self._thread.sharing = before
-
-    def let_go(self) -> None:
-        """Close what this thread's transactions share."""
-        while self._thread.kept:
-            _, connection = self._thread.kept.popitem()
-            if not connection.invalidated:
-                connection.detach()  # The next to get it would wait, or not, as these did.
-            connection.close()
+            self._thread.sharing = False
+            self._let_go()
 
     @contextmanager
     def joined(self) -> Iterator[Connection]:
@@ -226,22 +215,25 @@ class Database:
 
     @contextmanager
     def _connect(self) -> Iterator[Connection]:
-        engine, waits = self.engine, self._thread.sharing
-        if waits is None or not self.is_file:
+        engine = self.engine
+        if not (self._thread.sharing and self.is_file):
             with engine.connect() as connection:
                 yield connection
             return
-        kept = self._thread.kept.get(waits)
+        kept = self._thread.kept
         if kept is None or kept.engine is not engine:
-            self.let_go()
-            kept = self._thread.kept[waits] = engine.connect()
-            if not waits:
-                kept.connection.cursor().execute("PRAGMA busy_timeout = 0")
+            self._let_go()
+            kept = self._thread.kept = engine.connect()
         try:
             yield kept
         finally:
             if kept.invalidated:
-                self.let_go()
+                self._let_go()
+
+    def _let_go(self) -> None:
+        kept, self._thread.kept = self._thread.kept, None
+        if kept is not None:
+            kept.close()
 
     def _parse(self) -> URL:
         try:

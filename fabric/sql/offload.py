@@ -1,10 +1,9 @@
-"""One thread for a database, so that an event loop never waits for a disk that is slow."""
+"""One thread for a database, so that an event loop never waits for a disk."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -13,16 +12,12 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, ParamSpec, TypeVar
 
-from fabric.errors import StorageBusy
 from fabric.sql.database import MAX_LOG_PAGES, Database
 
 CHECKPOINT_S = 2.0
 MAX_CHECKPOINT_S = 30.0
 LOG_PAGES = MAX_LOG_PAGES // 2
 """How often the log is copied: so that it is about so long by then, within these times."""
-SLOW_S = 0.01
-RESTS = 50.0
-"""See ``Offload.prompt``."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,7 +45,6 @@ class Offload:
         self._turns: SimpleQueue[bool] = SimpleQueue()
         self._thread: Thread | None = None
         self._closed = False
-        self._rests_until_s = 0.0
 
     def __call__(
         self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
@@ -67,25 +61,6 @@ class Offload:
     ) -> asyncio.Future[T]:
         """As a call, but before all that wait and are not urgent."""
         return self._await(self._urgent, partial(function, *args, **kwargs))
-
-    async def prompt(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """As an urgent call, but on a SQLite file here and at once if nobody else writes.
-
-        What it calls is one small transaction, which takes less than the way to the thread and back
-        does while the loop is busy. Where one took ``SLOW_S``, all go that way for ``RESTS`` times
-        as long: so the loop waits for a slow disk at most two percent of the time.
-        """
-        began_s = time.monotonic()
-        if began_s >= self._rests_until_s and self.database.is_file and not self._closed:
-            try:
-                with self.database.sharing(waits=False):
-                    return function(*args, **kwargs)
-            except StorageBusy:
-                pass
-            finally:
-                if (took_s := time.monotonic() - began_s) >= SLOW_S:
-                    self._rests_until_s = began_s + RESTS * took_s
-        return await self.urgent(function, *args, **kwargs)
 
     @asynccontextmanager
     async def checkpointing(self) -> AsyncIterator[None]:
@@ -107,7 +82,6 @@ class Offload:
             self._turns.put(False)
         if self._thread is not None:
             self._thread.join()
-        self.database.let_go()
 
     def _await(self, lane: deque[_Call], call: Callable[[], T]) -> asyncio.Future[T]:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -141,7 +115,6 @@ class Offload:
         with self.database.sharing():
             while self._turns.get():
                 _answer(*(self._urgent or self._calls).popleft())
-        self.database.let_go()
 
 
 def _answer(future: asyncio.Future[Any] | None, call: Callable[[], Any]) -> None:

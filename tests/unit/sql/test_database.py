@@ -1,7 +1,6 @@
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext, suppress
 from datetime import UTC, datetime, timedelta, timezone
@@ -33,7 +32,6 @@ def database(path: Path, request: pytest.FixtureRequest) -> Iterator[Database]:
             )
         with database.sharing() if request.param == "one connection" else nullcontext():
             yield database
-        database.let_go()
 
 
 def stored(database: Database) -> list[int]:
@@ -259,42 +257,21 @@ def test_naive_time_is_refused(database: Database) -> None:
         connection.execute(insert(moments), {"at": datetime(2026, 3, 1)})
 
 
-def test_transactions_share_a_connection_until_it_is_let_go(path: Path) -> None:
+def test_transactions_share_a_connection_meanwhile(path: Path) -> None:
     taken = []
     with Database(f"sqlite:///{path}") as database:
         event.listen(database.engine, "checkout", lambda *_: taken.append(1))
+        with database.sharing():
+            for _ in range(3):
+                with database.transaction():
+                    pass
+            assert len(taken) == 1
+            database.close()
+            database.open()
+            with database.transaction() as connection:
+                assert connection.engine is database.engine
+        event.listen(database.engine, "checkout", lambda *_: taken.append(1))
         for _ in range(2):
-            with database.sharing():
-                for _ in range(3):
-                    with database.transaction():
-                        pass
-        assert len(taken) == 1
-        database.let_go()
-        with database.sharing(), database.transaction():
-            pass
-        assert len(taken) == 2
-        database.close()
-        database.open()
-        with database.sharing(), database.transaction() as connection:
-            assert connection.engine is database.engine
-        database.let_go()
-
-
-def test_who_does_not_wait_is_told_at_once_and_leaves_no_haste_behind(
-    database: Database, path: Path
-) -> None:
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        began_s = time.monotonic()
-        with pytest.raises(StorageBusy), database.sharing(waits=False):
-            add(database, 1)
-        assert time.monotonic() - began_s < database_module.BUSY_TIMEOUT_S / 2
-        other.execute("ROLLBACK")
-    with database.sharing(waits=False):
-        add(database, 1)
-    database.let_go()
-    for _ in range(10):
-        with database.transaction() as connection:
-            timeout_ms = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
-            assert timeout_ms == database_module.BUSY_TIMEOUT_S * 1000
-    assert stored(database) == [1]
+            with database.transaction():
+                pass
+        assert len(taken) == 3

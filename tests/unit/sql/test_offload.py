@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import threading
 from collections.abc import AsyncIterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -100,68 +98,3 @@ async def test_what_is_posted_runs_in_its_turn_and_its_error_stops_nothing(
     await before
     assert seen == ["before", "posted", "after"]
     assert "ZeroDivisionError" in caplog.text
-
-
-async def test_a_prompt_call_is_made_here_on_a_file_and_on_the_thread_for_a_server(
-    database: Database,
-) -> None:
-    offload = Offload(database)
-    here = await offload.prompt(threading.get_ident) == threading.get_ident()
-    assert here == database.is_file
-    offload.close()
-
-
-async def test_a_prompt_call_gives_way_to_who_writes_and_the_loop_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "fabric.db"
-
-    def write() -> int:
-        with database.transaction() as connection:
-            connection.exec_driver_sql("INSERT INTO numbers VALUES (1)")
-        return threading.get_ident()
-
-    with Database(f"sqlite:///{path}") as database:
-        with database.transaction() as connection:
-            connection.exec_driver_sql("CREATE TABLE numbers (number INTEGER)")
-        offload = Offload(database)
-        with closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
-            call = asyncio.create_task(offload.prompt(write))
-            for _ in range(20):
-                await asyncio.sleep(0.01)
-            assert not call.done()
-            other.execute("ROLLBACK")
-        assert await call != threading.get_ident()
-        assert await offload.prompt(write) == threading.get_ident()
-        offload.close()
-        with database.read() as connection:
-            assert connection.exec_driver_sql("SELECT count(*) FROM numbers").scalar_one() == 2
-
-
-async def test_after_a_slow_prompt_call_the_thread_takes_them_for_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(offload_module, "SLOW_S", 0.0)
-    with Database(f"sqlite:///{tmp_path}/fabric.db") as database:
-        offload = Offload(database)
-        monkeypatch.setattr(offload_module, "RESTS", 1e9)
-        assert await offload.prompt(threading.get_ident) == threading.get_ident()
-        assert await offload.prompt(threading.get_ident) != threading.get_ident()
-        offload.close()
-        monkeypatch.setattr(offload_module, "RESTS", 0.0)
-        offload = Offload(database)
-        for _ in range(2):
-            assert await offload.prompt(threading.get_ident) == threading.get_ident()
-        offload.close()
-
-
-async def test_a_prompt_call_raises_what_it_raises_and_nothing_is_called_after_the_end(
-    tmp_path: Path,
-) -> None:
-    with Database(f"sqlite:///{tmp_path}/fabric.db") as database:
-        offload, seen = Offload(database), []
-        with pytest.raises(ZeroDivisionError):
-            await offload.prompt(lambda: seen.append(1 // 0))
-        offload.close()
-        with pytest.raises(RuntimeError, match="ended"):
-            await offload.prompt(seen.append, 1)
-    assert seen == []
