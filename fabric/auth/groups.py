@@ -17,7 +17,7 @@ from fabric.errors import Duplicate, NotFound, RequestInvalid
 from fabric.sql import Database, utc_now
 
 GROUP_SCOPES = PROGRAM_SCOPES | {"query", "admin", "launch"}
-"""What a group may do. A site's agent is one process with one key, never a group."""
+"""What a group or a person may do. A site's agent is one process with one key, never these."""
 
 DEFAULT_MAX_CONCURRENT = 64
 
@@ -66,13 +66,7 @@ class Groups:
             max_concurrent=max_concurrent,
             created_at=self._clock(),
         )
-        if unknown := record.scopes - GROUP_SCOPES:
-            raise RequestInvalid(
-                param="scopes",
-                value=sorted(unknown),
-                reason=f"a group may have {', '.join(sorted(GROUP_SCOPES))}",
-            )
-        check_concurrent(max_concurrent)
+        check_allowed("group", record.scopes, max_concurrent)
         try:
             with self._database.transaction() as connection:
                 check_project(connection, project)
@@ -124,6 +118,18 @@ def _parse(group_id: str) -> str:
         raise RequestInvalid(
             param="group", value=group_id, reason="it is not the UUID of a Globus group"
         ) from error
+
+
+def check_allowed(who: str, scopes: frozenset[str], max_concurrent: int) -> None:
+    """Check what a group or a person is to be allowed.
+
+    Raises:
+        RequestInvalid: A scope is not theirs, or so many requests at once are not to be had.
+    """
+    if unknown := scopes - GROUP_SCOPES:
+        reason = f"a {who} may have {', '.join(sorted(GROUP_SCOPES))}"
+        raise RequestInvalid(param="scopes", value=sorted(unknown), reason=reason)
+    check_concurrent(max_concurrent)
 
 
 def check_project(connection: Connection, name: str) -> None:

@@ -40,31 +40,24 @@ api_keys = Table(
     CheckConstraint("max_concurrent > 0", name="max_concurrent_positive"),
 )
 
-project_groups = Table(
-    "project_groups",
-    metadata,
-    Column("group_id", Text, primary_key=True),
-    Column(
-        "project", ForeignKey("projects.name", ondelete="CASCADE"), primary_key=True, index=True
-    ),
-    Column("scopes", Text, nullable=False),
-    Column("max_concurrent", Integer, nullable=False),
-    Column("created_at", UtcTime, nullable=False),
-    CheckConstraint("max_concurrent > 0", name="max_concurrent_positive"),
-)
 
-project_users = Table(
-    "project_users",
-    metadata,
-    Column("user", Text, primary_key=True),
-    Column(
-        "project", ForeignKey("projects.name", ondelete="CASCADE"), primary_key=True, index=True
-    ),
-    Column("scopes", Text, nullable=False),
-    Column("max_concurrent", Integer, nullable=False),
-    Column("created_at", UtcTime, nullable=False),
-    CheckConstraint("max_concurrent > 0", name="max_concurrent_positive"),
-)
+def _members(name: str, who: str) -> Table:
+    """Return a table of who may do what in a project."""
+    project = ForeignKey("projects.name", ondelete="CASCADE")
+    return Table(
+        name,
+        metadata,
+        Column(who, Text, primary_key=True),
+        Column("project", project, primary_key=True, index=True),
+        Column("scopes", Text, nullable=False),
+        Column("max_concurrent", Integer, nullable=False),
+        Column("created_at", UtcTime, nullable=False),
+        CheckConstraint("max_concurrent > 0", name="max_concurrent_positive"),
+    )
+
+
+project_groups = _members("project_groups", "group_id")
+project_users = _members("project_users", "user")
 
 project_sites = Table(
     "project_sites",

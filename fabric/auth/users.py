@@ -23,8 +23,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
-from fabric.auth.groups import DEFAULT_MAX_CONCURRENT, GROUP_SCOPES, check_project
-from fabric.auth.records import BlockedUser, UserRecord, check_concurrent
+from fabric.auth.groups import DEFAULT_MAX_CONCURRENT, check_allowed, check_project
+from fabric.auth.records import BlockedUser, UserRecord
 from fabric.auth.rules import raise_version
 from fabric.auth.tables import blocked_users, logins, project_users
 from fabric.auth.tickets import revoke_issued
@@ -83,7 +83,7 @@ class Users:
             max_concurrent=max_concurrent,
             created_at=self._clock(),
         )
-        _check(record)
+        check_allowed("person", record.scopes, max_concurrent)
         try:
             with self._database.transaction() as connection:
                 check_project(connection, project)
@@ -137,7 +137,7 @@ class Users:
                 scopes=old.scopes if scopes is None else frozenset(scopes),
                 max_concurrent=old.max_concurrent if max_concurrent is None else max_concurrent,
             )
-            _check(new)
+            check_allowed("person", new.scopes, new.max_concurrent)
             changed = update(project_users).where(_is(old.user, project)).values(_to_row(new))
             connection.execute(changed)
             raise_version(connection)
@@ -270,13 +270,6 @@ def _aliases(connection: Connection, user: str) -> list[str]:
 
 def _is(user: str, project: str) -> ColumnElement[bool]:
     return and_(project_users.c.user == user, project_users.c.project == project)
-
-
-def _check(record: UserRecord) -> None:
-    if unknown := record.scopes - GROUP_SCOPES:
-        reason = f"a person may have {', '.join(sorted(GROUP_SCOPES))}"
-        raise RequestInvalid(param="scopes", value=sorted(unknown), reason=reason)
-    check_concurrent(record.max_concurrent)
 
 
 def _to_row(user: UserRecord) -> dict[str, object]:

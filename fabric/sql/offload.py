@@ -105,8 +105,7 @@ class Offload:
             await asyncio.sleep(pause_s)
             with suppress(Exception):  # The next one copies what this one could not.
                 num_pages = await asyncio.to_thread(self.database.checkpoint)
-                wanted_s = pause_s * LOG_PAGES / max(1, num_pages)
-                pause_s = max(CHECKPOINT_S, min(wanted_s, 2 * pause_s, MAX_CHECKPOINT_S))
+                pause_s = next_pause_s(pause_s, num_pages)
 
     # ---- on the thread --------------------------------------------------------------------------
 
@@ -141,3 +140,9 @@ def _deliver(future: asyncio.Future[Any], result: Any, error: BaseException | No
         future.set_result(result)
     else:
         future.set_exception(error)
+
+
+def next_pause_s(pause_s: float, num_pages: int) -> float:
+    """Return the seconds until the log is copied again, which has grown so long in the last."""
+    wanted_s = pause_s * LOG_PAGES / max(1, num_pages)
+    return max(CHECKPOINT_S, min(wanted_s, 2 * pause_s, MAX_CHECKPOINT_S))

@@ -11,7 +11,7 @@ from fabric.cli.admin.alloc_rent import rent
 from fabric.cli.admin.allocations import find, period_option, report, site_option
 from fabric.cli.admin.amounts import amount_options, optional_amount
 from fabric.cli.admin.balance import balance
-from fabric.cli.admin.change import undoable_options
+from fabric.cli.admin.change import require_some, undoable_options
 from fabric.cli.admin.database import (
     UTC_TIME,
     Books,
@@ -142,9 +142,8 @@ def modify(
       fabric-admin alloc modify astro --period 2027 --ends 2028-03-01
     """
     check_future("--ends", ends_at)
-    if not (amount_usu or starts_at or ends_at):
-        reason = "nothing to change was given; say at least one of --su, --amount, --starts, --ends"
-        raise RequestInvalid(param="allocation", value=project, reason=reason)
+    amount = dict.fromkeys(("--su", "--amount"), amount_usu or None)
+    require_some("allocation", project, {**amount, "--starts": starts_at, "--ends": ends_at})
     allocation = find(books, project, site, period)
     with books.database.transaction():
         if amount_usu and amount_usu > 0:

@@ -13,7 +13,7 @@ import click
 from fabric.cli.admin.database import DRY_RUN, confirm, open_books
 from fabric.cli.options import Command, output_options
 from fabric.cli.output import Output, note, shown, to_json
-from fabric.errors import Duplicate
+from fabric.errors import Duplicate, RequestInvalid
 
 if TYPE_CHECKING:
     from fabric.sql import Database
@@ -134,6 +134,22 @@ def undoable_options(function: Command) -> Command:
             note(UNCHANGED)
 
     return wrapper  # type: ignore[return-value]
+
+
+def require_some(kind: str, name: str, given: Mapping[str, object]) -> None:
+    """Refuse a change that changes nothing.
+
+    Args:
+        kind: Of what, as in ``project``.
+        name: Which.
+        given: The values of the options that say what to change, by option.
+
+    Raises:
+        RequestInvalid: None of them was given.
+    """
+    if all(value is None or value is False or value == () for value in given.values()):
+        reason = f"nothing to change was given; say at least one of {', '.join(given)}"
+        raise RequestInvalid(param=kind, value=name, reason=reason)
 
 
 class _Undone(Exception):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fabric.cli.admin.change import Change, change_options
+from fabric.cli.admin.change import Change, change_options, require_some
 from fabric.cli.admin.database import (
     UTC_TIME,
     Books,
@@ -144,6 +144,8 @@ def modify(
       fabric-admin key modify 5b1e0c7a94d2 --max-concurrent 8
     """
     check_future("--expires", expires_at)
+    options = {"--label": label, "--scope": scopes, "--max-concurrent": max_concurrent}
+    require_some("key", key_id, {**options, "--expires": expires_at})
     before = books.keys.key(key_id)
     after = books.keys.modify(
         key_id,

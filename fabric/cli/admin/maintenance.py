@@ -6,7 +6,7 @@ from datetime import datetime
 
 import click
 
-from fabric.cli.admin.change import Change, change_options
+from fabric.cli.admin.change import Change, change_options, require_some
 from fabric.cli.admin.database import UTC_TIME, Books, database_options, day, yes_option
 from fabric.cli.output import Output
 
@@ -96,6 +96,8 @@ def modify(
     Example:
       fabric-admin maintenance modify anvil mnt_1a2b3c4d --until 2027-01-13
     """
+    options = {"--from": starts_at, "--until": ends_at, "--reason": reason}
+    require_some("maintenance", name, options)
     planned = books.catalog.get_site(site).rules.maintenance
     before = next((one for one in planned if one.id == name), None)
     after = books.catalog.modify_maintenance(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from fabric.cli.admin.change import Change, change_options
+from fabric.cli.admin.change import Change, change_options, require_some
 from fabric.cli.admin.database import Books, database_options, yes_option
 from fabric.cli.output import Column, Output, short_digest
 
@@ -114,6 +114,8 @@ def modify(
     Example:
       fabric-admin model modify gpt2@1 --source /scratch/models/gpt2
     """
+    options = {"--source": source, "--context-tokens": context_tokens, "--dtype": dtype}
+    require_some("model", ref, options)
     before = books.catalog.resolve(ref)
     after = books.catalog.modify_model(
         ref, source=source, context_tokens=context_tokens, dtype=dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from fabric.cli.admin.change import Change, change_options
+from fabric.cli.admin.change import Change, change_options, require_some
 from fabric.cli.admin.database import (
     Books,
     database_options,
@@ -14,7 +14,6 @@ from fabric.cli.admin.database import (
 )
 from fabric.cli.admin.project_group import group
 from fabric.cli.output import Output
-from fabric.errors import RequestInvalid
 
 _site = click.option(
     "--site", "sites", multiple=True, help="Its data may go there alone; repeatable."
@@ -99,9 +98,7 @@ def modify(
     """
     if sites and any_site:
         raise click.UsageError("Choose one of --site and --any-site.")
-    if title is None and not sites and not any_site:
-        reason = "nothing to change was given; say at least one of --title, --site, --any-site"
-        raise RequestInvalid(param="project", value=name, reason=reason)
+    require_some("project", name, {"--title": title, "--site": sites, "--any-site": any_site})
     before = books.keys.project(name)
     after = books.keys.modify_project(name, title=title, sites=sites if sites or any_site else None)
     change.tell("changed", f"project {name}", after, before=before)

@@ -7,7 +7,7 @@ from typing import IO, Literal
 
 import click
 
-from fabric.cli.admin.change import Change, change_options
+from fabric.cli.admin.change import Change, change_options, require_some
 from fabric.cli.admin.database import Books, database_options, yes_option
 from fabric.cli.admin.site_files import list_shipped, validate
 from fabric.cli.options import output_options
@@ -107,6 +107,8 @@ def modify(
     Example:
       fabric-admin site modify anvil --state disabled
     """
+    options = {"--file": file, "--display": display, "--state": state}
+    require_some("site", name, {**options, "--max-in-flight": max_in_flight})
     before = books.catalog.get_site(name)
     facts, title = _read(file)
     if facts and facts["name"] != name:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fabric.cli.admin.change import Change, change_options
+from fabric.cli.admin.change import Change, change_options, require_some
 from fabric.cli.admin.database import Books, database_options, yes_option
 from fabric.cli.options import Command
 from fabric.cli.output import Column, Output
@@ -103,10 +103,7 @@ def modify(name: Tier, books: Books, change: Change, **given: float | None) -> N
     from fabric.broker import parameters_of
 
     terms = {key: value for key, value in given.items() if value is not None}
-    if not terms:
-        options = ", ".join(option for option, _ in _OPTIONS.values())
-        reason = f"nothing to change was given; say at least one of {options}"
-        raise RequestInvalid(param="tier", value=name, reason=reason)
+    require_some("tier", name, {_OPTIONS[key][0]: value for key, value in given.items()})
     for key in terms.keys() - parameters_of(name):
         reason = f"{name} has none to change; see fabric-admin tier show"
         raise RequestInvalid(param=_OPTIONS[key][0], value=str(terms[key]), reason=reason)

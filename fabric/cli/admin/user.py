@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fabric.cli.admin.change import Change, change_options
+from fabric.cli.admin.change import Change, change_options, require_some
 from fabric.cli.admin.database import UTC_TIME, Books, database_options, day, yes_option
 from fabric.cli.admin.key import scope_option
 from fabric.cli.admin.project_group import SCOPES
@@ -91,6 +91,10 @@ def show(
     """
     if added and blocked:
         raise click.UsageError("Choose one of --added and --blocked.")
+    if since is not None and (added or blocked):
+        raise click.UsageError("--since is of what was asked: not with --added or --blocked.")
+    if project is not None and blocked:
+        raise click.UsageError("Who is kept out is so of every project: not with --project.")
     if project is not None:
         books.keys.project(project)
     if added:
@@ -121,6 +125,7 @@ def modify(
     Example:
       fabric-admin user modify astro alice@example.edu --max-concurrent 8
     """
+    require_some("user", name, {"--scope": scopes, "--max-concurrent": max_concurrent})
     before = books.users.user(name, project)
     after = books.users.modify(name, project, scopes=scopes or None, max_concurrent=max_concurrent)
     change.tell("changed", f"user {name} of {project}", after, before=before)

@@ -246,3 +246,33 @@ def test_deleted_project_takes_its_groups_along(admin: Admin, project: str) -> N
     admin.ok("project", "group", "add", project, "6c91e6eb-085c-11e6-a7a5-22000bf2d559")
     admin.ok("project", "delete", project, "-y")
     assert admin.json("project", "group", "show") == []
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        ("alloc", "astro"),
+        ("key", "5b1e0c7a94d2"),
+        ("maintenance", "alpha", "mnt_1"),
+        ("model", "gpt2@1"),
+        ("project", "astro"),
+        ("site", "alpha"),
+        ("tier", "interactive"),
+        ("user", "astro", "alice@example.edu"),
+    ],
+    ids=lambda named: named[0],
+)
+def test_a_change_that_changes_nothing_names_what_can_be_changed(
+    admin: Admin, named: tuple[str, ...]
+) -> None:
+    kind, *name = named
+    refused = admin.run(kind, "modify", *name)
+    assert refused.exit_code != 0
+    told = " ".join(refused.stderr.split())
+    assert "nothing to change was given; say at least one of --" in told
+    assert any(one in told for one in name)
+
+
+def test_lists_of_users_refuse_what_they_would_not_heed(admin: Admin, project: str) -> None:
+    for options in (["--blocked", "--project", project], ["--added", "--since", "2030-01-01"]):
+        assert admin.run("user", "show", *options).exit_code == 2

@@ -98,3 +98,13 @@ async def test_what_is_posted_runs_in_its_turn_and_its_error_stops_nothing(
     await before
     assert seen == ["before", "posted", "after"]
     assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("pages_per_s", [0, 700, 100_000])
+def test_the_log_is_copied_when_there_is_much_of_it(pages_per_s: int) -> None:
+    pause_s = offload_module.CHECKPOINT_S
+    for _ in range(10):
+        pause_s = offload_module.next_pause_s(pause_s, int(pages_per_s * pause_s))
+    wanted_s = offload_module.LOG_PAGES / max(1, pages_per_s)
+    least_s, most_s = offload_module.CHECKPOINT_S, offload_module.MAX_CHECKPOINT_S
+    assert pause_s == pytest.approx(min(most_s, max(least_s, wanted_s)), rel=0.01)
